@@ -1,0 +1,3 @@
+from kdpipe.main import cli
+
+cli()

@@ -1,0 +1,89 @@
+"""What Hydra needs to know of kdpipe: where `conf/` is, the resolvers, the checks of the root's own values."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+
+from kdpipe.checks import check_choice, check_number
+from kdpipe.identity import effective, identity
+
+_PACKAGE = Path(__file__).resolve().parent
+# In a wheel it lies inside of the package, in a checkout beside it.
+CONF = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())
+
+# Keys of a model's settings that are for the `Classifier` around the network, or for loading its weights.
+PREPROCESSING = ("image_size", "mean", "std")
+NOT_ARCHITECTURE = (*PREPROCESSING, "name", "weights", "freeze")
+# Keys of a data set's settings that say how it is named and split, whatever its source.
+SPLITTING = ("name", "train_fraction", "val_fraction", "test_fraction", "split_seed")
+
+
+def register_resolvers() -> None:
+    """`${identity:}` names the run; `${basename:FOLDER}` is a folder's own name."""
+    OmegaConf.register_new_resolver("identity", lambda *, _root_: run_identity(_root_), replace=True)
+    OmegaConf.register_new_resolver("basename", lambda path: Path(str(path)).expanduser().resolve().name, replace=True)
+
+
+def settings_of(config: DictConfig) -> dict[str, Any]:
+    """The whole composed config as plain values, all interpolations resolved, without Hydra's own part."""
+    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    settings = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
+    assert isinstance(settings, dict)
+    return {str(key): value for key, value in settings.items()}
+
+
+def effective_settings(config: DictConfig) -> dict[str, Any]:
+    """The flat settings of a run, without those that have no effect on it."""
+    return effective(settings_of(config), needs_teacher(config.loss))
+
+
+def run_identity(config: DictConfig) -> str:
+    """The run's 12 hex digits, which name its folder."""
+    return identity(effective_settings(config))
+
+
+def needs_teacher(loss: DictConfig) -> bool:
+    """Whether a teacher is built: the loss asks for one, and its weight is not 0."""
+    return bool(get_class(loss._target_).uses_teacher and loss.get("alpha") != 0)
+
+
+def stage(config: DictConfig) -> str:
+    """teacher, student or distill: what the run is, as its tag says."""
+    return "distill" if needs_teacher(config.loss) else str(config.stage)
+
+
+def run_name(config: DictConfig) -> str:
+    """A name for people: distill_student_cnn_a0.5_T5_s0."""
+    parts = [stage(config), config.model.name]
+    if needs_teacher(config.loss) and "alpha" in config.loss:
+        parts.append(f"a{config.loss.alpha:g}")
+    if needs_teacher(config.loss) and "temperature" in config.loss:
+        parts.append(f"T{config.loss.temperature:g}")
+    return "_".join([*parts, f"s{config.seed}"])
+
+
+def check(config: DictConfig) -> None:
+    """Raise ValueError for a value outside of its range; losses and networks check their own."""
+    check_choice("stage", config.stage, ["student", "teacher"])
+    check_number("seed", config.seed, low=0, integer=True)
+    train = config.train
+    check_number("train.epochs", train.epochs, low=0, integer=True)
+    check_number("train.batch_size", train.batch_size, low=1, integer=True)
+    if train.threads is not None:
+        check_number("train.threads", train.threads, low=1, integer=True)
+    check_choice("train.precision", train.precision, ["auto", "float32", "bfloat16"])
+    check_choice("train.resume", train.resume, ["auto", "never"])
+    check_choice("train.select", train.select, ["last", "best"])
+    check_choice("train.test_each_epoch", train.test_each_epoch, [True, False])
+    for key in ("lr", "weight_decay", "momentum"):
+        if key in config.optimizer:
+            positive = {"above": 0} if key == "lr" else {"low": 0}
+            check_number(f"optimizer.{key}", config.optimizer[key], high=math.inf, **positive)
+    if not isinstance(config.tracking.experiment, str) or not config.tracking.experiment.strip():
+        raise ValueError(f"tracking.experiment={config.tracking.experiment}: a name is accepted")
+    for key in ("model.name", "dataset.name"):
+        if not isinstance(OmegaConf.select(config, key), str):
+            raise ValueError(f"{key}={OmegaConf.select(config, key)}: a name is accepted")

@@ -1,0 +1,80 @@
+"""Any error as one line that names the key, the value and what would be accepted."""
+
+import difflib
+import re
+import sys
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException, InstantiationException, MissingConfigException
+from hydra.errors import OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from kdpipe.config import CONF
+from kdpipe.identity import flatten
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, for somebody who wants to mend a command and not to read kdpipe."""
+    while isinstance(error, InstantiationException) and error.__cause__:
+        error = error.__cause__
+    text = str(error).strip()
+    first = text.split("\n")[0]
+    if isinstance(error, MissingConfigException):
+        return _unknown_option(error, first)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: this override cannot be read; key=value is accepted, lists as key=[1,2] ({first})"
+    if isinstance(error, ConfigCompositionException | OmegaConfBaseException):
+        return _bad_config(error, text)
+    if isinstance(error, MemoryError) or "out of memory" in text:
+        return f"out of memory; lower train.batch_size or the images' size ({first})"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror} (output_dir, dataset.root and dataset.cache_dir say where kdpipe reads and writes)"
+    if isinstance(error, ValueError):
+        return " ".join(text.split())
+    return f"{type(error).__name__}: {' '.join(text.split())} (HYDRA_FULL_ERROR=1 shows where)"
+
+
+def _unknown_option(error: MissingConfigException, first: str) -> str:
+    group, _, option = (error.missing_cfg_file or "").rpartition("/")
+    if not group or not error.options:
+        return first
+    near = _suggestion(option, error.options)
+    return f"{group}={option}: {near}one of {', '.join(error.options)} is accepted"
+
+
+def _bad_config(error: Exception, text: str) -> str:
+    cause: BaseException = error.__cause__ or error
+    if isinstance(cause, MissingMandatoryValue) or "missing" in type(cause).__name__.lower() or "???" in text:
+        key = getattr(cause, "full_key", None) or "a key"
+        found = re.search(r"Missing mandatory value: (\S+)|Interpolation to a missing value|'(\S+)' not found", text)
+        key = (found and found[1]) or ("dataset.root" if "root" in text else key)
+        return f"{key}: a value is needed, there is no default; {key}=…"
+    if unknown := re.search(r"Could not override '([^']+)'", text):
+        key = unknown[1]
+        near = _suggestion(key, _keys_for(sys.argv[1:]))
+        return f"{key}: there is no such key; {near}python -m kdpipe --cfg job lists all"
+    return " ".join(text.split("\n")[0].split())
+
+
+def _suggestion(word: str, known: list[str]) -> str:
+    """Near misses, the last part of a key counting by itself too (loss.alfa, alpha)."""
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.7)
+    near += [key for key in known if key.rpartition(".")[2] == word.rpartition(".")[2] and key not in near]
+    return f"did you mean {' or '.join(near[:3])}? " if near else ""
+
+
+def _keys_for(arguments: list[str]) -> list[str]:
+    """All keys that the command's choice of groups has."""
+    groups = [path.name for path in CONF.iterdir() if path.is_dir()]
+    choices = [word for word in arguments if word.split("=")[0].split("@")[0].lstrip("+~") in groups and "=" in word]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose("config", [choice for choice in choices if "," not in choice])
+    except Exception:  # only a help for the message of another error
+        return groups
+    plain = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(plain, dict)
+    return [*groups, *flatten({str(key): value for key, value in plain.items()})]

@@ -1,0 +1,13 @@
+"""Distillation losses: one file per method, a pure function with the formula, then a thin module.
+
+A module's `forward(student, teacher, labels, indices, epoch)` takes the logits of both networks, float [N, classes]
+(`teacher` is None where none was built), the labels, int64 [N], the images' positions in the data set, int64 [N],
+and the epoch, counted from 1; it returns the named parts, scalars, of which `loss` is minimised. `uses_teacher` says
+whether it asks for a teacher (at `alpha` 0 none is built all the same).
+"""
+
+from kdpipe.losses.cross_entropy import CrossEntropy, cross_entropy
+from kdpipe.losses.kd import KD, kd
+from kdpipe.losses.kd_tutorial import KDTutorial, kd_tutorial
+
+__all__ = ["KD", "CrossEntropy", "KDTutorial", "cross_entropy", "kd", "kd_tutorial"]

@@ -1,0 +1,313 @@
+"""The entrypoint, `python -m kdpipe [overrides]`: one run, from its config to its result."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from kdpipe import config as settings
+from kdpipe.checkpoint import save_weights
+from kdpipe.data import ImageDataset, split
+from kdpipe.data.dataset import check_fractions
+from kdpipe.errors import one_line
+from kdpipe.evaluate import evaluate
+from kdpipe.models import Classifier, size_mb
+from kdpipe.models.weights import check_class_names, load_imagenet, load_state, read_weights, weights_digest
+from kdpipe.randomness import derive_seed
+from kdpipe.report import epoch_line, result_table
+from kdpipe.teacher import Teacher
+from kdpipe.train import fit
+
+log = logging.getLogger("kdpipe")
+
+
+def run(config: DictConfig) -> float:
+    """One run: compose → loss → data → teacher → model → optimizer → fit → test → cost → return.
+
+    Returns:
+        The objective of a search: accuracy on the validation images, or on the test images where there are none.
+    """
+    settings.check(config)
+    device, autocast = use_device(config.train)
+    loss = build_loss(config).to(device)
+    build_optimizer(config, nn.Linear(1, 1), loss, steps_per_epoch=1)  # bad values fail before data is read
+    check_split(config)
+
+    from kdpipe import tracking  # imports mlflow, which takes seconds: after what can fail sooner
+
+    output_dir = Path(config.output_dir)
+    uri = tracking.store_uri(config.tracking.uri, output_dir)
+    tracker = tracking.Tracker(uri, config.tracking.experiment, output_dir / "mlartifacts")
+    data = build_data(config.dataset)
+    teacher, teacher_source = build_teacher(config, data, tracker)
+    model = build_model(config, data, tracker)
+    tags = {
+        "kdpipe.identity": settings.run_identity(config),
+        "kdpipe.inputs": inputs_digest(data, teacher, model),
+        "kdpipe.stage": settings.stage(config),
+    }
+    if config.train.resume == "auto" and (finished := tracker.find_finished(tags)):
+        log.info("this run is finished already (train.resume=never trains anew)")
+        show_result(finished.metrics, tracker.link(finished.id))
+        return objective(finished.metrics)
+
+    teacher = teacher.to(device) if teacher else None
+    model = model.to(device)
+    steps_per_epoch = -(-len(data.splits["train"]) // config.train.batch_size)
+    optimizer, scheduler = build_optimizer(config, model, loss, steps_per_epoch)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    params = {key: value for key, value in settings.effective_settings(config).items() if not key.startswith("tracking.")}
+    if teacher_source:
+        tags["kdpipe.teacher_run"] = teacher_source
+    with tracker.run(settings.run_name(config), folder, params, {**tags, "kdpipe.data": data.fingerprint}) as current:
+        describe_inputs(config, current, tracker, data)
+
+        best_state = fit(
+            model,
+            loss,
+            optimizer,
+            scheduler,
+            data,
+            teacher=teacher,
+            augment=instantiate(config.augmentation),
+            epochs=config.train.epochs,
+            batch_size=config.train.batch_size,
+            seed=config.seed,
+            device=device,
+            autocast=autocast,
+            evaluate_on=splits_to_watch(config, data),
+            on_epoch=partial(report_epoch, current, config.train.epochs),
+        )
+        if config.train.select == "best" and best_state:
+            model.load_state_dict(best_state)
+        save_weights(model.network, folder / tracking.WEIGHTS, data.class_names)
+        current.save(folder / tracking.WEIGHTS)
+
+        metrics = {f"test/{name}": value for name, value in evaluate(model, data, "test", device, autocast).items()}
+        if "validation" in data.splits:
+            measured = evaluate(model, data, "validation", device, autocast)
+            metrics |= {f"val/{name}": value for name, value in measured.items()}
+        metrics |= cost(model, teacher)
+        current.log(metrics, step=config.train.epochs)
+    show_result(metrics, tracker.link(current.id))
+    return objective(metrics)
+
+
+def use_device(train: DictConfig) -> tuple[torch.device, torch.autocast]:
+    """The device, and the autocast context of the precision asked for."""
+    if train.threads is not None:
+        torch.set_num_threads(train.threads)
+    name = str(train.device)
+    there = ["cpu"]
+    if torch.backends.mps.is_available():
+        there.insert(0, "mps")
+    there[:0] = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    if name == "auto":
+        name = there[0]
+    if name == "cuda" and "cuda:0" in there:
+        name = "cuda:0"
+    if name not in there:
+        raise ValueError(f"train.device={train.device}: one of auto, {', '.join(there)} is accepted on this machine")
+    device = torch.device(name)
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=train.precision == "bfloat16")
+    return device, autocast
+
+
+def build_loss(config: DictConfig) -> nn.Module:
+    """The loss; its projections, if it has any, start from their own random numbers."""
+    torch.manual_seed(derive_seed(config.seed, "loss"))
+    loss: nn.Module = instantiate(config.loss)
+    return loss
+
+
+def build_optimizer(
+    config: DictConfig, model: nn.Module, loss: nn.Module, steps_per_epoch: int
+) -> tuple[torch.optim.Optimizer, LRScheduler]:
+    """Optimizer and schedule for what can be trained in the model and the loss."""
+    parameters = [parameter for part in (model, loss) for parameter in part.parameters() if parameter.requires_grad]
+    optimizer = instantiate(config.optimizer)(parameters)
+    build = instantiate(config.scheduler)
+    return optimizer, build(optimizer, epochs=config.train.epochs, steps_per_epoch=steps_per_epoch)
+
+
+def check_split(config: DictConfig) -> None:
+    """Raise ValueError for fractions that are none, before any image is read."""
+    dataset = config.dataset
+    check_fractions(dataset.train_fraction, dataset.val_fraction, dataset.test_fraction, dataset.split_seed)
+    if config.train.select == "best" and dataset.val_fraction == 0:
+        raise ValueError("train.select=best: chosen on validation images, so dataset.val_fraction above 0 is accepted")
+
+
+def build_data(dataset: DictConfig) -> ImageDataset:
+    """The data set that the config names, split."""
+    log.info("data set %s", dataset.name)
+    arguments = {key: value for key, value in dataset.items() if key not in settings.SPLITTING}
+    if "root" in arguments:
+        arguments["root"] = str(Path(str(arguments["root"])).expanduser())
+    data = split(instantiate(arguments), **{key: dataset[key] for key in settings.SPLITTING})
+    sizes = ", ".join(f"{len(positions):,} {name}" for name, positions in data.splits.items())
+    _, channels, height, width = data.images.shape
+    log.info("%d classes, %d×%d pixels, %d channels; images: %s", data.num_classes, width, height, channels, sizes)
+    return data
+
+
+def build_network(key: str, model: DictConfig, data: ImageDataset, freeze: str) -> Classifier:
+    """The network that stands under `key`, without weights."""
+    architecture = {name: value for name, value in model.items() if name not in settings.NOT_ARCHITECTURE}
+    network = instantiate(architecture, num_classes=data.num_classes)
+    preprocessing = {name: model[name] for name in settings.PREPROCESSING}
+    return Classifier(network, **preprocessing, freeze=freeze, key=key)
+
+
+def build_model(config: DictConfig, data: ImageDataset, tracker: Any) -> Classifier:
+    """What is trained: seeded first weights, or those that the config names."""
+    torch.manual_seed(derive_seed(config.seed, "student"))
+    model = build_network("model", config.model, data, config.model.freeze)
+    load_weights("model", config.model, model, data, tracker)
+    return model
+
+
+def build_teacher(config: DictConfig, data: ImageDataset, tracker: Any) -> tuple[Teacher | None, str]:
+    """The frozen teacher, and where its weights are from; None where the loss needs none.
+
+    Raises:
+        ValueError: no teacher found, or weights that do not fit.
+    """
+    if not settings.needs_teacher(config.loss):
+        return None, ""
+    classifier = build_network("teacher", config.teacher, data, freeze="none")
+    if config.teacher.weights == "auto":
+        wanted = {f"model.{key}": value for key, value in config.teacher.items() if key not in ("weights", "freeze")}
+        found = tracker.find_teacher({**wanted, "dataset.name": config.dataset.name})
+        if found is None:
+            raise ValueError(
+                f"teacher.weights=auto: no finished teacher run of {config.teacher.name} on {config.dataset.name} in "
+                f"{tracker.uri}; this trains one: {teacher_command()}"
+            )
+        source = found.id
+        load_trained("teacher", f"runs:/{source}", config.teacher.name, classifier, data, tracker)
+        log.info("teacher: run %s (%s), test accuracy %.1f %%", found.id, found.name, 100 * found.metrics["test/accuracy"])
+    else:
+        source = str(config.teacher.weights).removeprefix("runs:/")
+        load_weights("teacher", config.teacher, classifier, data, tracker)
+        log.info("teacher: %s with the weights of %s", config.teacher.name, config.teacher.weights)
+    return Teacher(classifier), source
+
+
+def teacher_command() -> str:
+    """The command that trains the teacher that the present command asks for."""
+    overrides = []
+    for override in HydraConfig.get().overrides.task:
+        key, _, value = override.partition("=")
+        if key == "model@teacher":
+            overrides.append(f"model={value}")
+        elif key.startswith("teacher.") and key != "teacher.weights":
+            overrides.append(f"model.{key.removeprefix('teacher.')}={value}")
+        elif key == "dataset" or key.startswith(("dataset.", "tracking.", "output_dir")):
+            overrides.append(override)
+    return " ".join(["python -m kdpipe experiment=teacher", *overrides])
+
+
+def load_weights(key: str, model: DictConfig, classifier: Classifier, data: ImageDataset, tracker: Any) -> None:
+    """Put the weights that the config names into a network: none, ImageNet's, a run's or a file's."""
+    if model.weights == "imagenet":
+        load_imagenet(f"{key}.weights", classifier.network, model.name)
+    elif model.weights is not None:
+        load_trained(key, str(model.weights), model.name, classifier, data, tracker)
+
+
+def load_trained(
+    key: str, weights: str, name: str, classifier: Classifier, data: ImageDataset, tracker: Any
+) -> None:
+    """Put the weights of a run or a file into a network."""
+    key = f"{key}.weights"
+    if weights.startswith("runs:/"):
+        path = tracker.download_weights(weights.removeprefix("runs:/"), key)
+    else:
+        path = Path(weights).expanduser()
+    state, class_names = read_weights(key, path)
+    check_class_names(key, weights, class_names, data.class_names)
+    load_state(key, weights, classifier.network, state, name, data.num_classes)
+
+
+def inputs_digest(data: ImageDataset, teacher: Teacher | None, model: Classifier) -> str:
+    """What the config only points to: the images, the teacher's weights, the first weights."""
+    networks = [model.network] + ([teacher.classifier.network] if teacher else [])
+    return "-".join([data.fingerprint, *(weights_digest(network) for network in networks)])
+
+
+def splits_to_watch(config: DictConfig, data: ImageDataset) -> dict[str, str]:
+    """What is measured after each epoch: the validation images, and the test images only where asked for."""
+    watched = {"val": "validation"} if "validation" in data.splits else {}
+    return watched | ({"test": "test"} if config.train.test_each_epoch else {})
+
+
+def describe_inputs(config: DictConfig, current: Any, tracker: Any, data: ImageDataset) -> None:
+    """Keep the composed config and say what the run is fed."""
+    plain = {key: value for key, value in settings.settings_of(config).items() if key != "tracking"}
+    file = current.folder / "config.yaml"
+    file.write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
+    current.save(file)
+    sizes = {name: len(positions) for name, positions in data.splits.items()}
+    tracker.log_dataset(current.id, data.name, data.fingerprint, str(config.dataset.get("root", data.name)), sizes)
+
+
+def report_epoch(current: Any, epochs: int, epoch: int, metrics: dict[str, float]) -> None:
+    current.log(metrics, step=epoch)
+    log.info(epoch_line(epoch, epochs, metrics))
+
+
+def cost(model: Classifier, teacher: Teacher | None) -> dict[str, float]:
+    """Parameters, and sizes in MB of 2²⁰ bytes."""
+    sizes = {
+        "model/params": float(sum(parameter.numel() for parameter in model.network.parameters())),
+        "model/size_mb": size_mb(model.network),
+    }
+    return sizes | ({"teacher/size_mb": size_mb(teacher.classifier.network)} if teacher else {})
+
+
+def objective(metrics: Mapping[str, float]) -> float:
+    return metrics.get("val/accuracy", metrics["test/accuracy"])
+
+
+def show_result(metrics: Mapping[str, float], link: str) -> None:
+    for line in result_table(metrics).splitlines():
+        log.info(line)
+    folder = HydraConfig.get().runtime.output_dir
+    log.info("weights, config, metrics: %s", os.path.relpath(folder))
+    log.info("in MLflow (make ui): %s", link)
+    log.info("all runs side by side: python -m kdpipe.compare")
+
+
+def _terminated(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
+
+
+def cli() -> None:
+    """`kdpipe` and `python -m kdpipe`: errors as one line, exit status 1; 130 and 143 when interrupted."""
+    settings.register_resolvers()
+    signal.signal(signal.SIGTERM, _terminated)
+    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on to us instead of printing them
+    try:
+        hydra.main(version_base="1.3", config_path=str(settings.CONF), config_name="config")(run)()
+    except KeyboardInterrupt:
+        sys.exit("kdpipe: interrupted")
+    except Exception as error:
+        if full_error:
+            raise
+        print(f"kdpipe: {one_line(error)}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,91 @@
+"""A network with the preprocessing that its weights were trained with."""
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdpipe.checks import check_choice, check_number
+
+
+class Classifier(nn.Module):
+    """From raw images to logits: resize, scale to [0, 1], normalise, `network`.
+
+    Args:
+        network: from float [N, len(mean), image_size, image_size] to logits [N, classes].
+        image_size: side in pixels; images of another size are resized (bilinear, antialiased).
+        mean, std: of each channel, on the scale of [0, 1].
+        freeze: "none", or "backbone": only the network's head is trained, and the backbone's BatchNorm and dropout
+            stay as in evaluation.
+        key: where in the config this network stands, for messages ("model" or "teacher").
+
+    Raises:
+        ValueError: a value outside of its range, or "backbone" for a network that names no head.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        freeze: str = "none",
+        key: str = "model",
+    ) -> None:
+        super().__init__()
+        check_number(f"{key}.image_size", image_size, low=1, integer=True)
+        check_choice(f"{key}.freeze", freeze, ["none", "backbone"])
+        if len(mean) != len(std):
+            raise ValueError(f"{key}.std={list(std)}: as many values as in {key}.mean={list(mean)} are accepted")
+        for value in std:
+            check_number(f"{key}.std", value, above=0)
+        self.network = network
+        self.image_size = image_size
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+        self.frozen_backbone = freeze == "backbone"
+        if self.frozen_backbone:
+            if not hasattr(network, "head_name"):
+                raise ValueError(f"{key}.freeze=backbone: {type(network).__name__} names no head; none is accepted")
+            network.requires_grad_(False)
+            self.head.requires_grad_(True)
+
+    @property
+    def head(self) -> nn.Module:
+        """The part that stays trainable when the backbone is frozen."""
+        return self.network.get_submodule(str(self.network.head_name))
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """From uint8 images [N, C, H, W] to the network's input; one-channel images are repeated for all channels."""
+        channels = len(self.mean)
+        if images.shape[1] == 1:
+            images = images.expand(-1, channels, -1, -1)
+        elif images.shape[1] != channels:
+            raise ValueError(f"images of {images.shape[1]} channels, but the network takes {channels} (or 1)")
+        pixels = images.float() / 255
+        size = (self.image_size, self.image_size)
+        if pixels.shape[-2:] != size:
+            pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
+        return (pixels - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [N, classes] of uint8 images [N, C, H, W]."""
+        logits: Tensor = self.network(self.preprocess(images))
+        return logits
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.frozen_backbone:
+            self.network.eval()
+            self.head.train(mode)
+        return self
+
+
+def size_mb(module: nn.Module) -> float:
+    """Parameters and buffers, as saved, in MB of 2²⁰ bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values()) / 2**20

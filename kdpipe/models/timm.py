@@ -1,0 +1,29 @@
+"""Any timm classifier, by name; timm is an extra."""
+
+from torch import Tensor, nn
+
+
+def classifier(architecture: str, num_classes: int) -> nn.Module:
+    """timm's `architecture` without weights, with `num_classes` logits.
+
+    Raises:
+        ValueError: timm is not installed, or has no such network.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError("model=timm: timm is not installed; pip install 'kdpipe[timm]'") from error
+    if not timm.is_model(architecture):
+        near = ", ".join(timm.list_models(f"*{architecture[:5]}*")[:8])
+        raise ValueError(f"model.name={architecture}: a network of timm.list_models() is accepted ({near} …)")
+    network: nn.Module = timm.create_model(architecture, num_classes=num_classes)
+    head = network.get_classifier()  # type: ignore[operator]
+    name = next(name for name, module in network.named_modules() if module is head)
+    network.head_name = name  # type: ignore[assignment]
+
+    def imagenet_backbone() -> dict[str, Tensor]:
+        pretrained = timm.create_model(architecture, pretrained=True)
+        return {key: tensor for key, tensor in pretrained.state_dict().items() if not key.startswith(f"{name}.")}
+
+    network.imagenet_backbone = imagenet_backbone  # type: ignore[assignment]
+    return network

@@ -1,0 +1,261 @@
+"""MLflow: the only code that imports it.
+
+Metrics go to `metrics.jsonl` in the run's folder first, and to MLflow in one batch an epoch.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+# MLflow's own defaults retry a dead server for minutes. Set before it is imported: it reads them once.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+
+import mlflow
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+from mlflow.exceptions import MlflowException
+
+WEIGHTS = "model.safetensors"  # the artifact's name
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+MAX_PARAM_LENGTH = 6000  # MLflow's own limit
+PAGE = 1000
+
+log = logging.getLogger("kdpipe")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A finished run as MLflow knows it."""
+
+    id: str
+    name: str
+    params: dict[str, str]
+    metrics: dict[str, float]
+    tags: dict[str, str]
+    ended: float  # seconds since 1970
+    seconds: float  # from start to end
+
+
+class Run:
+    """The run in progress."""
+
+    def __init__(self, client: mlflow.MlflowClient, run_id: str, folder: Path) -> None:
+        self._client = client
+        self.id = run_id
+        self.folder = folder
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Append a line to metrics.jsonl, then send it."""
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        now = int(time.time() * 1000)
+        self._client.log_batch(self.id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])
+
+    def save(self, file: Path) -> None:
+        """Keep a file as an artifact."""
+        self._client.log_artifact(self.id, str(file))
+
+
+class Tracker:
+    """An experiment in an MLflow store.
+
+    Args:
+        uri: of the store, as `store_uri` gives it.
+        experiment: its name.
+        artifacts: folder of the artifacts of a local store; a server has its own.
+        create: make the experiment where it is missing.
+
+    Raises:
+        ValueError: no store or no answer at `uri`, or no such experiment; within seconds.
+    """
+
+    def __init__(self, uri: str, experiment: str, artifacts: Path, create: bool = True) -> None:
+        _check_uri(uri)
+        # Alembic and MLflow tell in dozens of lines how they set up a new database.
+        for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking.fluent"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        self.uri = uri
+        self.experiment = experiment
+        try:
+            with _store_lock(uri):
+                self.client = mlflow.MlflowClient(tracking_uri=uri)
+                found = self.client.get_experiment_by_name(experiment)
+                if found is None and create:
+                    location = artifacts.resolve().as_uri() if uri.startswith("sqlite") else None
+                    created = self.client.create_experiment(experiment, artifact_location=location)
+                    found = self.client.get_experiment(created)
+        except Exception as error:  # MLflow lets the errors of SQLAlchemy, of drivers and of requests through
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"tracking.uri={uri}: this store cannot be opened ({reason})") from error
+        if found is None:
+            raise ValueError(f"tracking.experiment={experiment}: {uri} has no such experiment; it has {self._names()}")
+        if found.lifecycle_stage == "deleted":
+            raise ValueError(
+                f"tracking.experiment={experiment}: this experiment was deleted; another name is accepted, "
+                f"or restore it: mlflow experiments restore -x {found.experiment_id}"
+            )
+        self.experiment_id: str = found.experiment_id
+
+    @contextmanager
+    def run(self, name: str, folder: Path, params: Mapping[str, object], tags: Mapping[str, str]) -> Iterator[Run]:
+        """A new run, FINISHED when the block ends, KILLED or FAILED with the reason as a tag when it is left."""
+        run_id = self.client.create_run(
+            self.experiment_id, run_name=name, tags={**_origin(), **git_tags(), **tags}
+        ).info.run_id
+        try:
+            texts = {key: str(value)[:MAX_PARAM_LENGTH] for key, value in params.items()}
+            for part in _chunks([Param(key, text) for key, text in texts.items()], 100):
+                self.client.log_batch(run_id, params=part)
+            (folder / "metrics.jsonl").unlink(missing_ok=True)
+            yield Run(self.client, run_id, folder)
+        except BaseException as error:
+            killed = isinstance(error, KeyboardInterrupt | SystemExit)
+            self.client.set_tag(run_id, "kdpipe.reason", (str(error) or type(error).__name__)[:MAX_PARAM_LENGTH])
+            self.client.set_terminated(run_id, "KILLED" if killed else "FAILED")
+            raise
+        self.client.set_terminated(run_id, "FINISHED")
+
+    def log_dataset(self, run_id: str, name: str, fingerprint: str, source: str, splits: Mapping[str, int]) -> None:
+        """Say what a run was fed, as MLflow's dataset input."""
+        dataset = Dataset(name, fingerprint, "local", source, profile=json.dumps(dict(splits)))
+        tags = [InputTag("mlflow.data.context", "training")]
+        self.client.log_inputs(run_id, [DatasetInput(dataset, tags)])
+
+    def find_finished(self, tags: Mapping[str, str]) -> RunRecord | None:
+        """The newest finished run of this experiment with these tags."""
+        conditions = [f"tags.`{key}` = '{value}'" for key, value in tags.items()]
+        return next(iter(self._search([self.experiment_id], conditions, limit=1)), None)
+
+    def find_teacher(self, params: Mapping[str, object]) -> RunRecord | None:
+        """The newest finished teacher run with these params, in any experiment of the store."""
+        experiments = [found.experiment_id for found in self.client.search_experiments()]
+        conditions = ["tags.`kdpipe.stage` = 'teacher'"]
+        conditions += [f"params.`{key}` = '{value}'" for key, value in params.items()]
+        return next(iter(self._search(experiments, conditions, limit=1)), None)
+
+    def finished_runs(self) -> list[RunRecord]:
+        """All finished runs that kdpipe wrote to this experiment, newest first."""
+        return list(self._search([self.experiment_id], ["tags.`kdpipe.identity` != ''"]))
+
+    def get_run(self, run_id: str) -> RunRecord | None:
+        """A run by its id, None where the store has no such run."""
+        try:
+            return _record(self.client.get_run(run_id))
+        except MlflowException:
+            return None
+
+    def download_weights(self, run_id: str, key: str) -> Path:
+        """A run's weights as a local file.
+
+        Raises:
+            ValueError: no such run, or a run without weights.
+        """
+        try:
+            return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=WEIGHTS, tracking_uri=self.uri))
+        except (MlflowException, OSError) as error:
+            known = self.get_run(run_id)
+            problem = "this run has no weights" if known else f"there is no such run in {self.uri}"
+            raise ValueError(f"{key}=runs:/{run_id}: {problem}; a file or runs:/<id of a finished run> is accepted") from error
+
+    def link(self, run_id: str) -> str:
+        """The run's page in the UI, on the server or on the one that `make ui` starts."""
+        server = self.uri.rstrip("/") if self.uri.startswith("http") else "http://127.0.0.1:5000"
+        return f"{server}/#/experiments/{self.experiment_id}/runs/{run_id}"
+
+    def _search(self, experiments: list[str], conditions: list[str], limit: int | None = None) -> Iterator[RunRecord]:
+        token = None
+        while True:
+            page = self.client.search_runs(
+                experiments,
+                " and ".join([*conditions, "attributes.status = 'FINISHED'"]),
+                max_results=limit or PAGE,
+                order_by=["attributes.end_time DESC"],
+                page_token=token,
+            )
+            yield from map(_record, page)
+            token = page.token
+            if limit or not token:
+                return
+
+    def _names(self) -> str:
+        names = [found.name for found in self.client.search_experiments()]
+        return ", ".join(names) or "none"
+
+
+def store_uri(configured: str | None, output_dir: Path) -> str:
+    """Which store: what is configured, else MLFLOW_TRACKING_URI, else a sqlite file in the output folder."""
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output_dir.resolve() / 'mlflow.db'}"
+
+
+def git_tags() -> dict[str, str]:
+    """The commit of the working folder, and whether something was not committed; nothing outside of a repository."""
+    try:
+        commit, status = (
+            subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"git.commit": commit, "git.dirty": str(bool(status)).lower()}
+
+
+def _check_uri(uri: str) -> None:
+    scheme = uri.split(":", 1)[0].split("+")[0] if ":" in uri else ""
+    if scheme in ("http", "https"):
+        try:
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).close()
+        except urllib.error.HTTPError:
+            pass  # it answers
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise ValueError(
+                f"tracking.uri={uri}: no tracking server answers there ({reason}); start it, or use sqlite:///FILE"
+            ) from error
+    elif scheme not in DATABASES:
+        raise ValueError(f"tracking.uri={uri}: sqlite:///FILE, postgresql://… or http://HOST:PORT is accepted")
+
+
+@contextmanager
+def _store_lock(uri: str) -> Iterator[None]:
+    """Two processes that create the same sqlite file at once would break it."""
+    if not uri.startswith("sqlite"):
+        yield
+        return
+    file = Path(uri.split(":///", 1)[-1])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{file}.lock"):
+        yield
+
+
+def _origin() -> dict[str, Any]:
+    user = os.environ.get("USER") or os.environ.get("LOGNAME") or "unknown"
+    return {"mlflow.user": user, "mlflow.source.name": "kdpipe", "mlflow.source.type": "LOCAL"}
+
+
+def _record(run: mlflow.entities.Run) -> RunRecord:
+    ended = (run.info.end_time or 0) / 1000
+    return RunRecord(
+        id=run.info.run_id,
+        name=run.info.run_name or "",
+        params=dict(run.data.params),
+        metrics=dict(run.data.metrics),
+        tags=dict(run.data.tags),
+        ended=ended,
+        seconds=ended - run.info.start_time / 1000,
+    )
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

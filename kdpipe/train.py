@@ -1,0 +1,133 @@
+"""The one training loop: teacher, student alone and distilled student differ in what is passed to it."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from kdpipe.checkpoint import State, copy_state
+from kdpipe.data import ImageDataset
+from kdpipe.data.augmentation import Augmentation, epoch_draws
+from kdpipe.evaluate import evaluate
+from kdpipe.progress import progress
+from kdpipe.randomness import derive_seed, generator
+from kdpipe.teacher import Teacher
+
+
+def fit(
+    model: nn.Module,
+    loss: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    data: ImageDataset,
+    *,
+    teacher: Teacher | None,
+    augment: Augmentation | None,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    autocast: torch.autocast,
+    evaluate_on: dict[str, str],
+    on_epoch: Callable[[int, dict[str, float]], None],
+) -> State | None:
+    """Train `model` on the training images, and call `on_epoch(epoch, metrics)` after each epoch, counted from 1.
+
+    Args:
+        teacher: gives the soft targets, on the views that the model sees; None where the loss needs none.
+        evaluate_on: metric prefix and split of what is measured after each epoch, such as {"val": "validation"}.
+
+    Returns:
+        The model's state after the epoch of the best validation accuracy (the first of equals); None without a
+        validation split.
+    """
+    torch.manual_seed(derive_seed(seed, "dropout"))
+    best_accuracy, best_state = -1.0, None
+    for epoch in range(1, epochs + 1):
+        metrics = train_epoch(
+            model,
+            loss,
+            optimizer,
+            scheduler,
+            data,
+            teacher=teacher,
+            augment=augment,
+            epoch=epoch,
+            epochs=epochs,
+            batch_size=batch_size,
+            seed=seed,
+            device=device,
+            autocast=autocast,
+        )
+        for prefix, split in evaluate_on.items():
+            measured = evaluate(model, data, split, device, autocast)
+            metrics |= {f"{prefix}/{name}": value for name, value in measured.items()}
+        if metrics.get("val/accuracy", -1.0) > best_accuracy:
+            best_accuracy, best_state = metrics["val/accuracy"], copy_state(model)
+        on_epoch(epoch, metrics)
+    return best_state
+
+
+def train_epoch(
+    model: nn.Module,
+    loss: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    data: ImageDataset,
+    *,
+    teacher: Teacher | None,
+    augment: Augmentation | None,
+    epoch: int,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    autocast: torch.autocast,
+) -> dict[str, float]:
+    """One pass over the training images; the loss's parts and the accuracy, averaged over them as they were seen."""
+    model.train()
+    started = time.perf_counter()
+    positions = data.splits["train"]
+    order = positions[torch.randperm(len(positions), generator=generator(seed, f"order/{epoch}"))]
+    draws = epoch_draws(seed, epoch, len(data.labels)) if augment else None
+    totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
+    seen = 0
+    with progress(f"epoch {epoch}/{epochs}", len(order)) as bar:
+        for batch in batches(order, batch_size):
+            images, labels = data.images[batch].to(device), data.labels[batch].to(device)
+            if augment and draws is not None:
+                images = augment(images, draws[batch].to(device))
+            with autocast:
+                targets = teacher(images).float() if teacher else None
+                logits = model(images).float()
+            parts = loss(logits, targets, labels, batch, epoch)
+            optimizer.zero_grad()
+            parts["loss"].backward()
+            optimizer.step()
+            scheduler.step()
+
+            for name, value in parts.items():
+                totals[name] += value.detach() * len(batch)
+            totals["accuracy"] += (logits.argmax(dim=1) == labels).sum()
+            seen += len(batch)
+            bar.advance(len(batch))
+            if bar.wants_note():
+                mean = {name: total.item() / seen for name, total in totals.items()}
+                bar.note(f"loss {mean['loss']:.4f}  accuracy {mean['accuracy']:.1%}")
+    metrics = {f"train/{name}": total.item() / len(order) for name, total in totals.items()}
+    return metrics | {
+        "train/learning_rate": optimizer.param_groups[0]["lr"],
+        "train/images_per_second": len(order) / (time.perf_counter() - started),
+    }
+
+
+def batches(order: Tensor, batch_size: int) -> list[Tensor]:
+    """`order` in pieces of `batch_size`; a last piece of one image joins the one before, BatchNorm needs two."""
+    pieces = list(order.split(batch_size))
+    if len(pieces) > 1 and len(pieces[-1]) == 1 and batch_size > 1:
+        pieces[-2:] = [torch.cat(pieces[-2:])]
+    return pieces
