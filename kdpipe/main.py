@@ -29,7 +29,7 @@ from kdpipe.models.weights import check_class_names, load_imagenet, load_state, 
 from kdpipe.randomness import derive_seed
 from kdpipe.report import epoch_line, result_table
 from kdpipe.teacher import Teacher
-from kdpipe.train import fit
+from kdpipe.train import fit, named
 
 log = logging.getLogger("kdpipe")
 
@@ -75,7 +75,7 @@ def run(config: DictConfig) -> float:
     with tracker.run(settings.run_name(config), folder, params, {**tags, "kdpipe.data": data.fingerprint}) as current:
         describe_inputs(config, current, tracker, data)
 
-        best_state = fit(
+        metrics = fit(
             model,
             loss,
             optimizer,
@@ -88,18 +88,14 @@ def run(config: DictConfig) -> float:
             seed=config.seed,
             device=device,
             autocast=autocast,
-            evaluate_on=splits_to_watch(config, data),
+            select_best=config.train.select == "best",
+            test_each_epoch=config.train.test_each_epoch,
             on_epoch=partial(report_epoch, current, config.train.epochs),
         )
-        if config.train.select == "best" and best_state:
-            model.load_state_dict(best_state)
         save_weights(model.network, folder / tracking.WEIGHTS, data.class_names)
         current.save(folder / tracking.WEIGHTS)
 
-        metrics = {f"test/{name}": value for name, value in evaluate(model, data, "test", device, autocast).items()}
-        if "validation" in data.splits:
-            measured = evaluate(model, data, "validation", device, autocast)
-            metrics |= {f"val/{name}": value for name, value in measured.items()}
+        metrics |= named("test", evaluate(model, data, "test", device, autocast))
         metrics |= cost(model, teacher)
         current.log(metrics, step=config.train.epochs)
     show_result(metrics, tracker.link(current.id))
@@ -249,12 +245,6 @@ def inputs_digest(data: ImageDataset, teacher: Teacher | None, model: Classifier
     return "-".join([data.fingerprint, *(weights_digest(network) for network in networks)])
 
 
-def splits_to_watch(config: DictConfig, data: ImageDataset) -> dict[str, str]:
-    """What is measured after each epoch: the validation images, and the test images only where asked for."""
-    watched = {"val": "validation"} if "validation" in data.splits else {}
-    return watched | ({"test": "test"} if config.train.test_each_epoch else {})
-
-
 def describe_inputs(config: DictConfig, current: Any, tracker: Any, data: ImageDataset) -> None:
     """Keep the composed config and say what the run is fed."""
     plain = {key: value for key, value in settings.settings_of(config).items() if key != "tracking"}
@@ -280,7 +270,7 @@ def cost(model: Classifier, teacher: Teacher | None) -> dict[str, float]:
 
 
 def objective(metrics: Mapping[str, float]) -> float:
-    return metrics.get("val/accuracy", metrics["test/accuracy"])
+    return metrics.get("selected/accuracy", metrics["test/accuracy"])
 
 
 def show_result(metrics: Mapping[str, float], link: str) -> None:
@@ -305,7 +295,8 @@ def cli() -> None:
     try:
         hydra.main(version_base="1.3", config_path=str(settings.CONF), config_name="config")(run)()
     except KeyboardInterrupt:
-        sys.exit("kdpipe: interrupted")
+        print("kdpipe: interrupted", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         if full_error:
             raise

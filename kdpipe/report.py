@@ -23,8 +23,8 @@ def result_table(metrics: Mapping[str, float]) -> str:
     table = Table(box=SIMPLE_HEAD, show_header=False)
     table.add_row("test accuracy", f"{100 * metrics['test/accuracy']:.2f} %")
     table.add_row("test loss", f"{metrics['test/loss']:.4f}")
-    if "val/accuracy" in metrics:
-        table.add_row("validation accuracy", f"{100 * metrics['val/accuracy']:.2f} %")
+    if "selected/accuracy" in metrics:
+        table.add_row("validation accuracy", f"{100 * metrics['selected/accuracy']:.2f} %")
     table.add_row("parameters", f"{metrics['model/params']:,.0f}")
     table.add_row("size", f"{metrics['model/size_mb']:.3f} MB")
     if "teacher/size_mb" in metrics:

@@ -21,6 +21,7 @@ from filelock import FileLock
 # MLflow's own defaults retry a dead server for minutes. Set before it is imported: it reads them once.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one small file needs none
 
 import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
@@ -134,14 +135,14 @@ class Tracker:
 
     def find_finished(self, tags: Mapping[str, str]) -> RunRecord | None:
         """The newest finished run of this experiment with these tags."""
-        conditions = [f"tags.`{key}` = '{value}'" for key, value in tags.items()]
+        conditions = [f"tags.`{key}` = {_quoted(value)}" for key, value in tags.items()]
         return next(iter(self._search([self.experiment_id], conditions, limit=1)), None)
 
     def find_teacher(self, params: Mapping[str, object]) -> RunRecord | None:
         """The newest finished teacher run with these params, in any experiment of the store."""
         experiments = [found.experiment_id for found in self.client.search_experiments()]
         conditions = ["tags.`kdpipe.stage` = 'teacher'"]
-        conditions += [f"params.`{key}` = '{value}'" for key, value in params.items()]
+        conditions += [f"params.`{key}` = {_quoted(value)}" for key, value in params.items()]
         return next(iter(self._search(experiments, conditions, limit=1)), None)
 
     def finished_runs(self) -> list[RunRecord]:
@@ -254,6 +255,11 @@ def _record(run: mlflow.entities.Run) -> RunRecord:
         ended=ended,
         seconds=ended - run.info.start_time / 1000,
     )
+
+
+def _quoted(value: object) -> str:
+    quote = '"' if "'" in str(value) else "'"
+    return f"{quote}{value}{quote}"
 
 
 def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:

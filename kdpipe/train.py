@@ -32,21 +32,28 @@ def fit(
     seed: int,
     device: torch.device,
     autocast: torch.autocast,
-    evaluate_on: dict[str, str],
+    select_best: bool,
+    test_each_epoch: bool,
     on_epoch: Callable[[int, dict[str, float]], None],
-) -> State | None:
+) -> dict[str, float]:
     """Train `model` on the training images, and call `on_epoch(epoch, metrics)` after each epoch, counted from 1.
 
     Args:
         teacher: gives the soft targets, on the views that the model sees; None where the loss needs none.
-        evaluate_on: metric prefix and split of what is measured after each epoch, such as {"val": "validation"}.
+        select_best: leave the model with the weights of the best validation accuracy (the first of equals) instead of
+            the last ones.
+        test_each_epoch: measure on the test images after each epoch but the last, which is tested by the caller.
 
     Returns:
-        The model's state after the epoch of the best validation accuracy (the first of equals); None without a
-        validation split.
+        `selected/epoch`, the epoch that the weights are from, and `selected/accuracy`, theirs on the validation
+        images, where there are any.
     """
     torch.manual_seed(derive_seed(seed, "dropout"))
-    best_accuracy, best_state = -1.0, None
+    has_validation = "validation" in data.splits
+    selected: dict[str, float] = {"selected/epoch": 0}
+    if has_validation and epochs == 0:
+        selected["selected/accuracy"] = evaluate(model, data, "validation", device, autocast)["accuracy"]
+    best_state: State = {}
     for epoch in range(1, epochs + 1):
         metrics = train_epoch(
             model,
@@ -63,13 +70,20 @@ def fit(
             device=device,
             autocast=autocast,
         )
-        for prefix, split in evaluate_on.items():
-            measured = evaluate(model, data, split, device, autocast)
-            metrics |= {f"{prefix}/{name}": value for name, value in measured.items()}
-        if metrics.get("val/accuracy", -1.0) > best_accuracy:
-            best_accuracy, best_state = metrics["val/accuracy"], copy_state(model)
+        if has_validation:
+            metrics |= named("val", evaluate(model, data, "validation", device, autocast))
+        if test_each_epoch and epoch < epochs:
+            metrics |= named("test", evaluate(model, data, "test", device, autocast))
         on_epoch(epoch, metrics)
-    return best_state
+        if not select_best or metrics["val/accuracy"] > selected.get("selected/accuracy", -1):
+            selected["selected/epoch"] = epoch
+            if has_validation:
+                selected["selected/accuracy"] = metrics["val/accuracy"]
+            if select_best:
+                best_state = copy_state(model)
+    if best_state:
+        model.load_state_dict(best_state)
+    return selected
 
 
 def train_epoch(
@@ -123,6 +137,11 @@ def train_epoch(
         "train/learning_rate": optimizer.param_groups[0]["lr"],
         "train/images_per_second": len(order) / (time.perf_counter() - started),
     }
+
+
+def named(prefix: str, measured: dict[str, float]) -> dict[str, float]:
+    """{"accuracy": 0.5} as {"test/accuracy": 0.5}."""
+    return {f"{prefix}/{name}": value for name, value in measured.items()}
 
 
 def batches(order: Tensor, batch_size: int) -> list[Tensor]:
