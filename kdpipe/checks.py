@@ -32,11 +32,18 @@ def check_number(
             if limit is not None
         ]
         noun = "a whole number" if integer else "a number"
-        raise ValueError(f"{key}={value}: {' '.join([noun, *limits])} is accepted")
+        raise ValueError(f"{key}={_text(value)}: {' '.join([noun, *limits])} is accepted")
 
 
 def check_choice(key: str, value: object, choices: Sequence[object]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
-        accepted = ", ".join("null" if choice is None else str(choice) for choice in choices)
-        raise ValueError(f"{key}={value}: one of {accepted} is accepted")
+        accepted = ", ".join(_text(choice) for choice in choices)
+        raise ValueError(f"{key}={_text(value)}: one of {accepted} is accepted")
+
+
+def _text(value: object) -> str:
+    """As it stands on a command line."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return str(value)

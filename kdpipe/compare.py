@@ -17,7 +17,8 @@ from scipy import stats
 
 from kdpipe.identity import without_places
 from kdpipe.report import render
-from kdpipe.tracking import RunRecord, Tracker, store_uri
+from kdpipe.store import check_uri, store_uri
+from kdpipe.tracking import RunRecord, Tracker
 
 STAGES = ("teacher", "student", "distill")
 
@@ -42,7 +43,9 @@ class Cell:
         """The loss and its settings, such as "KD alpha 0.5 temperature 5"."""
         params = self.first.params
         name = params["loss._target_"].rpartition(".")[2]
-        values = [f"{key.removeprefix('loss.')} {value}" for key, value in sorted(params.items()) if key.startswith("loss.")]
+        values = [
+            f"{key.removeprefix('loss.')} {value}" for key, value in sorted(params.items()) if key.startswith("loss.")
+        ]
         return " ".join([name, *(value for value in values if not value.startswith("_target_"))])
 
     def mean(self, metric: str) -> float | None:
@@ -147,7 +150,9 @@ def compare(tracker: Tracker) -> str:
     """
     cells = make_cells(tracker.finished_runs())
     if not cells:
-        raise ValueError(f"tracking.experiment={tracker.experiment}: no finished run yet in {tracker.uri}; make demo trains three")
+        raise ValueError(
+            f"tracking.experiment={tracker.experiment}: no finished run yet in {tracker.uri}; make demo trains three"
+        )
     parts = [render(cells_table(cells))]
     for cell in cells:
         if cell.stage != "distill":
@@ -171,12 +176,15 @@ def cli() -> None:
     """`kdpipe-compare` and `python -m kdpipe.compare`."""
     parser = argparse.ArgumentParser(prog="kdpipe-compare", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--experiment", default="kdpipe", help="MLflow experiment (default: %(default)s)")
-    parser.add_argument("--uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db in the output folder)")
+    parser.add_argument(
+        "--uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db in the output folder)"
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="default: %(default)s")
     arguments = parser.parse_args()
     uri = store_uri(arguments.uri, arguments.output_dir)
     local = Path(uri.removeprefix("sqlite:///"))
     try:
+        check_uri(uri)
         if uri.startswith("sqlite:///") and not local.is_file():
             raise ValueError(f"{local}: there is no such MLflow store; make demo, or any run, makes one")
         print(compare(Tracker(uri, arguments.experiment, arguments.output_dir / "mlartifacts", create=False)))

@@ -1,6 +1,5 @@
 """What Hydra needs to know of kdpipe: where `conf/` is, the resolvers, the checks of the root's own values."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,8 @@ def run_identity(config: DictConfig) -> str:
 
 def needs_teacher(loss: DictConfig) -> bool:
     """Whether a teacher is built: the loss asks for one, and its weight is not 0."""
-    return bool(get_class(loss._target_).uses_teacher and loss.get("alpha") != 0)
+    asks = getattr(get_class(loss._target_), "uses_teacher", True)
+    return bool(asks and loss.get("alpha") != 0)
 
 
 def stage(config: DictConfig) -> str:
@@ -78,10 +78,10 @@ def check(config: DictConfig) -> None:
     check_choice("train.resume", train.resume, ["auto", "never"])
     check_choice("train.select", train.select, ["last", "best"])
     check_choice("train.test_each_epoch", train.test_each_epoch, [True, False])
-    for key in ("lr", "weight_decay", "momentum"):
+    check_number("optimizer.lr", config.optimizer.lr, above=0)
+    for key in ("weight_decay", "momentum"):
         if key in config.optimizer:
-            positive = {"above": 0} if key == "lr" else {"low": 0}
-            check_number(f"optimizer.{key}", config.optimizer[key], high=math.inf, **positive)
+            check_number(f"optimizer.{key}", config.optimizer[key], low=0)
     if not isinstance(config.tracking.experiment, str) or not config.tracking.experiment.strip():
         raise ValueError(f"tracking.experiment={config.tracking.experiment}: a name is accepted")
     for key in ("model.name", "dataset.name"):

@@ -3,11 +3,16 @@
 import difflib
 import re
 import sys
+from collections.abc import Sequence
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import ConfigCompositionException, InstantiationException, MissingConfigException
-from hydra.errors import OverrideParseException
+from hydra.errors import (
+    ConfigCompositionException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -30,7 +35,8 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, MemoryError) or "out of memory" in text:
         return f"out of memory; lower train.batch_size or the images' size ({first})"
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror} (output_dir, dataset.root and dataset.cache_dir say where kdpipe reads and writes)"
+        keys = "output_dir, dataset.root and dataset.cache_dir"
+        return f"{error.filename}: {error.strerror}; {keys} say where kdpipe reads and writes"
     if isinstance(error, ValueError):
         return " ".join(text.split())
     return f"{type(error).__name__}: {' '.join(text.split())} (HYDRA_FULL_ERROR=1 shows where)"
@@ -58,7 +64,7 @@ def _bad_config(error: Exception, text: str) -> str:
     return " ".join(text.split("\n")[0].split())
 
 
-def _suggestion(word: str, known: list[str]) -> str:
+def _suggestion(word: str, known: Sequence[str]) -> str:
     """Near misses, the last part of a key counting by itself too (loss.alfa, alpha)."""
     near = difflib.get_close_matches(word, known, n=3, cutoff=0.7)
     near += [key for key in known if key.rpartition(".")[2] == word.rpartition(".")[2] and key not in near]

@@ -35,9 +35,7 @@ def effective(settings: Mapping[str, Any], needs_teacher: bool) -> dict[str, Any
     flat = flatten(settings)
     if needs_teacher:
         return flat
-    return {
-        key: value for key, value in flat.items() if not key.startswith("teacher.") and key != "loss.temperature"
-    }
+    return {key: value for key, value in flat.items() if not key.startswith("teacher.") and key != "loss.temperature"}
 
 
 def without_places(flat: Mapping[str, Any]) -> dict[str, Any]:

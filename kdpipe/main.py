@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -28,6 +29,7 @@ from kdpipe.models import Classifier, size_mb
 from kdpipe.models.weights import check_class_names, load_imagenet, load_state, read_weights, weights_digest
 from kdpipe.randomness import derive_seed
 from kdpipe.report import epoch_line, result_table
+from kdpipe.store import check_uri, store_uri
 from kdpipe.teacher import Teacher
 from kdpipe.train import fit, named
 
@@ -43,15 +45,16 @@ def run(config: DictConfig) -> float:
     settings.check(config)
     device, autocast = use_device(config.train)
     loss = build_loss(config).to(device)
+    augment = instantiate(config.augmentation)
     build_optimizer(config, nn.Linear(1, 1), loss, steps_per_epoch=1)  # bad values fail before data is read
     check_split(config)
+    uri = store_uri(config.tracking.uri, Path(config.output_dir))
+    check_uri(uri)
+    data = build_data(config.dataset)
 
     from kdpipe import tracking  # imports mlflow, which takes seconds: after what can fail sooner
 
-    output_dir = Path(config.output_dir)
-    uri = tracking.store_uri(config.tracking.uri, output_dir)
-    tracker = tracking.Tracker(uri, config.tracking.experiment, output_dir / "mlartifacts")
-    data = build_data(config.dataset)
+    tracker = tracking.Tracker(uri, config.tracking.experiment, Path(config.output_dir) / "mlartifacts")
     teacher, teacher_source = build_teacher(config, data, tracker)
     model = build_model(config, data, tracker)
     tags = {
@@ -61,7 +64,7 @@ def run(config: DictConfig) -> float:
     }
     if config.train.resume == "auto" and (finished := tracker.find_finished(tags)):
         log.info("this run is finished already (train.resume=never trains anew)")
-        show_result(finished.metrics, tracker.link(finished.id))
+        show_result(finished.metrics, tracker, finished.id)
         return objective(finished.metrics)
 
     teacher = teacher.to(device) if teacher else None
@@ -69,7 +72,9 @@ def run(config: DictConfig) -> float:
     steps_per_epoch = -(-len(data.splits["train"]) // config.train.batch_size)
     optimizer, scheduler = build_optimizer(config, model, loss, steps_per_epoch)
     folder = Path(HydraConfig.get().runtime.output_dir)
-    params = {key: value for key, value in settings.effective_settings(config).items() if not key.startswith("tracking.")}
+    params = {
+        key: value for key, value in settings.effective_settings(config).items() if not key.startswith("tracking.")
+    }
     if teacher_source:
         tags["kdpipe.teacher_run"] = teacher_source
     with tracker.run(settings.run_name(config), folder, params, {**tags, "kdpipe.data": data.fingerprint}) as current:
@@ -82,7 +87,7 @@ def run(config: DictConfig) -> float:
             scheduler,
             data,
             teacher=teacher,
-            augment=instantiate(config.augmentation),
+            augment=augment,
             epochs=config.train.epochs,
             batch_size=config.train.batch_size,
             seed=config.seed,
@@ -98,7 +103,7 @@ def run(config: DictConfig) -> float:
         metrics |= named("test", evaluate(model, data, "test", device, autocast))
         metrics |= cost(model, teacher)
         current.log(metrics, step=config.train.epochs)
-    show_result(metrics, tracker.link(current.id))
+    show_result(metrics, tracker, current.id)
     return objective(metrics)
 
 
@@ -156,7 +161,7 @@ def build_data(dataset: DictConfig) -> ImageDataset:
     data = split(instantiate(arguments), **{key: dataset[key] for key in settings.SPLITTING})
     sizes = ", ".join(f"{len(positions):,} {name}" for name, positions in data.splits.items())
     _, channels, height, width = data.images.shape
-    log.info("%d classes, %d×%d pixels, %d channels; images: %s", data.num_classes, width, height, channels, sizes)
+    log.info("%d classes; images of %d×%d×%d: %s", data.num_classes, width, height, channels, sizes)
     return data
 
 
@@ -195,7 +200,12 @@ def build_teacher(config: DictConfig, data: ImageDataset, tracker: Any) -> tuple
             )
         source = found.id
         load_trained("teacher", f"runs:/{source}", config.teacher.name, classifier, data, tracker)
-        log.info("teacher: run %s (%s), test accuracy %.1f %%", found.id, found.name, 100 * found.metrics["test/accuracy"])
+        log.info(
+            "teacher: run %s (%s), test accuracy %.1f %%",
+            found.id,
+            found.name,
+            100 * found.metrics["test/accuracy"],
+        )
     else:
         source = str(config.teacher.weights).removeprefix("runs:/")
         load_weights("teacher", config.teacher, classifier, data, tracker)
@@ -225,9 +235,7 @@ def load_weights(key: str, model: DictConfig, classifier: Classifier, data: Imag
         load_trained(key, str(model.weights), model.name, classifier, data, tracker)
 
 
-def load_trained(
-    key: str, weights: str, name: str, classifier: Classifier, data: ImageDataset, tracker: Any
-) -> None:
+def load_trained(key: str, weights: str, name: str, classifier: Classifier, data: ImageDataset, tracker: Any) -> None:
     """Put the weights of a run or a file into a network."""
     key = f"{key}.weights"
     if weights.startswith("runs:/"):
@@ -273,17 +281,24 @@ def objective(metrics: Mapping[str, float]) -> float:
     return metrics.get("selected/accuracy", metrics["test/accuracy"])
 
 
-def show_result(metrics: Mapping[str, float], link: str) -> None:
+def show_result(metrics: Mapping[str, float], tracker: Any, run_id: str) -> None:
+    """The end of a run: what it came to, and where to look next."""
     for line in result_table(metrics).splitlines():
         log.info(line)
-    folder = HydraConfig.get().runtime.output_dir
-    log.info("weights, config, metrics: %s", os.path.relpath(folder))
-    log.info("in MLflow (make ui): %s", link)
-    log.info("all runs side by side: python -m kdpipe.compare")
+    log.info("weights, config, metrics: %s", os.path.relpath(HydraConfig.get().runtime.output_dir))
+    log.info("in MLflow (make ui): %s", tracker.link(run_id))
+    log.info("all runs side by side: python -m kdpipe.compare --experiment %s", tracker.experiment)
 
 
-def _terminated(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + signum)
+def job(config: DictConfig) -> float:
+    """`run`, with its error as one line; in a sweep the other jobs go on."""
+    try:
+        return run(config)
+    except Exception as error:
+        if HydraConfig.get().mode != RunMode.MULTIRUN:
+            _fail(error)
+        log.error("failed: %s", one_line(error))
+        raise
 
 
 def cli() -> None:
@@ -291,14 +306,23 @@ def cli() -> None:
     settings.register_resolvers()
     signal.signal(signal.SIGTERM, _terminated)
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on to us instead of printing them
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on to us instead of printing them
+    start = hydra.main(version_base="1.3", config_path=str(settings.CONF), config_name="config")
     try:
-        hydra.main(version_base="1.3", config_path=str(settings.CONF), config_name="config")(run)()
+        start(run if full_error else job)()
     except KeyboardInterrupt:
         print("kdpipe: interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if full_error:
             raise
-        print(f"kdpipe: {one_line(error)}", file=sys.stderr)
-        sys.exit(1)
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    print(f"kdpipe: {one_line(error)}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + signum)

@@ -29,7 +29,9 @@ def result_table(metrics: Mapping[str, float]) -> str:
     table.add_row("size", f"{metrics['model/size_mb']:.3f} MB")
     if "teacher/size_mb" in metrics:
         reduction = 1 - metrics["model/size_mb"] / metrics["teacher/size_mb"]
-        table.add_row("teacher's size", f"{metrics['teacher/size_mb']:.3f} MB ({100 * reduction:.1f} % smaller than it)")
+        table.add_row(
+            "teacher's size", f"{metrics['teacher/size_mb']:.3f} MB ({100 * reduction:.1f} % smaller than it)"
+        )
     return render(table)
 
 

@@ -5,13 +5,15 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from kdpipe.models import Classifier
+
 
 class Teacher(nn.Module):
     """Cannot be trained by accident: no gradients, and in evaluation mode whatever `train()` is called around it."""
 
-    def __init__(self, classifier: nn.Module) -> None:
+    def __init__(self, classifier: Classifier) -> None:
         super().__init__()
-        self.classifier = classifier.requires_grad_(False).eval()
+        self.classifier: Classifier = classifier.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Self:
         return self

@@ -8,8 +8,6 @@ import logging
 import os
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +26,6 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException
 
 WEIGHTS = "model.safetensors"  # the artifact's name
-DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 MAX_PARAM_LENGTH = 6000  # MLflow's own limit
 PAGE = 1000
 
@@ -72,17 +69,16 @@ class Tracker:
     """An experiment in an MLflow store.
 
     Args:
-        uri: of the store, as `store_uri` gives it.
+        uri: of the store, as `store.store_uri` gives it.
         experiment: its name.
         artifacts: folder of the artifacts of a local store; a server has its own.
         create: make the experiment where it is missing.
 
     Raises:
-        ValueError: no store or no answer at `uri`, or no such experiment; within seconds.
+        ValueError: no store at `uri`, or no such experiment.
     """
 
     def __init__(self, uri: str, experiment: str, artifacts: Path, create: bool = True) -> None:
-        _check_uri(uri)
         # Alembic and MLflow tell in dozens of lines how they set up a new database.
         for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking.fluent"):
             logging.getLogger(name).setLevel(logging.WARNING)
@@ -163,11 +159,15 @@ class Tracker:
             ValueError: no such run, or a run without weights.
         """
         try:
-            return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=WEIGHTS, tracking_uri=self.uri))
+            return Path(
+                mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=WEIGHTS, tracking_uri=self.uri)
+            )
         except (MlflowException, OSError) as error:
             known = self.get_run(run_id)
             problem = "this run has no weights" if known else f"there is no such run in {self.uri}"
-            raise ValueError(f"{key}=runs:/{run_id}: {problem}; a file or runs:/<id of a finished run> is accepted") from error
+            raise ValueError(
+                f"{key}=runs:/{run_id}: {problem}; a file or runs:/<id of a finished run> is accepted"
+            ) from error
 
     def link(self, run_id: str) -> str:
         """The run's page in the UI, on the server or on the one that `make ui` starts."""
@@ -194,11 +194,6 @@ class Tracker:
         return ", ".join(names) or "none"
 
 
-def store_uri(configured: str | None, output_dir: Path) -> str:
-    """Which store: what is configured, else MLFLOW_TRACKING_URI, else a sqlite file in the output folder."""
-    return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output_dir.resolve() / 'mlflow.db'}"
-
-
 def git_tags() -> dict[str, str]:
     """The commit of the working folder, and whether something was not committed; nothing outside of a repository."""
     try:
@@ -209,22 +204,6 @@ def git_tags() -> dict[str, str]:
     except (OSError, subprocess.SubprocessError):
         return {}
     return {"git.commit": commit, "git.dirty": str(bool(status)).lower()}
-
-
-def _check_uri(uri: str) -> None:
-    scheme = uri.split(":", 1)[0].split("+")[0] if ":" in uri else ""
-    if scheme in ("http", "https"):
-        try:
-            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).close()
-        except urllib.error.HTTPError:
-            pass  # it answers
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            raise ValueError(
-                f"tracking.uri={uri}: no tracking server answers there ({reason}); start it, or use sqlite:///FILE"
-            ) from error
-    elif scheme not in DATABASES:
-        raise ValueError(f"tracking.uri={uri}: sqlite:///FILE, postgresql://… or http://HOST:PORT is accepted")
 
 
 @contextmanager

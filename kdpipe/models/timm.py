@@ -17,8 +17,9 @@ def classifier(architecture: str, num_classes: int) -> nn.Module:
         near = ", ".join(timm.list_models(f"*{architecture[:5]}*")[:8])
         raise ValueError(f"model.name={architecture}: a network of timm.list_models() is accepted ({near} …)")
     network: nn.Module = timm.create_model(architecture, num_classes=num_classes)
-    head = network.get_classifier()  # type: ignore[operator]
-    name = next(name for name, module in network.named_modules() if module is head)
+    name = network.pretrained_cfg["classifier"]  # type: ignore[index]
+    if not isinstance(name, str):
+        raise ValueError(f"model.name={architecture}: a network with one head is accepted, this one has {len(name)}")
     network.head_name = name  # type: ignore[assignment]
 
     def imagenet_backbone() -> dict[str, Tensor]:

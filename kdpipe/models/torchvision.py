@@ -28,11 +28,12 @@ def classifier(architecture: str, num_classes: int) -> nn.Module:
     if isinstance(network, torchvision.models.Inception3 | torchvision.models.GoogLeNet):
         # Their second classifiers would make the output of a training step a tuple.
         network.aux_logits = False
+        network.transform_input = True  # from ImageNet's mean and std to the scale that their weights know
         for name in ("AuxLogits", "aux1", "aux2"):
             if hasattr(network, name):
                 setattr(network, name, None)
-    network.head_name = path  # type: ignore[assignment]
-    network.imagenet_backbone = imagenet_backbone(architecture, path)  # type: ignore[assignment]
+    network.head_name = path
+    network.imagenet_backbone = imagenet_backbone(architecture, path)
     return network
 
 

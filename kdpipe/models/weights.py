@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
@@ -27,15 +28,17 @@ def read_weights(key: str, path: Path) -> tuple[State, list[str] | None]:
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
-                names = (file.metadata() or {}).get("class_names")
-                return {name: file.get_tensor(name) for name in file.keys()}, json.loads(names) if names else None  # noqa: SIM118
+                class_names = (file.metadata() or {}).get("class_names")
+            return load_file(path), json.loads(class_names) if class_names else None
         except (SafetensorError, json.JSONDecodeError, OSError) as error:
             raise ValueError(f"{key}={path}: not a readable safetensors file ({error})") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).split("\n")[0].split(". ")[0]
-        raise ValueError(f"{key}={path}: a state dict saved by torch.save or safetensors is accepted ({reason})") from error
+        raise ValueError(
+            f"{key}={path}: a state dict saved by torch.save or safetensors is accepted ({reason})"
+        ) from error
     for wrapper in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -65,7 +68,9 @@ def load_state(key: str, source: str, network: nn.Module, state: State, name: st
         if name in state and state[name].shape != expected[name].shape
     ][:3]
     if complaints:
-        raise ValueError(f"{key}={source}: weights of {name} with {num_classes} classes are accepted; {'; '.join(complaints)}")
+        raise ValueError(
+            f"{key}={source}: weights of {name} with {num_classes} classes are accepted; {'; '.join(complaints)}"
+        )
     network.load_state_dict(state)
 
 
@@ -91,8 +96,8 @@ def load_imagenet(key: str, network: nn.Module, name: str) -> None:
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(
-            f"{key}=imagenet: the ImageNet weights of {name} are not in {torch.hub.get_dir()}/checkpoints and cannot be "
-            f"downloaded ({reason}); null (random weights), a file or runs:/<run id> is accepted"
+            f"{key}=imagenet: the ImageNet weights of {name} are not in {torch.hub.get_dir()}/checkpoints and cannot "
+            f"be downloaded ({reason}); null (random weights), a file or runs:/<run id> is accepted"
         ) from error
     incompatible = network.load_state_dict(backbone, strict=False)
     head = f"{network.head_name}."

@@ -1,0 +1,70 @@
+# Every target takes overrides: make distill ARGS="loss.alpha=0.9 seed=1"
+ARGS ?=
+PORT ?= 5000
+# What .venv is made with: Python 3.11 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/python -m kdpipe
+COMPARE := $(BIN)/python -m kdpipe.compare
+# Like the commands themselves: what is given in ARGS wins over MLFLOW_TRACKING_URI, which wins over the local file.
+STORE = $(or $(patsubst tracking.uri=%,%,$(filter tracking.uri=%,$(ARGS))),$(MLFLOW_TRACKING_URI),sqlite:///outputs/mlflow.db)
+DEMO := dataset=digits tracking.experiment=demo train.epochs=15
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test teacher student distill compare reproduce ui lint format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo '  overrides go in ARGS: make distill ARGS="loss.alpha=0.9 seed=1"'
+
+setup: $(VENV)/ready  ## make .venv with all that kdpipe needs (with uv where it is there, else with pip)
+
+$(VENV)/ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make: $$($(PYTHON) --version) is too old, kdpipe needs 3.11 or newer: make setup PYTHON=python3.12"; exit 1; }
+	@if command -v uv >/dev/null; then \
+		uv venv --quiet --clear --python $(PYTHON) $(VENV) && uv pip install --python $(BIN)/python -e '.[dev]'; \
+	else \
+		$(PYTHON) -m venv --clear $(VENV) && $(BIN)/python -m pip install -e '.[dev]'; \
+	fi
+	@touch $@
+
+demo: setup  ## teacher, student alone, distilled student and their comparison on embedded images (minutes)
+	$(RUN) experiment=teacher model=resnet20 $(DEMO) $(ARGS)
+	$(RUN) experiment=student $(DEMO) $(ARGS)
+	$(RUN) experiment=distill model@teacher=resnet20 $(DEMO) $(ARGS)
+	$(COMPARE) --experiment demo --uri "$(STORE)"
+
+test: setup  ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+teacher: setup  ## train a teacher: DenseNet-121 on CIFAR-10
+	$(RUN) experiment=teacher $(ARGS)
+
+student: setup  ## train the student alone
+	$(RUN) experiment=student $(ARGS)
+
+distill: setup  ## train the student with the newest teacher
+	$(RUN) experiment=distill $(ARGS)
+
+compare: setup  ## the finished runs side by side
+	$(COMPARE) $(ARGS)
+
+reproduce: setup  ## the tutorial's three experiments: CIFAR-10, DenseNet-121 (hours without a GPU)
+	$(RUN) experiment=tutorial_teacher tracking.experiment=tutorial $(ARGS)
+	$(RUN) experiment=tutorial_student tracking.experiment=tutorial $(ARGS)
+	$(RUN) experiment=tutorial_distill tracking.experiment=tutorial $(ARGS)
+	$(COMPARE) --experiment tutorial --uri "$(STORE)"
+
+ui: setup  ## open MLflow on the runs: http://127.0.0.1:5000 (make ui PORT=5001)
+	$(BIN)/mlflow ui --backend-store-uri "$(STORE)" --host 127.0.0.1 --port $(PORT)
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: setup  ## let ruff mend what it can
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+clean:  ## remove .venv and what tools leave behind; outputs/ stays
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,213 @@
+"""Runs from the entrypoint, as a user starts them, on real images."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from safetensors.torch import load_file
+
+DIGITS = ["dataset=digits", "train.threads=2"]
+TEACHER = [*DIGITS, "experiment=teacher", "model=resnet20", "model.depth=8", "train.epochs=2"]
+STUDENT = [*DIGITS, "experiment=student", "train.epochs=2"]
+DISTILL = [*DIGITS, "experiment=distill", "model@teacher=resnet20", "teacher.depth=8", "train.epochs=2"]
+
+
+def runs(experiment: str = "kdpipe") -> list[Run]:
+    """The runs of the present folder's store, newest first."""
+    client = MlflowClient(f"sqlite:///{Path('outputs/mlflow.db').resolve()}")
+    found = client.get_experiment_by_name(experiment)
+    return list(client.search_runs([found.experiment_id], order_by=["attributes.start_time DESC"])) if found else []
+
+
+def history(run: Run, metric: str) -> list[float]:
+    client = MlflowClient(f"sqlite:///{Path('outputs/mlflow.db').resolve()}")
+    return [point.value for point in client.get_metric_history(run.info.run_id, metric)]
+
+
+def epochs(run: Run) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl, without what depends on the clock."""
+    folder = Path("outputs/runs") / run.data.tags["kdpipe.identity"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "train/images_per_second"} for line in lines]
+
+
+def test_teacher_student_and_distilled_student(kdpipe: Callable) -> None:
+    for overrides in (TEACHER, STUDENT, DISTILL):
+        outcome = kdpipe(*overrides)
+        assert outcome.status == 0, outcome.errors
+    distilled, alone, teacher = runs()
+
+    assert [run.data.tags["kdpipe.stage"] for run in (teacher, alone, distilled)] == ["teacher", "student", "distill"]
+    assert [run.info.status for run in runs()] == ["FINISHED"] * 3
+    assert distilled.data.tags["kdpipe.teacher_run"] == teacher.info.run_id
+    assert f"teacher: run {teacher.info.run_id}" in outcome.output
+    assert distilled.info.run_name == "distill_student_cnn_a0.5_T5_s0"
+
+    assert distilled.data.params["loss.alpha"] == "0.5"
+    assert distilled.data.params["teacher.name"] == "resnet20"
+    assert "teacher.name" not in alone.data.params
+    assert not any(key.startswith("tracking.") for key in alone.data.params)
+
+    for metric in ("train/loss", "train/ce", "train/kd", "train/accuracy", "val/accuracy", "val/loss"):
+        assert len(history(distilled, metric)) == 2, metric
+    for metric in ("test/accuracy", "test/loss", "model/params", "model/size_mb", "teacher/size_mb"):
+        assert len(history(distilled, metric)) == 1, metric
+    sent = {key: value for line in epochs(distilled) for key, value in line.items() if key != "step"}
+    assert {key: distilled.data.metrics[key] for key in sent} == sent
+
+    artifacts = {file.path for file in MlflowClient().list_artifacts(distilled.info.run_id)}
+    assert artifacts == {"config.yaml", "model.safetensors"}
+    (dataset,) = distilled.inputs.dataset_inputs
+    assert (dataset.dataset.name, dataset.dataset.digest) == ("digits", distilled.data.tags["kdpipe.data"])
+
+
+def test_the_same_config_gives_the_same_numbers_to_the_last_digit(kdpipe: Callable) -> None:
+    kdpipe(*TEACHER)
+    again = [*DISTILL, "augmentation=crop_flip", "scheduler=cosine", "train.resume=never"]
+    first_weights, second_weights, lines = None, None, []
+    for _ in range(2):
+        kdpipe(*again)
+        folder = Path("outputs/runs") / runs()[0].data.tags["kdpipe.identity"]
+        first_weights, second_weights = second_weights, load_file(folder / "model.safetensors")
+        lines.append(epochs(runs()[0]))
+    assert len(runs()) == 3
+    assert lines[0] == lines[1]
+    assert first_weights
+    assert all(torch.equal(first_weights[name], second_weights[name]) for name in first_weights)
+    kdpipe(*again, "seed=1")
+    assert epochs(runs()[0]) != lines[0]
+
+
+def test_a_finished_run_is_shown_and_not_repeated(kdpipe: Callable) -> None:
+    first = kdpipe(*STUDENT)
+    second = kdpipe(*STUDENT, "train.device=cpu")  # where it runs is no part of what it is
+    assert len(runs()) == 1
+    assert "this run is finished already" in second.output
+    accuracy = next(line for line in first.output.splitlines() if "test accuracy" in line)
+    assert accuracy.split("]")[1] in second.output
+    kdpipe(*STUDENT, "train.resume=never")
+    assert len(runs()) == 2
+
+
+def test_another_teacher_makes_another_run(kdpipe: Callable) -> None:
+    kdpipe(*TEACHER)
+    kdpipe(*DISTILL)
+    kdpipe(*TEACHER, "seed=1")
+    kdpipe(*DISTILL)
+    newest, teacher, *_ = runs()
+    assert newest.data.tags["kdpipe.teacher_run"] == teacher.info.run_id
+    assert len(runs()) == 4
+
+
+def test_alpha_0_is_the_student_alone_and_needs_no_teacher(kdpipe: Callable) -> None:
+    kdpipe(*STUDENT)
+    outcome = kdpipe(*DISTILL, "loss.alpha=0")
+    assert outcome.status == 0, outcome.errors
+    control, alone = runs()
+    assert control.data.tags["kdpipe.stage"] == "student"
+    assert epochs(control) == epochs(alone)
+    kdpipe(*DISTILL, "loss.alpha=0", "loss.temperature=2", "model@teacher=resnet56")
+    assert len(runs()) == 2
+
+
+def test_0_epochs_only_evaluate(kdpipe: Callable) -> None:
+    kdpipe(*TEACHER)
+    weights = f"model.weights=runs:/{runs()[0].info.run_id}"
+    kdpipe(*TEACHER, "train.epochs=0", weights)
+    evaluated, trained = runs()
+    assert "train/loss" not in evaluated.data.metrics
+    for metric in ("test/accuracy", "test/loss", "selected/accuracy"):
+        assert evaluated.data.metrics[metric] == trained.data.metrics[metric]
+
+
+def test_the_tutorial_s_protocol_looks_at_the_test_images_each_epoch(kdpipe: Callable) -> None:
+    outcome = kdpipe(*DIGITS, "experiment=tutorial_student", "train.epochs=3")
+    assert outcome.status == 0, outcome.errors
+    (run,) = runs()
+    assert len(history(run, "test/accuracy")) == 3
+    assert "val/accuracy" not in run.data.metrics
+    assert "train.test_each_epoch" in run.data.params
+
+
+def test_the_best_epoch_by_validation_is_tested_where_asked_for(kdpipe: Callable) -> None:
+    # With this learning rate accuracy goes up and down.
+    kdpipe(*STUDENT, "train.epochs=6", "optimizer.lr=0.01", "train.select=best")
+    (run,) = runs()
+    validation = history(run, "val/accuracy")
+    assert run.data.metrics["selected/accuracy"] == max(validation)
+    assert run.data.metrics["selected/epoch"] == validation.index(max(validation)) + 1
+    weights = f"model.weights=outputs/runs/{run.data.tags['kdpipe.identity']}/model.safetensors"
+    kdpipe(*STUDENT, "train.epochs=0", weights)
+    assert runs()[0].data.metrics["selected/accuracy"] == max(validation)
+
+
+def test_a_frozen_backbone_trains_in_a_run(kdpipe: Callable) -> None:
+    kdpipe(*TEACHER)
+    teacher = runs()[0]
+    kdpipe(*TEACHER, "model.freeze=backbone", f"model.weights=runs:/{teacher.info.run_id}", "train.epochs=1")
+    before, after = (
+        load_file(Path("outputs/runs") / run.data.tags["kdpipe.identity"] / "model.safetensors")
+        for run in (teacher, runs()[0])
+    )
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {"linear.weight", "linear.bias"}
+
+
+def test_a_run_that_breaks_is_marked_failed_with_its_reason(kdpipe: Callable) -> None:
+    # A 3-pixel image gets lost in the student's layers: nobody can know before it is tried.
+    outcome = kdpipe(*STUDENT, "model.image_size=3")
+    assert outcome.status == 1
+    (run,) = runs()
+    assert run.info.status == "FAILED"
+    assert "Kernel size" in run.data.tags["kdpipe.reason"]
+
+
+def test_a_sweep_goes_on_after_a_job_that_failed(kdpipe: Callable) -> None:
+    outcome = kdpipe("-m", *STUDENT, "train.epochs=1", "model.image_size=3,128")
+    assert outcome.status == 1
+    assert sorted(run.info.status for run in runs()) == ["FAILED", "FINISHED"]
+    assert len(list(Path("outputs/runs").glob("*/model.safetensors"))) == 1
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_interrupted_run_is_marked_killed(kdpipe: Callable, number: signal.Signals, status: int) -> None:
+    command = [sys.executable, "-m", "kdpipe", *STUDENT, "train.epochs=1000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    while "epoch 1/" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(number)
+    started = time.monotonic()
+    process.communicate(timeout=60)
+    assert time.monotonic() - started < 10
+    assert process.returncode == status
+    (run,) = runs()
+    assert run.info.status == "KILLED"
+    assert run.data.tags["kdpipe.reason"]
+
+
+def test_the_commit_is_noted(kdpipe: Callable, tmp_path: Path) -> None:
+    identity = {f"GIT_{role}_{key}": "x" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}
+    for arguments in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run(["git", *arguments], cwd=tmp_path, env=os.environ | identity, check=True)
+    kdpipe(*STUDENT, "train.epochs=0")
+    (run,) = runs()
+    assert len(run.data.tags["git.commit"]) == 40
+    assert run.data.tags["git.dirty"] == "false"
+
+
+def test_a_photo_data_set_runs_from_its_folder(kdpipe: Callable, class_folders: Path) -> None:
+    arguments = ["experiment=student", "dataset=image_folder", f"dataset.root={class_folders}", "train.epochs=2"]
+    outcome = kdpipe(*arguments, "dataset.test_fraction=0.2", "train.batch_size=8")
+    assert outcome.status == 0, outcome.errors
+    (run,) = runs()
+    assert run.data.params["dataset.name"] == "photos"
+    assert run.data.metrics["test/accuracy"] >= 0.5
