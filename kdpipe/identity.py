@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import kdpipe
+from kdpipe import __version__
 
 # Where things lie and what they run on: no part of a run's identity.
 PLACES = (
@@ -50,7 +50,7 @@ def without_places(flat: Mapping[str, Any]) -> dict[str, Any]:
 def identity(flat: Mapping[str, Any]) -> str:
     """12 hex digits: the same for the same flat settings, however they were written (1 or 1.0, in any order)."""
     canonical = {key: _canonical(value) for key, value in without_places(flat).items()}
-    text = json.dumps([kdpipe.__version__, canonical], sort_keys=True)
+    text = json.dumps([__version__, canonical], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -1,0 +1,209 @@
+"""Photos: decoded once, in parallel, to one size, and the decoded array kept, memory-mapped."""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from PIL import Image
+from torch import Tensor
+
+from kdpipe.checks import check_choice, check_number
+from kdpipe.data.dataset import Source
+from kdpipe.progress import progress
+
+log = logging.getLogger("kdpipe")
+
+LAYOUT = 1  # of the files in a cache entry; another number is another entry
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """A file that ought to be an image: its name within the data set, its label, a stamp that changes with its
+    content (size and time, or a checksum), and how to read it."""
+
+    name: str
+    label: int
+    stamp: tuple[int, ...]
+    read: Callable[[], bytes]
+
+
+def image_file(path: Path, root: Path, label: int) -> ImageFile:
+    """An `ImageFile` for a file on disk."""
+    status = path.stat()
+    return ImageFile(
+        path.relative_to(root).as_posix(), label, (status.st_size, status.st_mtime_ns), path.read_bytes
+    )
+
+
+def decoded_source(
+    files: Sequence[ImageFile],
+    class_names: tuple[str, ...],
+    *,
+    image_size: int | None,
+    on_bad_image: str,
+    cache_dir: str,
+    split_of: Callable[[str], str | None] = lambda name: None,
+) -> Source:
+    """The `Source` of `files`, from the cache where they were decoded before.
+
+    Args:
+        image_size: side in pixels of the stored squares; None keeps the images' size, which must be one for all.
+        on_bad_image: "stop", or "skip" to go on without the files that are no readable image.
+        cache_dir: folder of the decoded arrays.
+        split_of: from a file's name to the split that it belongs to, "validation" or "test", if any.
+
+    Raises:
+        ValueError: a bad setting; unreadable files under "stop" (all are named); images of several sizes.
+    """
+    check_settings(image_size, on_bad_image)
+    settings = {
+        "layout": LAYOUT,
+        "image_size": image_size,
+        "on_bad_image": on_bad_image,
+        "class_names": class_names,
+        "files": [(file.name, file.label, *file.stamp) for file in files],
+    }
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+    entry = Path(cache_dir) / key
+    Path(cache_dir).mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{entry}.lock"):  # two runs that start at once decode once
+        if not _is_complete(entry):
+            with _new_entry(entry) as folder:
+                _decode(files, class_names, image_size, on_bad_image, folder)
+    kept = json.loads((entry / "meta.json").read_text())
+    if kept["bad"]:
+        log.warning("%d of %d files are no readable images and are left out (dataset.on_bad_image=skip)", len(kept["bad"]), len(files))
+    splits: dict[str, list[int]] = {}
+    for position, name in enumerate(kept["names"]):
+        if split_name := split_of(name):
+            splits.setdefault(split_name, []).append(position)
+    return Source(
+        # Copy-on-write: PyTorch wants memory that it could write to.
+        images=torch.from_numpy(np.load(entry / "images.npy", mmap_mode="c")),
+        labels=torch.from_numpy(np.load(entry / "labels.npy")),
+        class_names=class_names,
+        given={name: torch.tensor(positions) for name, positions in splits.items()},
+        fingerprint=kept["fingerprint"],
+    )
+
+
+def check_settings(image_size: object, on_bad_image: object) -> None:
+    """Raise ValueError for a stored size or a policy that is none."""
+    if image_size is not None:
+        check_number("dataset.image_size", image_size, low=1, high=4096, integer=True)
+    check_choice("dataset.on_bad_image", on_bad_image, ["stop", "skip"])
+
+
+def _decode(
+    files: Sequence[ImageFile], class_names: tuple[str, ...], image_size: int | None, on_bad_image: str, folder: Path
+) -> None:
+    """Write images.npy, labels.npy and meta.json into `folder`."""
+    bad: dict[str, str] = {}
+    if image_size is None:
+        height, width = _common_size(files)
+    else:
+        height = width = image_size
+    shape = (len(files), 3, height, width)
+    images = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+
+    def decode_one(position: int) -> None:
+        try:
+            with Image.open(io.BytesIO(files[position].read())) as image:
+                pixels = image.convert("RGB")
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            bad[files[position].name] = str(error).replace("\n", " ") or type(error).__name__
+            return
+        if pixels.size != (width, height):
+            pixels = pixels.resize((width, height), Image.Resampling.BILINEAR)
+        images[position] = np.asarray(pixels).transpose(2, 0, 1)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool, progress("decoding images", len(files)) as bar:
+        for _ in pool.map(decode_one, range(len(files))):
+            bar.advance(1)
+    if bad and on_bad_image == "stop":
+        names = "; ".join(f"{name} ({reason})" for name, reason in sorted(bad.items()))
+        raise ValueError(
+            f"dataset.on_bad_image=stop: {len(bad)} of {len(files)} files are no readable images; "
+            f"remove them or use skip: {names}"
+        )
+    good = [position for position, file in enumerate(files) if file.name not in bad]
+    labels = np.array([files[position].label for position in good], dtype=np.int64)
+    for label, class_name in enumerate(class_names):
+        if label not in labels:
+            raise ValueError(f"dataset.root: class {class_name} has no readable image")
+    if bad:
+        compact = np.lib.format.open_memmap(
+            folder / "good.npy", mode="w+", dtype=np.uint8, shape=(len(good), 3, height, width)
+        )
+        for row, position in enumerate(good):
+            compact[row] = images[position]
+        compact.flush()
+        images = compact
+        (folder / "good.npy").replace(folder / "images.npy")
+    images.flush()
+    np.save(folder / "labels.npy", labels)
+    fingerprint = Source(torch.from_numpy(images), torch.from_numpy(labels), class_names).fingerprint
+    names_kept = [files[position].name for position in good]
+    meta = {"names": names_kept, "bad": bad, "fingerprint": fingerprint}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _common_size(files: Sequence[ImageFile]) -> tuple[int, int]:
+    """The (height, width) that all readable images have."""
+    sizes: dict[tuple[int, int], str] = {}
+    for file in files:
+        try:
+            with Image.open(io.BytesIO(file.read())) as image:
+                sizes.setdefault((image.height, image.width), file.name)
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+            continue  # decoding tells what is wrong with it
+        if len(sizes) > 1:
+            (size, name), (other_size, other_name) = list(sizes.items())[:2]
+            raise ValueError(
+                f"dataset.image_size=null: images of one size are accepted, but {name} has {size[1]}×{size[0]} pixels and "
+                f"{other_name} {other_size[1]}×{other_size[0]}; give the side in pixels, such as 128"
+            )
+    return next(iter(sizes), (1, 1))
+
+
+def _is_complete(entry: Path) -> bool:
+    """Whether an entry can be used: a torn one counts as absent."""
+    try:
+        names = json.loads((entry / "meta.json").read_text())["names"]
+        images = np.load(entry / "images.npy", mmap_mode="r")
+        return len(names) == len(images) == len(np.load(entry / "labels.npy"))
+    except (OSError, ValueError, KeyError, EOFError):
+        return False
+
+
+@contextmanager
+def _new_entry(entry: Path) -> Iterator[Path]:
+    """A folder to write to, that becomes `entry` when all went well and vanishes when not."""
+    folder = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", dir=entry.parent))
+    try:
+        yield folder
+        shutil.rmtree(entry, ignore_errors=True)
+        folder.replace(entry)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def files_below(root: Path) -> list[Path]:
+    """The files below `root`, sorted, without those that operating systems leave behind."""
+    return sorted(
+        path
+        for path in root.rglob("*")
+        if path.is_file() and not path.name.startswith(".") and path.name not in ("Thumbs.db", "desktop.ini")
+    )

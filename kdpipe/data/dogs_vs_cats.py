@@ -1,0 +1,76 @@
+"""Kaggle's Dogs vs. Cats, https://www.kaggle.com/c/dogs-vs-cats/data, as it comes."""
+
+import io
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from threading import Lock
+
+from kdpipe.data.dataset import Source
+from kdpipe.data.decode import ImageFile, decoded_source, files_below, image_file
+
+CLASS_NAMES = ("cat", "dog")
+NAME = re.compile(r"(?:.*/)?(cat|dog)\.\d+\.jpg")
+
+
+def dogs_vs_cats(root: str, image_size: int, on_bad_image: str, cache_dir: str) -> Source:
+    """Photos as uint8 [N, 3, image_size, image_size]; classes cat and dog, no split of their own.
+
+    Args:
+        root: a folder with `train/cat.0.jpg` … (or with these files themselves), a folder with Kaggle's `train.zip` or
+            `dogs-vs-cats.zip`, or one of these archives. Kaggle's test images have no labels and are not used.
+
+    Raises:
+        ValueError: nothing of that kind at `root`.
+    """
+    if image_size is None:
+        raise ValueError("dataset.image_size=null: a whole number is accepted, Kaggle's photos have many sizes")
+    path = Path(root)
+    archives = [path] if path.is_file() else [path / "train.zip", path / "dogs-vs-cats.zip"]
+    files: list[ImageFile] = []
+    if path.is_dir():
+        folder = path / "train" if (path / "train").is_dir() else path
+        named = [(file, NAME.fullmatch(file.name)) for file in files_below(folder)]
+        files = [image_file(file, path, CLASS_NAMES.index(match[1])) for file, match in named if match]
+    for archive in archives:
+        if not files and archive.is_file():
+            files = _files_in(archive, root)
+    if {file.label for file in files} != {0, 1}:
+        found = "there is nothing" if not path.exists() else "cat.N.jpg and dog.N.jpg were not found"
+        raise ValueError(
+            f"dataset.root={root}: {found}; Kaggle's train folder (train/cat.0.jpg, …), train.zip or dogs-vs-cats.zip is accepted"
+        )
+    return decoded_source(
+        sorted(files, key=lambda file: file.name),
+        CLASS_NAMES,
+        image_size=image_size,
+        on_bad_image=on_bad_image,
+        cache_dir=cache_dir,
+    )
+
+
+def _files_in(path: Path, root: str) -> list[ImageFile]:
+    try:
+        archive = zipfile.ZipFile(path)
+        if "train.zip" in archive.namelist():  # the whole competition in one archive
+            archive = zipfile.ZipFile(io.BytesIO(archive.read("train.zip")))
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ValueError(f"dataset.root={root}: {path} is no readable zip archive ({error})") from error
+    lock = Lock()  # an open archive reads one member at a time
+
+    def reader(name: str) -> Callable[[], bytes]:
+        def read() -> bytes:
+            try:
+                with lock:
+                    return archive.read(name)
+            except (zipfile.BadZipFile, NotImplementedError) as error:
+                raise OSError(str(error)) from error
+
+        return read
+
+    return [
+        ImageFile(info.filename, CLASS_NAMES.index(match[1]), (info.file_size, info.CRC), reader(info.filename))
+        for info in archive.infolist()
+        if (match := NAME.fullmatch(info.filename)) and "__MACOSX" not in info.filename
+    ]

@@ -1,0 +1,146 @@
+"""Every file in conf/ composes and builds; a run's identity is what it is and nothing else."""
+
+import ast
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from hypothesis import given
+from hypothesis import settings as settings_of_test
+from hypothesis import strategies as st
+from omegaconf import DictConfig
+
+from kdpipe import config as settings
+from kdpipe.identity import identity, without_places
+
+OPTIONS = sorted(path.relative_to(settings.CONF).with_suffix("").as_posix() for path in settings.CONF.glob("*/*.yaml"))
+DATASETS_ON_DISK = ("cifar10", "cifar100", "fashion_mnist", "dogs_vs_cats", "image_folder")
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_yaml_composes_and_builds(option: str, composed: Callable[..., DictConfig], tmp_path: Path) -> None:
+    group, name = option.split("/")
+    folder = ["dataset.root=somewhere"] if name == "image_folder" else []
+    config = composed(f"{group}={name}", *folder)
+    settings.check(config)
+    assert settings.run_identity(config)
+    part = config[group] if group != "experiment" else config.loss
+    if group == "model":
+        assert part.name == (name if name not in ("torchvision", "timm") else "resnet18")
+        arguments = {key: value for key, value in part.items() if key not in settings.NOT_ARCHITECTURE}
+        network = instantiate(arguments, num_classes=3).eval()
+        image = torch.zeros(1, 3, part.image_size, part.image_size)
+        assert network(image).shape == (1, 3)
+    elif group == "dataset" and name in DATASETS_ON_DISK:
+        assert part.name == (name if name != "image_folder" else "somewhere")  # read in the tests of data
+    elif group == "optimizer":
+        instantiate(part)([torch.nn.Parameter(torch.zeros(1))])
+    elif group == "scheduler":
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        instantiate(part)(optimizer, epochs=10, steps_per_epoch=5)
+    else:
+        instantiate({key: value for key, value in part.items() if key not in settings.SPLITTING})
+
+
+def test_the_root_s_values_are_the_tutorial_s(composed: Callable[..., DictConfig]) -> None:
+    config = composed()
+    assert (config.train.batch_size, config.train.epochs, config.optimizer.lr) == (100, 10, 1e-3)
+    assert (config.loss.alpha, config.loss.temperature) == (0.5, 5)
+    assert (config.model.name, config.teacher.name, config.teacher.weights) == ("student_cnn", "densenet121", "auto")
+
+
+def test_the_command_line_wins_over_an_experiment(composed: Callable[..., DictConfig]) -> None:
+    config = composed("experiment=teacher", "model=resnet56")
+    assert (config.model.name, config.stage) == ("resnet56", "teacher")
+
+
+SAME = [
+    ["loss.alpha=0.50"],
+    ["loss.temperature=5.0"],
+    ["output_dir=elsewhere"],
+    ["tracking.uri=http://host"],
+    ["tracking.experiment=another"],
+    ["dataset.root=elsewhere"],
+    ["train.device=cpu", "train.threads=1", "train.resume=never"],
+    ["experiment=distill"],
+]
+OTHER = [
+    ["seed=1"],
+    ["loss.alpha=0.6"],
+    ["loss.temperature=4"],
+    ["train.epochs=11"],
+    ["train.precision=bfloat16"],
+    ["dataset.split_seed=1"],
+    ["dataset.train_fraction=0.5"],
+    ["teacher.weights=a.pth"],
+    ["model@teacher=resnet56"],
+    ["augmentation=crop_flip"],
+    ["loss=kd_tutorial"],
+    ["loss.alpha=0"],
+]
+
+
+@pytest.mark.parametrize("overrides", SAME, ids=" ".join)
+def test_what_does_not_matter_is_no_part_of_the_identity(
+    composed: Callable[..., DictConfig], overrides: list[str]
+) -> None:
+    assert settings.run_identity(composed(*overrides)) == settings.run_identity(composed())
+
+
+@pytest.mark.parametrize("overrides", OTHER, ids=" ".join)
+def test_what_matters_is_part_of_the_identity(composed: Callable[..., DictConfig], overrides: list[str]) -> None:
+    assert settings.run_identity(composed(*overrides)) != settings.run_identity(composed())
+
+
+def test_at_alpha_0_teacher_and_temperature_do_not_matter(composed: Callable[..., DictConfig]) -> None:
+    control = settings.run_identity(composed("loss.alpha=0"))
+    assert control == settings.run_identity(composed("loss.alpha=0.0", "loss.temperature=2", "model@teacher=resnet20"))
+
+
+@settings_of_test(deadline=None)
+@given(st.dictionaries(st.text("abc.", min_size=1), st.integers() | st.floats(allow_nan=False) | st.text(), max_size=5))
+def test_the_order_of_settings_does_not_matter(flat: dict[str, object]) -> None:
+    assert identity(flat) == identity(dict(reversed(flat.items())))
+
+
+def test_places_are_left_out_whole() -> None:
+    flat = {"tracking.uri": "x", "tracking.experiment": "y", "output_dir": "z", "dataset.root_of_all": 1}
+    assert without_places(flat) == {"dataset.root_of_all": 1}
+
+
+ROOMS = {
+    "models": {"checks"},
+    "losses": {"checks"},
+    "data": {"checks", "progress", "randomness"},
+    "train": {"data", "models", "losses", "evaluate", "teacher", "checkpoint", "progress", "randomness"},
+    "evaluate": {"data", "models", "progress"},
+    "teacher": {"models"},
+    "checkpoint": {"models"},
+    "compare": {"identity", "report", "store", "tracking"},
+    "tracking": set(),
+    "store": set(),
+    "report": set(),
+    "identity": set(),
+    "checks": set(),
+    "progress": set(),
+    "randomness": set(),
+    "schedulers": {"checks"},
+}
+ONLY_IN = {"mlflow": {"tracking"}, "hydra": {"main", "config", "errors"}, "omegaconf": {"main", "config", "errors"}}
+
+
+@pytest.mark.parametrize("file", sorted(Path(settings.__file__).parent.rglob("*.py")), ids=lambda path: path.stem)
+def test_no_room_reaches_into_one_that_it_may_not(file: Path) -> None:
+    room = file.relative_to(Path(settings.__file__).parent).with_suffix("").parts[0]
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            package, *parts = name.split(".")
+            if package in ONLY_IN:
+                assert room in ONLY_IN[package], f"{file.name} imports {name}"
+            if package == "kdpipe" and room in ROOMS:
+                assert parts[0] in ROOMS[room] | {room, "__version__"}, f"{file.name} imports {name}"
