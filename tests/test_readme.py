@@ -1,0 +1,53 @@
+"""What the README tells people to write works as it stands there."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_loss_the_data_set_and_the_network_run(
+    tmp_path: Path, empty_store: Path, photo: Callable[..., Image.Image]
+) -> None:
+    for folder in ("kdpipe", "conf"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    examples = re.findall(r"^`((?:kdpipe|conf)/\S+)`:\n\n```\w+\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert len(examples) == 6
+    for name, text in examples:
+        assert not (tmp_path / name).exists()
+        (tmp_path / name).write_text(text)
+    np.savez(
+        tmp_path / "scenes.npz",
+        images=np.stack([np.asarray(photo(kind, n)).transpose(2, 0, 1) for kind in (0, 1) for n in range(30)]),
+        labels=np.repeat([0, 1], 30),
+        class_names=np.array(["temple", "flower"]),
+    )
+    store = f"tracking.uri=sqlite:///{empty_store}"
+    common = ["model=mlp", "dataset=npz", "dataset.root=scenes.npz", store, "train.epochs=2", "train.threads=1"]
+    for overrides in (["experiment=teacher"], ["model@teacher=mlp", "loss=reverse_kd", "model.freeze=backbone"]):
+        command = [sys.executable, "-m", "kdpipe", *common, *overrides]
+        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_every_option_of_every_group_is_in_the_table() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", README, re.MULTILINE))
+    for group in (folder for folder in (ROOT / "conf").iterdir() if folder.is_dir()):
+        for option in group.glob("*.yaml"):
+            if not option.stem.startswith("tutorial_"):
+                assert f"`{option.stem}`" in rows[group.name], option
+
+
+def test_every_target_of_the_readme_is_in_the_makefile() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:`|^    )make ([a-z]+)", README, re.MULTILINE)) <= targets

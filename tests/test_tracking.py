@@ -1,0 +1,137 @@
+"""MLflow, with real stores: sqlite files and a server."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from kdpipe.store import check_uri, store_uri
+from kdpipe.tracking import Tracker
+
+STUDENT = ["dataset=digits", "experiment=student", "train.epochs=1", "train.threads=1"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real tracking server with a store of its own."""
+    folder = tmp_path_factory.mktemp("server")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    host, port = address.split(":")
+    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", port, "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}", "--artifacts-destination", str(folder)]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+    uri = f"http://{address}"
+    for _ in range(240):
+        try:
+            urllib.request.urlopen(f"{uri}/health", timeout=1).close()
+            break
+        except OSError:
+            assert process.poll() is None, (folder / "log").read_text()
+            time.sleep(0.5)
+    yield uri
+    os.killpg(process.pid, 15)
+    process.wait()
+
+
+def test_a_run_goes_to_a_server_and_its_weights_come_back(kdpipe: Callable, server: str) -> None:
+    teacher = kdpipe(*STUDENT, "stage=teacher", "tracking.experiment=served", f"tracking.uri={server}")
+    assert teacher.status == 0, teacher.errors
+    client = MlflowClient(server)
+    (run,) = client.search_runs([client.get_experiment_by_name("served").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"config.yaml", "model.safetensors"}
+    assert f"{server}/#/experiments/" in teacher.output
+
+    distilled = kdpipe("dataset=digits", "train.epochs=0", "model@teacher=student_cnn", f"tracking.uri={server}")
+    assert distilled.status == 0, distilled.errors
+    assert f"teacher: run {run.info.run_id}" in distilled.output
+    assert not MlflowClient(f"sqlite:///{Path('outputs/mlflow.db').resolve()}").get_experiment_by_name("served")
+
+
+def test_the_command_line_wins_over_the_environment_and_that_over_the_default(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert store_uri(None, tmp_path) == f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://environment")
+    assert store_uri(None, tmp_path) == "http://environment"
+    assert store_uri("http://command-line", tmp_path) == "http://command-line"
+
+
+def test_a_server_that_takes_the_call_and_says_nothing_is_given_up_within_seconds() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        started = time.monotonic()
+        with pytest.raises(ValueError, match="no tracking server answers"):
+            check_uri(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("uri", ["outputs/mlruns", "file:///tmp/mlruns", "ftp://host", "", "C:\\mlruns"])
+def test_a_store_of_no_known_kind_is_refused(uri: str) -> None:
+    with pytest.raises(ValueError, match=r"tracking\.uri=.*sqlite:///FILE"):
+        check_uri(uri)
+
+
+def open_new_store(uri: str) -> str:
+    return Tracker(uri, "together", Path(uri.removeprefix("sqlite:///")).parent).experiment_id
+
+
+def test_processes_that_create_the_same_store_at_once_all_get_it(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    with ProcessPoolExecutor(3, mp_context=get_context("spawn")) as pool:
+        assert len(set(pool.map(open_new_store, [uri] * 3))) == 1
+
+
+def test_metrics_stand_in_the_folder_before_they_are_sent(empty_store: Path, tmp_path: Path) -> None:
+    tracker = Tracker(f"sqlite:///{empty_store}", "lines", tmp_path)
+    with tracker.run("a run", tmp_path, {"seed": 0}, {}) as run:
+        # A name that MLflow refuses: the line must be there all the same.
+        with pytest.raises(Exception, match="Invalid"):
+            run.log({"train/loss?": 1.5}, step=1)
+        assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "train/loss?": 1.5}
+        run.log({"train/loss": 1.25}, step=2)
+    assert tracker.client.get_run(run.id).data.metrics == {"train/loss": 1.25}
+
+
+def test_long_values_and_many_params_are_kept(empty_store: Path, tmp_path: Path) -> None:
+    tracker = Tracker(f"sqlite:///{empty_store}", "params", tmp_path)
+    params = {f"key{number}": number for number in range(250)} | {"long": "x" * 7000}
+    with tracker.run("many", tmp_path, params, {}) as run:
+        pass
+    kept = tracker.client.get_run(run.id).data.params
+    assert len(kept) == 251
+    assert kept["long"] == "x" * 6000
+
+
+def test_names_with_quotes_are_found(empty_store: Path, tmp_path: Path) -> None:
+    tracker = Tracker(f"sqlite:///{empty_store}", "quotes", tmp_path)
+    tags = {"kdpipe.identity": "1", "kdpipe.stage": "teacher"}
+    with tracker.run("run", tmp_path, {"dataset.name": "bob's photos"}, tags) as run:
+        pass
+    found = tracker.find_teacher({"dataset.name": "bob's photos"})
+    assert found is not None
+    assert found.id == run.id
+    assert tracker.find_teacher({"dataset.name": "bob"}) is None
+    assert tracker.find_finished({"kdpipe.identity": "1"}) == found
+
+
+def test_a_deleted_experiment_is_no_surprise(empty_store: Path, tmp_path: Path) -> None:
+    tracker = Tracker(f"sqlite:///{empty_store}", "deleted", tmp_path)
+    tracker.client.delete_experiment(tracker.experiment_id)
+    with pytest.raises(ValueError, match=r"tracking\.experiment=deleted: this experiment was deleted"):
+        Tracker(f"sqlite:///{empty_store}", "deleted", tmp_path)
