@@ -299,7 +299,7 @@ def test_skip_leaves_bad_files_out_and_the_rest_is_right(class_folders, load, ca
     bad = spoil(class_folders)
     with caplog.at_level(logging.WARNING, "kdpipe"):
         skipped = load(class_folders, image_size, on_bad_image="skip")
-    assert "4 of 41 files are no readable images and are left out" in caplog.text
+    assert "4 of 41 files are no readable images, left out" in caplog.text
 
     for name in bad:
         (class_folders / name).unlink()

@@ -77,7 +77,9 @@ def split(
     check_fractions(train_fraction, val_fraction, test_fraction, split_seed)
     given = {key: positions for key, positions in source.given.items() if len(positions)}
     if test_fraction is None and "test" not in given:
-        raise ValueError(f"dataset.test_fraction=null: {name} has no test images of its own; a number below 1 is accepted")
+        raise ValueError(
+            f"dataset.test_fraction=null: {name} has no test images of its own; a number above 0 below 1 is accepted"
+        )
     outside = torch.ones(len(source.labels), dtype=torch.bool)
     for positions in given.values():
         outside[positions] = False
@@ -102,9 +104,7 @@ def split(
     return ImageDataset(name, source.images, source.labels, source.class_names, splits, source.fingerprint)
 
 
-def check_fractions(
-    train_fraction: object, val_fraction: object, test_fraction: object, split_seed: object
-) -> None:
+def check_fractions(train_fraction: object, val_fraction: object, test_fraction: object, split_seed: object) -> None:
     """Raise ValueError for a fraction outside of its range."""
     check_number("dataset.train_fraction", train_fraction, above=0, high=1)
     check_number("dataset.val_fraction", val_fraction, low=0, below=1)

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image
-from torch import Tensor
 
 from kdpipe.checks import check_choice, check_number
 from kdpipe.data.dataset import Source
@@ -42,9 +41,7 @@ class ImageFile:
 def image_file(path: Path, root: Path, label: int) -> ImageFile:
     """An `ImageFile` for a file on disk."""
     status = path.stat()
-    return ImageFile(
-        path.relative_to(root).as_posix(), label, (status.st_size, status.st_mtime_ns), path.read_bytes
-    )
+    return ImageFile(path.relative_to(root).as_posix(), label, (status.st_size, status.st_mtime_ns), path.read_bytes)
 
 
 def decoded_source(
@@ -84,7 +81,8 @@ def decoded_source(
                 _decode(files, class_names, image_size, on_bad_image, folder)
     kept = json.loads((entry / "meta.json").read_text())
     if kept["bad"]:
-        log.warning("%d of %d files are no readable images and are left out (dataset.on_bad_image=skip)", len(kept["bad"]), len(files))
+        bad = len(kept["bad"])
+        log.warning("dataset.on_bad_image=skip: %d of %d files are no readable images, left out", bad, len(files))
     splits: dict[str, list[int]] = {}
     for position, name in enumerate(kept["names"]):
         if split_name := split_of(name):
@@ -172,8 +170,8 @@ def _common_size(files: Sequence[ImageFile]) -> tuple[int, int]:
         if len(sizes) > 1:
             (size, name), (other_size, other_name) = list(sizes.items())[:2]
             raise ValueError(
-                f"dataset.image_size=null: images of one size are accepted, but {name} has {size[1]}×{size[0]} pixels and "
-                f"{other_name} {other_size[1]}×{other_size[0]}; give the side in pixels, such as 128"
+                f"dataset.image_size=null: images of one size are accepted, but {name} has {size[1]}×{size[0]} pixels "
+                f"and {other_name} {other_size[1]}×{other_size[0]}; give the side in pixels, such as 128"
             )
     return next(iter(sizes), (1, 1))
 

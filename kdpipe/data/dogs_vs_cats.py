@@ -39,7 +39,8 @@ def dogs_vs_cats(root: str, image_size: int, on_bad_image: str, cache_dir: str) 
     if {file.label for file in files} != {0, 1}:
         found = "there is nothing" if not path.exists() else "cat.N.jpg and dog.N.jpg were not found"
         raise ValueError(
-            f"dataset.root={root}: {found}; Kaggle's train folder (train/cat.0.jpg, …), train.zip or dogs-vs-cats.zip is accepted"
+            f"dataset.root={root}: {found}; Kaggle's train folder (train/cat.0.jpg, …), train.zip or dogs-vs-cats.zip "
+            f"is accepted"
         )
     return decoded_source(
         sorted(files, key=lambda file: file.name),

@@ -17,14 +17,15 @@ def image_folder(root: str, image_size: int | None, on_bad_image: str, cache_dir
     """
     top = Path(root)
     if not top.is_dir():
-        raise ValueError(f"dataset.root={root}: there is no such folder; class folders are accepted: {top}/cat/1.jpg, …")
+        raise ValueError(f"dataset.root={root}: there is no such folder; class folders are accepted ({top}/cat/1.jpg)")
     if (top / "train").is_dir():
         parts = [top / "train", *(top / name for name in SPLIT_FOLDERS if (top / name).is_dir())]
     else:
         parts = [top]
     class_names = _folders(parts[0])
     if len(class_names) < 2:
-        raise ValueError(f"dataset.root={root}: two or more class folders are accepted, {parts[0]} has {len(class_names)}")
+        number = len(class_names)
+        raise ValueError(f"dataset.root={root}: two or more class folders are accepted, {parts[0]} has {number}")
     files = []
     for part in parts:
         if unknown := set(_folders(part)) - set(class_names):
