@@ -32,17 +32,27 @@ def check_number(
             if limit is not None
         ]
         noun = "a whole number" if integer else "a number"
-        raise ValueError(f"{key}={_text(value)}: {' '.join([noun, *limits])} is accepted")
+        raise ValueError(f"{key}={as_typed(value)}: {' '.join([noun, *limits])} is accepted")
+
+
+def check_numbers(
+    key: str, values: object, *, above: float | None = None, low: float | None = None, integer: bool = False
+) -> None:
+    """Raise ValueError unless `values` is a list of numbers as `check_number` accepts them."""
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise ValueError(f"{key}={as_typed(values)}: a list of numbers is accepted")
+    for value in values:
+        check_number(key, value, above=above, low=low, integer=integer)
 
 
 def check_choice(key: str, value: object, choices: Sequence[object]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
-        accepted = ", ".join(_text(choice) for choice in choices)
-        raise ValueError(f"{key}={_text(value)}: one of {accepted} is accepted")
+        accepted = ", ".join(as_typed(choice) for choice in choices)
+        raise ValueError(f"{key}={as_typed(value)}: one of {accepted} is accepted")
 
 
-def _text(value: object) -> str:
+def as_typed(value: object) -> str:
     """As it stands on a command line."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()

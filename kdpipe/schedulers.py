@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from kdpipe.checks import check_number
+from kdpipe.checks import check_number, check_numbers
 
 
 def constant(optimizer: Optimizer, epochs: int, steps_per_epoch: int) -> LRScheduler:
@@ -22,8 +22,10 @@ def constant(optimizer: Optimizer, epochs: int, steps_per_epoch: int) -> LRSched
 
 def cosine(optimizer: Optimizer, epochs: int, steps_per_epoch: int, warmup_epochs: float) -> LRScheduler:
     """Linear warm-up over `warmup_epochs`, then half a cosine to 0 at the last step (Loshchilov & Hutter 2017)."""
+    if epochs == 0:
+        return constant(optimizer, epochs, steps_per_epoch)
     check_number("scheduler.warmup_epochs", warmup_epochs, low=0, high=epochs)
-    steps = max(1, epochs * steps_per_epoch)
+    steps = epochs * steps_per_epoch
     warmup_steps = round(warmup_epochs * steps_per_epoch)
     if warmup_steps == 0:
         return CosineAnnealingLR(optimizer, T_max=steps)
@@ -38,7 +40,6 @@ def multistep(
     optimizer: Optimizer, epochs: int, steps_per_epoch: int, milestones: Sequence[int], gamma: float
 ) -> LRScheduler:
     """The learning rate times `gamma` after each of the epochs in `milestones`."""
-    for milestone in milestones:
-        check_number("scheduler.milestones", milestone, low=1, integer=True)
+    check_numbers("scheduler.milestones", milestones, low=1, integer=True)
     check_number("scheduler.gamma", gamma, above=0)
     return MultiStepLR(optimizer, [epoch * steps_per_epoch for epoch in milestones], gamma=gamma)

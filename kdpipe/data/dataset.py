@@ -20,7 +20,7 @@ class Source:
         labels: int64 [N].
         class_names: what label 0, 1, … mean.
         given: the splits that the source brings itself, "validation" or "test", as positions int64 [n].
-        fingerprint: 16 hex digits that stand for the content; computed where it is not given.
+        fingerprint: 16 hex digits that stand for all of the above; computed where it is not given.
     """
 
     images: Tensor
@@ -34,6 +34,9 @@ class Source:
             digest = hashlib.sha256(json.dumps([list(self.images.shape), self.class_names]).encode())
             digest.update(self.images.contiguous().numpy().data)
             digest.update(self.labels.numpy().data)
+            for name, positions in sorted(self.given.items()):
+                digest.update(name.encode())
+                digest.update(positions.numpy().data)
             object.__setattr__(self, "fingerprint", digest.hexdigest()[:16])
 
 

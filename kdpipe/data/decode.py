@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
 from kdpipe.checks import check_choice, check_number
 from kdpipe.data.dataset import Source
@@ -24,6 +25,7 @@ from kdpipe.progress import progress
 
 log = logging.getLogger("kdpipe")
 
+SplitOf = Callable[[str], str | None]  # from a file's name to "validation" or "test", if it is in one of them
 LAYOUT = 1  # of the files in a cache entry; another number is another entry
 
 
@@ -41,7 +43,9 @@ class ImageFile:
 def image_file(path: Path, root: Path, label: int) -> ImageFile:
     """An `ImageFile` for a file on disk."""
     status = path.stat()
-    return ImageFile(path.relative_to(root).as_posix(), label, (status.st_size, status.st_mtime_ns), path.read_bytes)
+    # Not the time of modification alone: it can be set, and is by programs that unpack archives.
+    stamp = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    return ImageFile(path.relative_to(root).as_posix(), label, stamp, path.read_bytes)
 
 
 def decoded_source(
@@ -51,7 +55,7 @@ def decoded_source(
     image_size: int | None,
     on_bad_image: str,
     cache_dir: str,
-    split_of: Callable[[str], str | None] = lambda name: None,
+    split_of: SplitOf = lambda name: None,
 ) -> Source:
     """The `Source` of `files`, from the cache where they were decoded before.
 
@@ -59,7 +63,7 @@ def decoded_source(
         image_size: side in pixels of the stored squares; None keeps the images' size, which must be one for all.
         on_bad_image: "stop", or "skip" to go on without the files that are no readable image.
         cache_dir: folder of the decoded arrays.
-        split_of: from a file's name to the split that it belongs to, "validation" or "test", if any.
+        split_of: which files the source has already split off.
 
     Raises:
         ValueError: a bad setting; unreadable files under "stop" (all are named); images of several sizes.
@@ -78,23 +82,27 @@ def decoded_source(
     with FileLock(f"{entry}.lock"):  # two runs that start at once decode once
         if not _is_complete(entry):
             with _new_entry(entry) as folder:
-                _decode(files, class_names, image_size, on_bad_image, folder)
+                _decode(files, class_names, image_size, on_bad_image, split_of, folder)
     kept = json.loads((entry / "meta.json").read_text())
     if kept["bad"]:
         bad = len(kept["bad"])
         log.warning("dataset.on_bad_image=skip: %d of %d files are no readable images, left out", bad, len(files))
-    splits: dict[str, list[int]] = {}
-    for position, name in enumerate(kept["names"]):
-        if split_name := split_of(name):
-            splits.setdefault(split_name, []).append(position)
     return Source(
         # Copy-on-write: PyTorch wants memory that it could write to.
         images=torch.from_numpy(np.load(entry / "images.npy", mmap_mode="c")),
         labels=torch.from_numpy(np.load(entry / "labels.npy")),
         class_names=class_names,
-        given={name: torch.tensor(positions) for name, positions in splits.items()},
+        given=_given_splits(kept["names"], split_of),
         fingerprint=kept["fingerprint"],
     )
+
+
+def _given_splits(names: Sequence[str], split_of: SplitOf) -> dict[str, Tensor]:
+    splits: dict[str, list[int]] = {}
+    for position, name in enumerate(names):
+        if split_name := split_of(name):
+            splits.setdefault(split_name, []).append(position)
+    return {name: torch.tensor(positions) for name, positions in splits.items()}
 
 
 def check_settings(image_size: object, on_bad_image: object) -> None:
@@ -105,7 +113,12 @@ def check_settings(image_size: object, on_bad_image: object) -> None:
 
 
 def _decode(
-    files: Sequence[ImageFile], class_names: tuple[str, ...], image_size: int | None, on_bad_image: str, folder: Path
+    files: Sequence[ImageFile],
+    class_names: tuple[str, ...],
+    image_size: int | None,
+    on_bad_image: str,
+    split_of: SplitOf,
+    folder: Path,
 ) -> None:
     """Write images.npy, labels.npy and meta.json into `folder`."""
     bad: dict[str, str] = {}
@@ -118,10 +131,14 @@ def _decode(
 
     def decode_one(position: int) -> None:
         try:
-            with Image.open(io.BytesIO(files[position].read())) as image:
-                pixels = image.convert("RGB")
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            bad[files[position].name] = str(error).replace("\n", " ") or type(error).__name__
+            content = files[position].read()
+            with Image.open(io.BytesIO(content)) as image:
+                pixels = _rgb(image)
+        except UnidentifiedImageError:
+            bad[files[position].name] = "no known image format" if content else "empty"
+            return
+        except Exception as error:  # decoders raise whatever they like
+            bad[files[position].name] = " ".join(str(error).split()) or type(error).__name__
             return
         if pixels.size != (width, height):
             pixels = pixels.resize((width, height), Image.Resampling.BILINEAR)
@@ -152,10 +169,16 @@ def _decode(
         (folder / "good.npy").replace(folder / "images.npy")
     images.flush()
     np.save(folder / "labels.npy", labels)
-    fingerprint = Source(torch.from_numpy(images), torch.from_numpy(labels), class_names).fingerprint
-    names_kept = [files[position].name for position in good]
-    meta = {"names": names_kept, "bad": bad, "fingerprint": fingerprint}
+    kept = [files[position].name for position in good]
+    source = Source(torch.from_numpy(images), torch.from_numpy(labels), class_names, _given_splits(kept, split_of))
+    meta = {"names": kept, "bad": bad, "fingerprint": source.fingerprint}
     (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 8
+        return Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
 
 
 def _common_size(files: Sequence[ImageFile]) -> tuple[int, int]:
@@ -165,7 +188,7 @@ def _common_size(files: Sequence[ImageFile]) -> tuple[int, int]:
         try:
             with Image.open(io.BytesIO(file.read())) as image:
                 sizes.setdefault((image.height, image.width), file.name)
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+        except Exception:
             continue  # decoding tells what is wrong with it
         if len(sizes) > 1:
             (size, name), (other_size, other_name) = list(sizes.items())[:2]
@@ -203,5 +226,7 @@ def files_below(root: Path) -> list[Path]:
     return sorted(
         path
         for path in root.rglob("*")
-        if path.is_file() and not path.name.startswith(".") and path.name not in ("Thumbs.db", "desktop.ini")
+        if path.name not in ("Thumbs.db", "desktop.ini")
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+        and path.is_file()
     )

@@ -3,7 +3,8 @@
 import io
 import re
 import zipfile
-from collections.abc import Callable
+import zlib
+from functools import partial
 from pathlib import Path
 from threading import Lock
 
@@ -56,22 +57,19 @@ def _files_in(path: Path, root: str) -> list[ImageFile]:
         archive = zipfile.ZipFile(path)
         if "train.zip" in archive.namelist():  # the whole competition in one archive
             archive = zipfile.ZipFile(io.BytesIO(archive.read("train.zip")))
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, EOFError) as error:
         raise ValueError(f"dataset.root={root}: {path} is no readable zip archive ({error})") from error
     lock = Lock()  # an open archive reads one member at a time
 
-    def reader(name: str) -> Callable[[], bytes]:
-        def read() -> bytes:
-            try:
-                with lock:
-                    return archive.read(name)
-            except (zipfile.BadZipFile, NotImplementedError) as error:
-                raise OSError(str(error)) from error
+    # The checksums in an archive's directory stay as they are when its contents are damaged or mended.
+    stamp = (path.stat().st_size, path.stat().st_mtime_ns)
 
-        return read
+    def read(name: str) -> bytes:
+        with lock:
+            return archive.read(name)
 
     return [
-        ImageFile(info.filename, CLASS_NAMES.index(match[1]), (info.file_size, info.CRC), reader(info.filename))
+        ImageFile(info.filename, CLASS_NAMES.index(match[1]), (info.CRC, *stamp), partial(read, info.filename))
         for info in archive.infolist()
         if (match := NAME.fullmatch(info.filename)) and "__MACOSX" not in info.filename
     ]

@@ -27,11 +27,12 @@ def fashion_mnist(root: str) -> Source:
 def _both_parts(dataset: type[CIFAR10 | FashionMNIST], root: str) -> Source:
     try:
         parts = [dataset(root, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # a torn file raises whatever its reader stumbles over
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(
-            f"dataset.root={root}: {dataset.__name__} is not in {Path(root).resolve()} and cannot be downloaded "
-            f"({reason}); put torchvision's files there, or use dataset=image_folder for images of your own"
+            f"dataset.root={root}: {dataset.__name__} is not in {Path(root).resolve()}, or torn, and "
+            f"cannot be downloaded ({reason}); put torchvision's files there, or use dataset=image_folder for "
+            f"images of your own"
         ) from error
     images = np.concatenate([np.asarray(part.data) for part in parts])
     images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)

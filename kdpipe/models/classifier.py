@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdpipe.checks import check_choice, check_number
+from kdpipe.checks import check_choice, check_number, check_numbers
 
 
 class Classifier(nn.Module):
@@ -40,10 +40,10 @@ class Classifier(nn.Module):
         super().__init__()
         check_number(f"{key}.image_size", image_size, low=1, integer=True)
         check_choice(f"{key}.freeze", freeze, ["none", "backbone"])
+        check_numbers(f"{key}.mean", mean)
+        check_numbers(f"{key}.std", std, above=0)
         if len(mean) != len(std):
             raise ValueError(f"{key}.std={list(std)}: as many values as in {key}.mean={list(mean)} are accepted")
-        for value in std:
-            check_number(f"{key}.std", value, above=0)
         self.network = network
         self.image_size = image_size
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdpipe.checks import check_choice
+from kdpipe.checks import as_typed, check_choice
 
 
 class Block(nn.Module):
@@ -58,8 +58,8 @@ class ResNet(nn.Module):
     def __init__(self, depth: int, num_classes: int, shortcut: str = "A") -> None:
         super().__init__()
         check_choice("model.shortcut", shortcut, ["A", "B"])
-        if depth < 8 or (depth - 2) % 6:
-            raise ValueError(f"model.depth={depth}: 6n + 2 is accepted, such as 20, 32, 44, 56, 110")
+        if not isinstance(depth, int) or depth < 8 or (depth - 2) % 6:
+            raise ValueError(f"model.depth={as_typed(depth)}: 6n + 2 is accepted, such as 20, 32, 44, 56, 110")
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(3, 16, kernel_size=3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
