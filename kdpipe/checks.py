@@ -27,7 +27,7 @@ def check_number(
         or value != value
     ):
         limits = [
-            f"{word} {limit:g}"
+            f"{word} {limit}"
             for word, limit in (("above", above), ("from", low), ("to", high), ("below", below))
             if limit is not None
         ]

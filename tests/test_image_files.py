@@ -741,3 +741,19 @@ def test_real_photos_of_kaggle_are_split_70_20_10(
         assert torch.bincount(labels).tolist() == [count // 2, count // 2], split_name
     everything = torch.cat(list(data.splits.values()))
     assert torch.equal(everything.sort().values, torch.arange(100))
+
+
+def test_a_test_folder_without_a_readable_image_is_not_replaced_by_training_images(split_folders: Path, load):
+    for path in (split_folders / "test").rglob("*.jpg"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="the test folder has no readable image"):
+        load(split_folders, on_bad_image="skip")
+
+
+def test_memory_that_runs_out_is_no_bad_image(class_folders: Path, load, monkeypatch):
+    def out_of_memory(image: Image.Image) -> Image.Image:
+        raise MemoryError
+
+    monkeypatch.setattr("kdpipe.data.decode._rgb", out_of_memory)
+    with pytest.raises(MemoryError):
+        load(class_folders, on_bad_image="skip")

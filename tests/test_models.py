@@ -343,8 +343,10 @@ def test_imagenet_weights_that_cannot_be_read_are_one_clear_line(content: bytes,
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("architecture", ["densenet121", "mobilenet_v3_small", "squeezenet1_1", "googlenet"])
-@pytest.mark.parametrize("num_classes", [2, 1000])
+@pytest.mark.parametrize(
+    ("architecture", "num_classes"),
+    [("densenet121", 2), ("densenet121", 1000), ("squeezenet1_1", 2), ("inception_v3", 2)],
+)
 def test_imagenet_weights_are_taken_over_but_for_the_head(
     architecture: str, num_classes: int, torch_home: Path
 ) -> None:
@@ -364,6 +366,12 @@ def test_imagenet_weights_are_taken_over_but_for_the_head(
     backbone = [name for name in after if not name.startswith(head)]
     assert len(backbone) == len(after) - len(network.get_submodule(network.head_name).state_dict())
     assert all(torch.equal(after[name], published[name]) for name in backbone)
+    # With the same head, torchvision's own pretrained network sees the same in a picture.
+    theirs = torchvision.models.get_model(architecture, weights="DEFAULT").eval()
+    theirs.set_submodule(network.head_name, network.get_submodule(network.head_name))
+    images = torch.rand(2, 3, 96, 96)
+    with torch.no_grad():
+        assert torch.equal(network.eval()(images), theirs(images))
 
 
 def test_timms_imagenet_weights_are_taken_over_but_for_the_head(

@@ -82,7 +82,7 @@ FORMATS = pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt", 
 # What is read
 
 
-@pytest.mark.parametrize("classes", [["cat", "dog"], ["Kätzchen", '犬 "inu"'], ["0", "1"]])
+@pytest.mark.parametrize("classes", [["cat", "dog"], ["dog", "cat"], ["Kätzchen", '犬 "inu"'], ["10", "9"]])
 def test_safetensors_bring_weights_and_class_names_back(classes: list[str], tmp_path: Path) -> None:
     network, other = small_network(), small_network()
     file = tmp_path / "weights.safetensors"
@@ -357,3 +357,8 @@ def test_a_digest_changes_where_two_tensors_change_places() -> None:
     network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     digest = weights_digest(network)
     assert weights_digest(nn.Sequential(network[1], network[0])) != digest
+
+
+def test_a_digest_changes_with_the_names_of_tensors() -> None:
+    layer = nn.Linear(3, 3)
+    assert weights_digest(nn.ModuleDict({"head": layer})) != weights_digest(nn.ModuleDict({"tail": layer}))

@@ -137,6 +137,8 @@ def _decode(
         except UnidentifiedImageError:
             bad[files[position].name] = "no known image format" if content else "empty"
             return
+        except MemoryError:
+            raise
         except Exception as error:  # decoders raise whatever they like
             bad[files[position].name] = " ".join(str(error).split()) or type(error).__name__
             return
@@ -157,7 +159,7 @@ def _decode(
     labels = np.array([files[position].label for position in good], dtype=np.int64)
     for label, class_name in enumerate(class_names):
         if label not in labels:
-            raise ValueError(f"dataset.root: class {class_name} has no readable image")
+            raise ValueError(f"dataset.root: class {class_name} has no readable image; each class needs one")
     if bad:
         compact = np.lib.format.open_memmap(
             folder / "good.npy", mode="w+", dtype=np.uint8, shape=(len(good), 3, height, width)
@@ -170,13 +172,15 @@ def _decode(
     images.flush()
     np.save(folder / "labels.npy", labels)
     kept = [files[position].name for position in good]
+    if lost := {split_of(file.name) for file in files} - {split_of(name) for name in kept}:
+        raise ValueError(f"dataset.root: the {lost.pop() or 'train'} folder has no readable image; it needs one")
     source = Source(torch.from_numpy(images), torch.from_numpy(labels), class_names, _given_splits(kept, split_of))
     meta = {"names": kept, "bad": bad, "fingerprint": source.fingerprint}
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 8
+    if image.mode.startswith("I;16"):  # which Pillow would clip to 8 bits
         return Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
 

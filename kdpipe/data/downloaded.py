@@ -28,7 +28,7 @@ def _both_parts(dataset: type[CIFAR10 | FashionMNIST], root: str) -> Source:
     try:
         parts = [dataset(root, train=train, download=True) for train in (True, False)]
     except Exception as error:  # a torn file raises whatever its reader stumbles over
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
             f"dataset.root={root}: {dataset.__name__} is not in {Path(root).resolve()}, or torn, and "
             f"cannot be downloaded ({reason}); put torchvision's files there, or use dataset=image_folder for "
