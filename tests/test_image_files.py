@@ -744,7 +744,7 @@ def test_real_photos_of_kaggle_are_split_70_20_10(
 
 
 def test_a_test_folder_without_a_readable_image_is_not_replaced_by_training_images(split_folders: Path, load):
-    for path in (split_folders / "test").rglob("*.jpg"):
+    for path in (split_folders / "test").rglob("*.png"):
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="the test folder has no readable image"):
         load(split_folders, on_bad_image="skip")
