@@ -56,8 +56,8 @@ def stage(config: DictConfig) -> str:
 
 
 def run_name(config: DictConfig) -> str:
-    """A name for people: distill_student_cnn_a0.5_T5_s0."""
-    parts = [stage(config), config.model.name]
+    """A name for people: student_cnn_distill_a0.5_T5_s0, student_cnn_alone_s0, resnet20_teacher_s0."""
+    parts = [config.model.name, stage(config).replace("student", "alone")]
     if needs_teacher(config.loss) and "alpha" in config.loss:
         parts.append(f"a{config.loss.alpha:g}")
     if needs_teacher(config.loss) and "temperature" in config.loss:

@@ -52,7 +52,7 @@ def test_teacher_student_and_distilled_student(kdpipe: Callable) -> None:
     assert [run.info.status for run in runs()] == ["FINISHED"] * 3
     assert distilled.data.tags["kdpipe.teacher_run"] == teacher.info.run_id
     assert f"teacher: run {teacher.info.run_id}" in outcome.output
-    assert distilled.info.run_name == "distill_student_cnn_a0.5_T5_s0"
+    assert distilled.info.run_name == "student_cnn_distill_a0.5_T5_s0"
 
     assert distilled.data.params["loss.alpha"] == "0.5"
     assert distilled.data.params["teacher.name"] == "resnet20"

@@ -84,7 +84,7 @@ FORMATS = pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt", 
 
 @pytest.mark.parametrize("classes", [["cat", "dog"], ["dog", "cat"], ["Kätzchen", '犬 "inu"'], ["10", "9"]])
 def test_safetensors_bring_weights_and_class_names_back(classes: list[str], tmp_path: Path) -> None:
-    network, other = small_network(), small_network()
+    network, other = small_network(), ResNet(8, 2)
     file = tmp_path / "weights.safetensors"
     save_weights(network, file, classes)
     assert read_weights("model.weights", file)[1] == classes
@@ -108,7 +108,7 @@ def test_weights_that_lie_in_another_order_in_memory_are_saved_as_they_are(tmp_p
 
 
 def test_safetensors_of_others_come_without_class_names(tmp_path: Path) -> None:
-    network, other = small_network(), small_network()
+    network, other = small_network(), ResNet(8, 2)
     save_file(network.state_dict(), tmp_path / "weights.safetensors")
     load(tmp_path / "weights.safetensors", other, ["other", "names"])
     assert same(other.state_dict(), network.state_dict())
@@ -127,7 +127,7 @@ def test_safetensors_of_others_come_without_class_names(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("zipped", [True, False])
 def test_files_of_torch_save_are_read(wrap: Callable[[State], object], zipped: bool, tmp_path: Path) -> None:
-    network, other = small_network(), small_network()
+    network, other = small_network(), ResNet(8, 2)
     file = tmp_path / "weights.pt"
     torch.save(wrap(network.state_dict()), file, _use_new_zipfile_serialization=zipped)
     load(file, other, ["any", "names"])
@@ -135,7 +135,7 @@ def test_files_of_torch_save_are_read(wrap: Callable[[State], object], zipped: b
 
 
 def test_files_from_before_batch_norm_counted_are_read(tmp_path: Path) -> None:
-    network, other = small_network(), small_network()
+    network, other = small_network(), ResNet(8, 2)
     state = {name: t for name, t in network.state_dict().items() if not name.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "weights.pt")
     load(tmp_path / "weights.pt", other)
@@ -322,7 +322,7 @@ def test_class_names_that_differ_are_refused(classes: list[str], named: str, tmp
 
 
 def test_a_digest_is_16_hex_digits_that_survive_a_file(tmp_path: Path) -> None:
-    network, other = small_network(), small_network()
+    network, other = small_network(), ResNet(8, 2)
     digest = weights_digest(network)
     assert len(digest) == 16 and set(digest) <= set("0123456789abcdef")
     assert weights_digest(other) != digest
