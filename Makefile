@@ -7,8 +7,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m kdpipe
 COMPARE := $(BIN)/python -m kdpipe.compare
-# Like the commands themselves: what is given in ARGS wins over MLFLOW_TRACKING_URI, which wins over the local file.
-STORE = $(or $(patsubst tracking.uri=%,%,$(filter tracking.uri=%,$(ARGS))),$(MLFLOW_TRACKING_URI),sqlite:///outputs/mlflow.db)
+# As in the runs themselves: what is given in ARGS wins over MLFLOW_TRACKING_URI, which wins over the local file.
+given = $(patsubst $(1)=%,%,$(filter $(1)=%,$(ARGS)))
+OUTPUTS = $(or $(call given,output_dir),outputs)
+STORE = $(or $(call given,tracking.uri),$(MLFLOW_TRACKING_URI),sqlite:///$(abspath $(OUTPUTS))/mlflow.db)
 DEMO := dataset=digits tracking.experiment=demo train.epochs=15
 
 .DEFAULT_GOAL := help
@@ -34,7 +36,7 @@ demo: setup  ## teacher, student alone, distilled student and their comparison o
 	$(RUN) experiment=teacher model=resnet20 $(DEMO) $(ARGS)
 	$(RUN) experiment=student $(DEMO) $(ARGS)
 	$(RUN) experiment=distill model@teacher=resnet20 $(DEMO) $(ARGS)
-	$(COMPARE) --experiment demo --uri "$(STORE)"
+	$(COMPARE) --experiment $(or $(call given,tracking.experiment),demo) --uri "$(STORE)"
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
@@ -55,9 +57,10 @@ reproduce: setup  ## the tutorial's three experiments: CIFAR-10, DenseNet-121 (h
 	$(RUN) experiment=tutorial_teacher tracking.experiment=tutorial $(ARGS)
 	$(RUN) experiment=tutorial_student tracking.experiment=tutorial $(ARGS)
 	$(RUN) experiment=tutorial_distill tracking.experiment=tutorial $(ARGS)
-	$(COMPARE) --experiment tutorial --uri "$(STORE)"
+	$(COMPARE) --experiment $(or $(call given,tracking.experiment),tutorial) --uri "$(STORE)"
 
 ui: setup  ## open MLflow on the runs: http://127.0.0.1:5000 (make ui PORT=5001)
+	@mkdir -p $(OUTPUTS)
 	$(BIN)/mlflow ui --backend-store-uri "$(STORE)" --host 127.0.0.1 --port $(PORT)
 
 lint: setup  ## ruff and mypy

@@ -170,7 +170,24 @@ def build_network(key: str, model: DictConfig, data: ImageDataset, freeze: str) 
     architecture = {name: value for name, value in model.items() if name not in settings.NOT_ARCHITECTURE}
     network = instantiate(architecture, num_classes=data.num_classes)
     preprocessing = {name: model[name] for name in settings.PREPROCESSING}
-    return Classifier(network, **preprocessing, freeze=freeze, key=key)
+    classifier = Classifier(network, **preprocessing, freeze=freeze, key=key)
+    check_output(key, model, classifier, data)
+    return classifier
+
+
+@torch.no_grad()
+def check_output(key: str, model: DictConfig, classifier: Classifier, data: ImageDataset) -> None:
+    """Raise ValueError where a network gets from images to no logits: two images tell before training."""
+    images = data.images[:2]
+    try:
+        logits = classifier.eval()(images)
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{key}.image_size={model.image_size}: {model.name} cannot take images of this size ({reason})"
+        ) from error
+    if logits.shape != (len(images), data.num_classes):
+        raise ValueError(f"{key}.name={model.name}: logits [N, {data.num_classes}] are expected, not {[*logits.shape]}")
 
 
 def build_model(config: DictConfig, data: ImageDataset, tracker: Any) -> Classifier:

@@ -52,6 +52,7 @@ from hydra.errors import InstantiationException
         (["dataset=digits", "teacher.weights=runs:/0"], ["teacher.weights=runs:/0", "there is no such run"]),
         (["dataset=digits", "loss.alpha=0", "model.weights=imagenet"], ["model.weights=imagenet", "student_cnn"]),
         (["dataset=digits", "loss.alpha=0", "model.freeze=all"], ["model.freeze=all", "none, backbone"]),
+        (["dataset=digits", "loss.alpha=0", "model.image_size=64"], ["model.image_size=64", "student_cnn"]),
         (["dataset=digits", "loss.alpha=0", "model=resnet20", "model.shortcut=C"], ["model.shortcut=C", "A, B"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and "=" in value[0] else "",

@@ -164,18 +164,22 @@ def test_a_frozen_backbone_trains_in_a_run(kdpipe: Callable) -> None:
 
 
 def test_a_run_that_breaks_is_marked_failed_with_its_reason(kdpipe: Callable) -> None:
-    # A 3-pixel image gets lost in the student's layers: nobody can know before it is tried.
-    outcome = kdpipe(*STUDENT, "model.image_size=3")
+    kdpipe(*STUDENT)
+    weights = Path("outputs/runs") / runs()[0].data.tags["kdpipe.identity"] / "model.safetensors"
+    weights.unlink()
+    (weights / "a folder in its place").mkdir(parents=True)
+    outcome = kdpipe(*STUDENT, "train.resume=never")
     assert outcome.status == 1
-    (run,) = runs()
-    assert run.info.status == "FAILED"
-    assert "Output size is too small" in run.data.tags["kdpipe.reason"]
+    assert "model.safetensors" in outcome.errors
+    assert runs()[0].info.status == "FAILED"
+    assert "directory" in runs()[0].data.tags["kdpipe.reason"]
 
 
 def test_a_sweep_goes_on_after_a_job_that_failed(kdpipe: Callable) -> None:
     outcome = kdpipe("-m", *STUDENT, "train.epochs=1", "model.image_size=3,128")
     assert outcome.status == 1
-    assert sorted(run.info.status for run in runs()) == ["FAILED", "FINISHED"]
+    assert "failed: model.image_size=3: student_cnn cannot take images of this size" in outcome.output
+    assert [run.info.status for run in runs()] == ["FINISHED"]
     assert len(list(Path("outputs/runs").glob("*/model.safetensors"))) == 1
 
 

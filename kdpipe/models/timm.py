@@ -1,5 +1,7 @@
 """Any timm classifier, by name; timm is an extra."""
 
+import difflib
+
 from torch import Tensor, nn
 
 
@@ -14,12 +16,12 @@ def classifier(architecture: str, num_classes: int) -> nn.Module:
     except ImportError as error:
         raise ValueError("model=timm: timm is not installed; pip install 'kdpipe[timm]'") from error
     if not timm.is_model(architecture):
-        near = ", ".join(timm.list_models(f"*{architecture[:5]}*")[:8])
-        raise ValueError(f"model.name={architecture}: a network of timm.list_models() is accepted ({near} …)")
+        near = ", ".join(difflib.get_close_matches(architecture, timm.list_models())) or "none is near"
+        raise ValueError(f"model.name={architecture}: a network of timm.list_models() is accepted ({near})")
     network: nn.Module = timm.create_model(architecture, num_classes=num_classes)
     name = network.pretrained_cfg["classifier"]  # type: ignore[index]
     if not isinstance(name, str):
-        raise ValueError(f"model.name={architecture}: a network with one head is accepted, this one has {len(name)}")
+        raise ValueError(f"model.name={architecture}: a network with one classifier is accepted, this one has {name}")
     network.head_name = name  # type: ignore[assignment]
 
     def imagenet_backbone() -> dict[str, Tensor]:
