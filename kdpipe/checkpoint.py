@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-State = dict[str, Tensor]
+from kdpipe.models.weights import State
 
 
 def copy_state(module: nn.Module) -> State:

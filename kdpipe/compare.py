@@ -5,6 +5,7 @@ student alone, seed by seed, and against its teacher.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from scipy import stats
 
-from kdpipe.identity import without_places
+from kdpipe.identity import what_matters
 from kdpipe.report import render
 from kdpipe.store import check_uri, store_uri
 from kdpipe.tracking import RunRecord, Tracker
@@ -63,7 +64,7 @@ def make_cells(records: Iterable[RunRecord]) -> list[Cell]:
     """The cells of finished runs (newest first), teachers before students before distilled students."""
     found: dict[frozenset[tuple[str, str]], dict[int, RunRecord]] = {}
     for record in records:
-        settings = without_places(record.params)
+        settings = what_matters(record.params)
         seed = int(settings.pop("seed"))
         sources = {key: record.tags.get(key, "") for key in ("kdpipe.stage", "kdpipe.data", "kdpipe.teacher_run")}
         found.setdefault(frozenset((settings | sources).items()), {}).setdefault(seed, record)
@@ -73,7 +74,7 @@ def make_cells(records: Iterable[RunRecord]) -> list[Cell]:
 
 def control_of(cell: Cell, cells: Iterable[Cell]) -> Cell | None:
     """The same student alone: same settings but for the loss and the teacher."""
-    groups = ("loss", "teacher", "distillation", "stage", "kdpipe")
+    groups = ("loss", "teacher", "stage", "kdpipe")
 
     def shared(one: Cell) -> tuple[frozenset[tuple[str, str]], str]:
         return one.setting_without(*groups), one.first.tags["kdpipe.data"]
@@ -87,10 +88,9 @@ def verdict(gains: Sequence[float]) -> str:
         number = "one seed shows" if gains else "no seed in common shows"
         return f"cannot tell: {number} nothing; repeat both with seed=1, seed=2, …"
     mean = fmean(gains)
-    if max(gains) == min(gains):
-        low = high = mean
-    else:
-        low, high = stats.ttest_1samp(gains, 0).confidence_interval(0.95)
+    if max(gains) - min(gains) < 1e-9:
+        return f"cannot tell: {100 * mean:+.1f} points for each of {len(gains)} seeds show no spread; repeat with more"
+    low, high = stats.ttest_1samp(gains, 0).confidence_interval(0.95)
     word = "distillation helped" if low > 0 else "distillation hurt" if high < 0 else "no evidence"
     return (
         f"{word}: {100 * mean:+.1f} points on the test set "
@@ -133,7 +133,9 @@ def gains_table(cell: Cell, control: Cell, teacher: RunRecord | None) -> tuple[T
         table.add_column(title, justify="right")
     teacher_mb = cell.mean("teacher/size_mb")
     name = f"teacher {cell.first.params['teacher.name']}"
-    table.add_row(name, _percent(teacher.metrics["test/accuracy"] if teacher else None), f"{teacher_mb or 0:.3f}", "")
+    table.add_row(
+        name, _percent(teacher.metrics.get("test/accuracy") if teacher else None), f"{teacher_mb or 0:.3f}", ""
+    )
     for title, student in (("student alone", control), ("student distilled", cell)):
         accuracy = fmean(student.runs[seed].metrics["test/accuracy"] for seed in seeds) if seeds else None
         megabytes = student.mean("model/size_mb") or 0
@@ -188,8 +190,10 @@ def cli() -> None:
         if uri.startswith("sqlite:///") and not local.is_file():
             raise ValueError(f"{local}: there is no such MLflow store; make demo, or any run, makes one")
         print(compare(Tracker(uri, arguments.experiment, arguments.output_dir / "mlartifacts", create=False)))
-    except ValueError as error:
-        print(f"kdpipe-compare: {error}", file=sys.stderr)
+    except Exception as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"kdpipe-compare: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from kdpipe.checks import check_choice, check_number
+from kdpipe.checks import as_typed, check_choice, check_number
 from kdpipe.identity import effective, identity
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -78,12 +78,27 @@ def check(config: DictConfig) -> None:
     check_choice("train.resume", train.resume, ["auto", "never"])
     check_choice("train.select", train.select, ["last", "best"])
     check_choice("train.test_each_epoch", train.test_each_epoch, [True, False])
-    check_number("optimizer.lr", config.optimizer.lr, above=0)
+    if "lr" in config.optimizer:
+        check_number("optimizer.lr", config.optimizer.lr, above=0)
     for key in ("weight_decay", "momentum"):
         if key in config.optimizer:
             check_number(f"optimizer.{key}", config.optimizer[key], low=0)
+    for key, needs_weights in (("model", False), ("teacher", needs_teacher(config.loss))):
+        check_weights(f"{key}.weights", config[key].weights, needs_weights)
     if not isinstance(config.tracking.experiment, str) or not config.tracking.experiment.strip():
         raise ValueError(f"tracking.experiment={config.tracking.experiment}: a name is accepted")
     for key in ("model.name", "dataset.name"):
         if not isinstance(OmegaConf.select(config, key), str):
             raise ValueError(f"{key}={OmegaConf.select(config, key)}: a name is accepted")
+
+
+def check_weights(key: str, weights: object, is_teacher: bool) -> None:
+    """Raise ValueError for weights that a network cannot have: a missing file, or none for a teacher."""
+    if key.startswith("teacher") and not is_teacher:
+        return  # there is none
+    accepted = "auto" if is_teacher else "null, imagenet"
+    if weights in (["auto"] if is_teacher else [None, "imagenet"]) or str(weights).startswith("runs:/"):
+        return
+    if weights is None or not Path(str(weights)).expanduser().is_file():
+        problem = "" if weights in (None, "imagenet", "auto") else "there is no such file; "
+        raise ValueError(f"{key}={as_typed(weights)}: {problem}{accepted}, a file or runs:/<run id> is accepted")

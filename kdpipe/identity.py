@@ -32,31 +32,37 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def effective(settings: Mapping[str, Any], needs_teacher: bool) -> dict[str, Any]:
     """The flat settings without those that have no effect: teacher and temperature where there is no teacher."""
-    flat = flatten(settings)
+    flat = {key: canonical(value) for key, value in flatten(settings).items() if key != "teacher.freeze"}
     if needs_teacher:
         return flat
     return {key: value for key, value in flat.items() if not key.startswith("teacher.") and key != "loss.temperature"}
 
 
-def without_places(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The flat settings that a result depends on."""
-    return {
+def what_matters(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat settings that a result depends on; any loss at alpha 0 is cross-entropy."""
+    matters = {
         key: value
         for key, value in flat.items()
         if key not in PLACES and not key.startswith(tuple(f"{place}." for place in PLACES))
     }
+    if str(matters.get("loss.alpha")) == "0":
+        matters = {key: value for key, value in matters.items() if not key.startswith("loss.")}
+        matters["loss._target_"] = "kdpipe.losses.CrossEntropy"
+    return matters
 
 
 def identity(flat: Mapping[str, Any]) -> str:
     """12 hex digits: the same for the same flat settings, however they were written (1 or 1.0, in any order)."""
-    canonical = {key: _canonical(value) for key, value in without_places(flat).items()}
-    text = json.dumps([__version__, canonical], sort_keys=True)
+    text = json.dumps([__version__, what_matters(canonical(flat))], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _canonical(value: Any) -> Any:
+def canonical(value: Any) -> Any:
+    """One way to write a value: 1.0 as 1, in lists and mappings too."""
+    if isinstance(value, Mapping):
+        return {key: canonical(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_canonical(item) for item in value]
+        return [canonical(item) for item in value]
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value

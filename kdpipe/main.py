@@ -2,6 +2,8 @@
 
 import logging
 import os
+import re
+import shlex
 import signal
 import sys
 from collections.abc import Mapping
@@ -13,6 +15,7 @@ from typing import Any, NoReturn
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -25,13 +28,14 @@ from kdpipe.data import ImageDataset, split
 from kdpipe.data.dataset import check_fractions
 from kdpipe.errors import one_line
 from kdpipe.evaluate import evaluate
+from kdpipe.identity import canonical
 from kdpipe.models import Classifier, size_mb
 from kdpipe.models.weights import check_class_names, load_imagenet, load_state, read_weights, weights_digest
 from kdpipe.randomness import derive_seed
 from kdpipe.report import epoch_line, result_table
 from kdpipe.store import check_uri, store_uri
 from kdpipe.teacher import Teacher
-from kdpipe.train import fit, named
+from kdpipe.train import batches, fit, named
 
 log = logging.getLogger("kdpipe")
 
@@ -51,6 +55,7 @@ def run(config: DictConfig) -> float:
     uri = store_uri(config.tracking.uri, Path(config.output_dir))
     check_uri(uri)
     data = build_data(config.dataset)
+    check_selection(config.train, data)
 
     from kdpipe import tracking  # imports mlflow, which takes seconds: after what can fail sooner
 
@@ -69,7 +74,7 @@ def run(config: DictConfig) -> float:
 
     teacher = teacher.to(device) if teacher else None
     model = model.to(device)
-    steps_per_epoch = -(-len(data.splits["train"]) // config.train.batch_size)
+    steps_per_epoch = len(batches(data.splits["train"], config.train.batch_size))
     optimizer, scheduler = build_optimizer(config, model, loss, steps_per_epoch)
     folder = Path(HydraConfig.get().runtime.output_dir)
     params = {
@@ -139,7 +144,10 @@ def build_optimizer(
 ) -> tuple[torch.optim.Optimizer, LRScheduler]:
     """Optimizer and schedule for what can be trained in the model and the loss."""
     parameters = [parameter for part in (model, loss) for parameter in part.parameters() if parameter.requires_grad]
-    optimizer = instantiate(config.optimizer)(parameters)
+    try:
+        optimizer = instantiate(config.optimizer)(parameters)
+    except ValueError as error:
+        raise ValueError(f"optimizer={config.optimizer._target_}: {error}") from error
     build = instantiate(config.scheduler)
     return optimizer, build(optimizer, epochs=config.train.epochs, steps_per_epoch=steps_per_epoch)
 
@@ -148,8 +156,6 @@ def check_split(config: DictConfig) -> None:
     """Raise ValueError for fractions that are none, before any image is read."""
     dataset = config.dataset
     check_fractions(dataset.train_fraction, dataset.val_fraction, dataset.test_fraction, dataset.split_seed)
-    if config.train.select == "best" and dataset.val_fraction == 0:
-        raise ValueError("train.select=best: chosen on validation images, so dataset.val_fraction above 0 is accepted")
 
 
 def build_data(dataset: DictConfig) -> ImageDataset:
@@ -165,11 +171,24 @@ def build_data(dataset: DictConfig) -> ImageDataset:
     return data
 
 
+def check_selection(train: DictConfig, data: ImageDataset) -> None:
+    """Raise ValueError where weights are to be chosen and there is nothing to choose them on."""
+    if train.select == "best" and "validation" not in data.splits:
+        raise ValueError("train.select=best: chosen on validation images, so dataset.val_fraction above 0 is accepted")
+
+
 def build_network(key: str, model: DictConfig, data: ImageDataset, freeze: str) -> Classifier:
     """The network that stands under `key`, without weights."""
     architecture = {name: value for name, value in model.items() if name not in settings.NOT_ARCHITECTURE}
-    network = instantiate(architecture, num_classes=data.num_classes)
-    preprocessing = {name: model[name] for name in settings.PREPROCESSING}
+    try:
+        network = instantiate(architecture, num_classes=data.num_classes)
+    except InstantiationException as error:  # networks speak of themselves as the model
+        raise ValueError(re.sub(r"^model\.", f"{key}.", one_line(error))) from error
+    # A network of a library knows what its pretrained weights expect.
+    own = getattr(network, "preprocessing", {})
+    preprocessing: dict[str, Any] = {
+        name: own.get(name) if model[name] is None else model[name] for name in settings.PREPROCESSING
+    }
     classifier = Classifier(network, **preprocessing, freeze=freeze, key=key)
     check_output(key, model, classifier, data)
     return classifier
@@ -208,12 +227,16 @@ def build_teacher(config: DictConfig, data: ImageDataset, tracker: Any) -> tuple
         return None, ""
     classifier = build_network("teacher", config.teacher, data, freeze="none")
     if config.teacher.weights == "auto":
-        wanted = {f"model.{key}": value for key, value in config.teacher.items() if key not in ("weights", "freeze")}
-        found = tracker.find_teacher({**wanted, "dataset.name": config.dataset.name})
+        network = {
+            f"model.{key}": value for key, value in plain(config.teacher).items() if key not in ("weights", "freeze")
+        }
+        # A teacher with another test split would have been trained on images that the student is tested on.
+        images = {f"dataset.{key}": config.dataset[key] for key in ("name", "test_fraction", "split_seed")}
+        found = tracker.find_teacher(canonical(network | images), data.fingerprint)
         if found is None:
             raise ValueError(
-                f"teacher.weights=auto: no finished teacher run of {config.teacher.name} on {config.dataset.name} in "
-                f"{tracker.uri}; this trains one: {teacher_command()}"
+                f"teacher.weights=auto: no finished teacher run of {config.teacher.name} on these images and split "
+                f"in {tracker.uri}; this trains one: {teacher_command()}"
             )
         source = found.id
         load_trained("teacher", f"runs:/{source}", config.teacher.name, classifier, data, tracker)
@@ -241,7 +264,9 @@ def teacher_command() -> str:
             overrides.append(f"model.{key.removeprefix('teacher.')}={value}")
         elif key == "dataset" or key.startswith(("dataset.", "tracking.", "output_dir")):
             overrides.append(override)
-    return " ".join(["python -m kdpipe experiment=teacher", *overrides])
+    sources = HydraConfig.get().runtime.config_sources
+    folders = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
+    return shlex.join(["python", "-m", "kdpipe", *folders, "experiment=teacher", *overrides])
 
 
 def load_weights(key: str, model: DictConfig, classifier: Classifier, data: ImageDataset, tracker: Any) -> None:
@@ -270,11 +295,16 @@ def inputs_digest(data: ImageDataset, teacher: Teacher | None, model: Classifier
     return "-".join([data.fingerprint, *(weights_digest(network) for network in networks)])
 
 
+def plain(part: DictConfig) -> dict[str, Any]:
+    """A part of the config as plain values."""
+    return {str(key): value for key, value in OmegaConf.to_container(part, resolve=True).items()}  # type: ignore[union-attr]
+
+
 def describe_inputs(config: DictConfig, current: Any, tracker: Any, data: ImageDataset) -> None:
     """Keep the composed config and say what the run is fed."""
-    plain = {key: value for key, value in settings.settings_of(config).items() if key != "tracking"}
+    composed = {key: value for key, value in settings.settings_of(config).items() if key != "tracking"}
     file = current.folder / "config.yaml"
-    file.write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
+    file.write_text(OmegaConf.to_yaml(OmegaConf.create(composed)))
     current.save(file)
     sizes = {name: len(positions) for name, positions in data.splits.items()}
     tracker.log_dataset(current.id, data.name, data.fingerprint, str(config.dataset.get("root", data.name)), sizes)

@@ -115,13 +115,15 @@ class Tracker:
             for part in _chunks([Param(key, text) for key, text in texts.items()], 100):
                 self.client.log_batch(run_id, params=part)
             (folder / "metrics.jsonl").unlink(missing_ok=True)
+            (folder / WEIGHTS).unlink(missing_ok=True)
             yield Run(self.client, run_id, folder)
+            self.client.set_terminated(run_id, "FINISHED")
         except BaseException as error:
             killed = isinstance(error, KeyboardInterrupt | SystemExit)
-            self.client.set_tag(run_id, "kdpipe.reason", (str(error) or type(error).__name__)[:MAX_PARAM_LENGTH])
             self.client.set_terminated(run_id, "KILLED" if killed else "FAILED")
+            reason = " ".join(str(error).split()) or "interrupted"
+            self.client.set_tag(run_id, "kdpipe.reason", f"{type(error).__name__}: {reason}"[:MAX_PARAM_LENGTH])
             raise
-        self.client.set_terminated(run_id, "FINISHED")
 
     def log_dataset(self, run_id: str, name: str, fingerprint: str, source: str, splits: Mapping[str, int]) -> None:
         """Say what a run was fed, as MLflow's dataset input."""
@@ -134,12 +136,16 @@ class Tracker:
         conditions = [f"tags.`{key}` = {_quoted(value)}" for key, value in tags.items()]
         return next(iter(self._search([self.experiment_id], conditions, limit=1)), None)
 
-    def find_teacher(self, params: Mapping[str, object]) -> RunRecord | None:
-        """The newest finished teacher run with these params, in any experiment of the store."""
+    def find_teacher(self, params: Mapping[str, object], images: str) -> RunRecord | None:
+        """The newest finished teacher run with these params on the images of this fingerprint, in any experiment."""
         experiments = [found.experiment_id for found in self.client.search_experiments()]
-        conditions = ["tags.`kdpipe.stage` = 'teacher'"]
+        conditions = ["tags.`kdpipe.stage` = 'teacher'", f"tags.`kdpipe.data` = '{images}'"]
         conditions += [f"params.`{key}` = {_quoted(value)}" for key, value in params.items()]
-        return next(iter(self._search(experiments, conditions, limit=1)), None)
+        for record in self._search(experiments, conditions):
+            never_trained = record.params["train.epochs"] == "0" and record.params["model.weights"] == "None"
+            if not never_trained:
+                return record
+        return None
 
     def finished_runs(self) -> list[RunRecord]:
         """All finished runs that kdpipe wrote to this experiment, newest first."""
@@ -199,7 +205,7 @@ def git_tags() -> dict[str, str]:
     try:
         commit, status = (
             subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", ":/", ":(exclude)outputs"])
         )
     except (OSError, subprocess.SubprocessError):
         return {}

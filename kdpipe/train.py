@@ -109,6 +109,7 @@ def train_epoch(
     order = positions[torch.randperm(len(positions), generator=generator(seed, f"order/{epoch}"))]
     draws = epoch_draws(seed, epoch, len(data.labels)) if augment else None
     totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
+    learning_rate = optimizer.param_groups[0]["lr"]
     seen = 0
     with progress(f"epoch {epoch}/{epochs}", len(order)) as bar:
         for batch in batches(order, batch_size):
@@ -134,7 +135,7 @@ def train_epoch(
                 bar.note(f"loss {mean['loss']:.4f}  accuracy {mean['accuracy']:.1%}")
     metrics = {f"train/{name}": total.item() / len(order) for name, total in totals.items()}
     return metrics | {
-        "train/learning_rate": optimizer.param_groups[0]["lr"],
+        "train/learning_rate": learning_rate,
         "train/images_per_second": len(order) / (time.perf_counter() - started),
     }
 

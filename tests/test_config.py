@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig
 
 from kdpipe import config as settings
-from kdpipe.identity import identity, without_places
+from kdpipe.identity import identity, what_matters
 
 OPTIONS = sorted(path.relative_to(settings.CONF).with_suffix("").as_posix() for path in settings.CONF.glob("*/*.yaml"))
 DATASETS_ON_DISK = ("cifar10", "cifar100", "fashion_mnist", "dogs_vs_cats", "image_folder")
@@ -31,7 +31,8 @@ def test_every_yaml_composes_and_builds(option: str, composed: Callable[..., Dic
         assert part.name == (name if name not in ("torchvision", "timm") else "resnet18")
         arguments = {key: value for key, value in part.items() if key not in settings.NOT_ARCHITECTURE}
         network = instantiate(arguments, num_classes=3).eval()
-        image = torch.zeros(1, 3, part.image_size, part.image_size)
+        size = part.image_size or network.preprocessing["image_size"]
+        image = torch.zeros(1, 3, size, size)
         assert network(image).shape == (1, 3)
     elif group == "dataset" and name in DATASETS_ON_DISK:
         assert part.name == (name if name != "image_folder" else "somewhere")  # read in the tests of data
@@ -49,6 +50,27 @@ def test_the_root_s_values_are_the_tutorial_s(composed: Callable[..., DictConfig
     assert (config.train.batch_size, config.train.epochs, config.optimizer.lr) == (100, 10, 1e-3)
     assert (config.loss.alpha, config.loss.temperature) == (0.5, 5)
     assert (config.model.name, config.teacher.name, config.teacher.weights) == ("student_cnn", "densenet121", "auto")
+
+
+@pytest.mark.parametrize(
+    ("experiment", "stage", "model", "loss", "tutorial"),
+    [
+        ("teacher", "teacher", "densenet121", "CrossEntropy", False),
+        ("student", "student", "student_cnn", "CrossEntropy", False),
+        ("distill", "distill", "student_cnn", "KD", False),
+        ("tutorial_teacher", "teacher", "densenet121", "CrossEntropy", True),
+        ("tutorial_student", "student", "student_cnn", "CrossEntropy", True),
+        ("tutorial_distill", "distill", "student_cnn", "KDTutorial", True),
+    ],
+)
+def test_what_each_experiment_is(
+    composed: Callable[..., DictConfig], experiment: str, stage: str, model: str, loss: str, tutorial: bool
+) -> None:
+    config = composed(f"experiment={experiment}")
+    assert (settings.stage(config), config.model.name) == (stage, model)
+    assert config.loss._target_ == f"kdpipe.losses.{loss}"
+    assert config.train.test_each_epoch == tutorial
+    assert (config.dataset.val_fraction == 0) == tutorial
 
 
 def test_the_command_line_wins_over_an_experiment(composed: Callable[..., DictConfig]) -> None:
@@ -97,6 +119,8 @@ def test_what_matters_is_part_of_the_identity(composed: Callable[..., DictConfig
 def test_at_alpha_0_teacher_and_temperature_do_not_matter(composed: Callable[..., DictConfig]) -> None:
     control = settings.run_identity(composed("loss.alpha=0"))
     assert control == settings.run_identity(composed("loss.alpha=0.0", "loss.temperature=2", "model@teacher=resnet20"))
+    assert control == settings.run_identity(composed("loss=kd_tutorial", "loss.alpha=0"))
+    assert control == settings.run_identity(composed("experiment=student"))
 
 
 @settings_of_test(deadline=None)
@@ -107,7 +131,7 @@ def test_the_order_of_settings_does_not_matter(flat: dict[str, object]) -> None:
 
 def test_places_are_left_out_whole() -> None:
     flat = {"tracking.uri": "x", "tracking.experiment": "y", "output_dir": "z", "dataset.root_of_all": 1}
-    assert without_places(flat) == {"dataset.root_of_all": 1}
+    assert what_matters(flat) == {"dataset.root_of_all": 1}
 
 
 ROOMS = {

@@ -195,7 +195,6 @@ def test_the_fingerprint_stands_for_pixels_labels_and_class_names():
     other_pixel[3] += 1
     changes: list[dict] = [
         {"images": other_pixel},
-        {"images": source.images.reshape(5, 2, 1, 1)},
         {"labels": source.labels.flip(0)},
         {"class_names": ("class 1", "class 0")},
     ]

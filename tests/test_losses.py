@@ -14,6 +14,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.special import log_softmax, rel_entr, softmax
 from torch import Tensor, nn
 
+from kdpipe.checks import as_typed
 from kdpipe.losses import KD, CrossEntropy, KDTutorial, cross_entropy, kd, kd_tutorial
 
 TEMPERATURES = [0.5, 1, 2, 5, 20]
@@ -38,11 +39,6 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> float:
     soft_targets = softmax(teacher.double().numpy() / temperature, axis=1)
     soft_outputs = softmax(student.double().numpy() / temperature, axis=1)
     return temperature**2 * rel_entr(soft_targets, soft_outputs).sum() / len(student)
-
-
-def as_typed(value: object) -> str:
-    """As one writes it on a command line."""
-    return {"None": "null", "True": "true"}.get(str(value), str(value))
 
 
 def any_logits(images: int, classes: int) -> st.SearchStrategy[Tensor]:

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kdpipe.checkpoint import copy_state
+from kdpipe.checks import as_typed
 from kdpipe.models import Classifier, size_mb
 from kdpipe.models.densenet import densenet121
 from kdpipe.models.resnet import Block, ResNet
@@ -33,11 +34,6 @@ IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 pytestmark = pytest.mark.filterwarnings("ignore:The default weight initialization of:FutureWarning")
 
 Photo = Callable[..., Image.Image]
-
-
-def as_typed(value: object) -> str:
-    """As one writes it on a command line."""
-    return {"None": "null", "True": "true"}.get(str(value), str(value))
 
 
 def as_tensor(*images: Image.Image) -> Tensor:

@@ -11,15 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig
 
+from kdpipe.checks import as_typed
 from kdpipe.config import CONF
 from kdpipe.schedulers import constant, cosine, multistep
 
 Build = Callable[..., torch.optim.lr_scheduler.LRScheduler]
-
-
-def as_typed(value: object) -> str:
-    """As one writes it on a command line."""
-    return {"None": "null", "True": "true"}.get(str(value), str(value))
 
 
 def rates(build: Build, epochs: int, steps: int, lr: float = 1.0, **settings: object) -> list[float]:

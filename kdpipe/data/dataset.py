@@ -30,6 +30,9 @@ class Source:
     fingerprint: str = ""
 
     def __post_init__(self) -> None:
+        assert self.images.dtype == torch.uint8 and self.images.ndim == 4, "images are uint8 [N, C, H, W]"
+        assert self.labels.dtype == torch.int64 and len(self.labels) == len(self.images), "labels are int64 [N]"
+        assert self.labels.min() >= 0 and self.labels.max() < len(self.class_names), "labels name classes"
         if not self.fingerprint:
             digest = hashlib.sha256(json.dumps([list(self.images.shape), self.class_names]).encode())
             digest.update(self.images.contiguous().numpy().data)

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,9 +123,10 @@ def _decode(
     """Write images.npy, labels.npy and meta.json into `folder`."""
     bad: dict[str, str] = {}
     if image_size is None:
-        height, width = _common_size(files)
+        width, height = _first_size(files)
     else:
         height = width = image_size
+    other_sizes: list[str] = []
     shape = (len(files), 3, height, width)
     images = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
 
@@ -142,6 +143,9 @@ def _decode(
         except Exception as error:  # decoders raise whatever they like
             bad[files[position].name] = " ".join(str(error).split()) or type(error).__name__
             return
+        if pixels.size != (width, height) and image_size is None:
+            other_sizes.append(f"{files[position].name} has {pixels.width}×{pixels.height}")
+            return
         if pixels.size != (width, height):
             pixels = pixels.resize((width, height), Image.Resampling.BILINEAR)
         images[position] = np.asarray(pixels).transpose(2, 0, 1)
@@ -149,6 +153,11 @@ def _decode(
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress("decoding images", len(files)) as bar:
         for _ in pool.map(decode_one, range(len(files))):
             bar.advance(1)
+    if other_sizes:
+        raise ValueError(
+            f"dataset.image_size=null: images of one size are accepted, but the first one has {width}×{height} pixels "
+            f"and {min(other_sizes)}; give the side in pixels, such as 128"
+        )
     if bad and on_bad_image == "stop":
         names = "; ".join(f"{name} ({reason})" for name, reason in sorted(bad.items()))
         raise ValueError(
@@ -185,22 +194,12 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _common_size(files: Sequence[ImageFile]) -> tuple[int, int]:
-    """The (height, width) that all readable images have."""
-    sizes: dict[tuple[int, int], str] = {}
+def _first_size(files: Sequence[ImageFile]) -> tuple[int, int]:
+    """The (width, height) of the first readable image: what all others have to have."""
     for file in files:
-        try:
-            with Image.open(io.BytesIO(file.read())) as image:
-                sizes.setdefault((image.height, image.width), file.name)
-        except Exception:
-            continue  # decoding tells what is wrong with it
-        if len(sizes) > 1:
-            (size, name), (other_size, other_name) = list(sizes.items())[:2]
-            raise ValueError(
-                f"dataset.image_size=null: images of one size are accepted, but {name} has {size[1]}×{size[0]} pixels "
-                f"and {other_name} {other_size[1]}×{other_size[0]}; give the side in pixels, such as 128"
-            )
-    return next(iter(sizes), (1, 1))
+        with suppress(Exception), Image.open(io.BytesIO(file.read())) as image:  # decoding tells what is wrong
+            return _rgb(image).size
+    return 1, 1
 
 
 def _is_complete(entry: Path) -> bool:

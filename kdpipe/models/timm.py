@@ -21,8 +21,14 @@ def classifier(architecture: str, num_classes: int) -> nn.Module:
     network: nn.Module = timm.create_model(architecture, num_classes=num_classes)
     name = network.pretrained_cfg["classifier"]  # type: ignore[index]
     if not isinstance(name, str):
-        raise ValueError(f"model.name={architecture}: a network with one classifier is accepted, this one has {name}")
+        raise ValueError(f"model.name={architecture}: a network with one head is accepted, this one has {name}")
     network.head_name = name  # type: ignore[assignment]
+    expected = network.pretrained_cfg
+    network.preprocessing = {  # type: ignore[assignment]
+        "image_size": expected["input_size"][1],  # type: ignore[index]
+        "mean": expected["mean"],  # type: ignore[index]
+        "std": expected["std"],  # type: ignore[index]
+    }
 
     def imagenet_backbone() -> dict[str, Tensor]:
         pretrained = timm.create_model(architecture, pretrained=True)

@@ -34,6 +34,8 @@ def classifier(architecture: str, num_classes: int) -> nn.Module:
                 setattr(network, name, None)
     network.head_name = path
     network.imagenet_backbone = imagenet_backbone(architecture, path)
+    expected = torchvision.models.get_model_weights(architecture)["DEFAULT"].transforms()
+    network.preprocessing = {"image_size": expected.crop_size[0], "mean": expected.mean, "std": expected.std}
     return network
 
 

@@ -1,0 +1,112 @@
+"""The training loop by itself: what the arms of one seed share, and what a teacher cannot do."""
+
+import torch
+from torch import Tensor, nn
+
+from kdpipe.data import ImageDataset, split
+from kdpipe.data.augmentation import CropFlip
+from kdpipe.data.digits import digits
+from kdpipe.losses import KD, CrossEntropy
+from kdpipe.models import Classifier
+from kdpipe.models.resnet import ResNet
+from kdpipe.schedulers import constant
+from kdpipe.teacher import Teacher
+from kdpipe.train import batches, fit
+
+CPU = torch.device("cpu")
+
+
+def some_digits() -> ImageDataset:
+    return split(digits(), "digits", train_fraction=0.2, val_fraction=0.1, test_fraction=0.25, split_seed=0)
+
+
+def classifier() -> Classifier:
+    return Classifier(ResNet(8, 10), 8, [0.5] * 3, [0.5] * 3)
+
+
+class Views(nn.Module):
+    """A loss that keeps what it is given."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+        self.indices: list[Tensor] = []
+        self.epochs: list[int] = []
+
+    def forward(
+        self, student: Tensor, teacher: Tensor | None, labels: Tensor, indices: Tensor, epoch: int
+    ) -> dict[str, Tensor]:
+        self.indices.append(indices)
+        self.epochs.append(epoch)
+        return self.loss(student, teacher, labels, indices, epoch)
+
+
+class Seen(CropFlip):
+    """An augmentation that keeps the views that it gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.views: list[Tensor] = []
+
+    def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
+        self.views.append(super().__call__(images, draws))
+        return self.views[-1]
+
+
+def trained(loss: nn.Module, teacher: Teacher | None, seed: int = 0) -> tuple[Views, Seen]:
+    torch.manual_seed(0)
+    model, views, seen = classifier(), Views(loss), Seen()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    fit(
+        model,
+        views,
+        optimizer,
+        constant(optimizer, 2, 1),
+        some_digits(),
+        teacher=teacher,
+        augment=seen,
+        epochs=2,
+        batch_size=50,
+        seed=seed,
+        device=CPU,
+        autocast=torch.autocast("cpu", enabled=False),
+        select_best=False,
+        test_each_epoch=False,
+        on_epoch=lambda epoch, metrics: None,
+    )
+    return views, seen
+
+
+def test_the_arms_of_one_seed_share_batches_and_views_teacher_or_not() -> None:
+    alone, alone_seen = trained(CrossEntropy(), None)
+    taught, taught_seen = trained(KD(0.5, 4), Teacher(classifier()))
+    assert alone.epochs == taught.epochs
+    assert all(torch.equal(one, other) for one, other in zip(alone.indices, taught.indices, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(alone_seen.views, taught_seen.views, strict=True))
+    other_seed, _ = trained(CrossEntropy(), None, seed=1)
+    assert not torch.equal(torch.cat(alone.indices), torch.cat(other_seed.indices))
+
+
+def test_each_epoch_sees_each_training_image_once_in_another_order() -> None:
+    views, _ = trained(CrossEntropy(), None)
+    first, second = torch.cat(views.indices).chunk(2)
+    assert not torch.equal(first, second)
+    assert first.sort().values.tolist() == second.sort().values.tolist() == some_digits().splits["train"].tolist()
+
+
+def test_a_teacher_stays_as_it_is() -> None:
+    teacher = Teacher(classifier())
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    trained(KD(1.0, 4), teacher)
+    teacher.train()
+    assert not any(module.training for module in teacher.classifier.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
+    assert not teacher(torch.zeros(1, 1, 8, 8, dtype=torch.uint8)).requires_grad
+
+
+def test_a_last_image_by_itself_joins_the_batch_before() -> None:
+    assert [len(batch) for batch in batches(torch.arange(401), 100)] == [100, 100, 100, 101]
+    assert [len(batch) for batch in batches(torch.arange(402), 100)] == [100, 100, 100, 100, 2]
+    assert [len(batch) for batch in batches(torch.arange(3), 1)] == [1, 1, 1]
+    assert [len(batch) for batch in batches(torch.arange(1), 100)] == [1]
