@@ -4,6 +4,7 @@ import difflib
 import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -14,7 +15,7 @@ from hydra.errors import (
     OverrideParseException,
 )
 from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from kdpipe.config import CONF
 from kdpipe.identity import flatten
@@ -51,16 +52,14 @@ def _unknown_option(error: MissingConfigException, first: str) -> str:
 
 
 def _bad_config(error: Exception, text: str) -> str:
-    cause: BaseException = error.__cause__ or error
-    if isinstance(cause, MissingMandatoryValue) or "missing" in type(cause).__name__.lower() or "???" in text:
-        key = getattr(cause, "full_key", None) or "a key"
-        found = re.search(r"Missing mandatory value: (\S+)|Interpolation to a missing value|'(\S+)' not found", text)
-        key = (found and found[1]) or ("dataset.root" if "root" in text else key)
-        return f"{key}: a value is needed, there is no default; {key}=…"
+    config = _composed(sys.argv[1:])
     if unknown := re.search(r"Could not override '([^']+)'", text):
-        key = unknown[1]
-        near = _suggestion(key, _keys_for(sys.argv[1:]))
-        return f"{key}: there is no such key; {near}python -m kdpipe --cfg job lists all"
+        groups = [path.name for path in CONF.iterdir() if path.is_dir()]
+        near = _suggestion(unknown[1], [*groups, *flatten(config)])
+        return f"{unknown[1]}: there is no such key; {near}python -m kdpipe --cfg job lists all"
+    given = [word.partition("=")[0] for word in sys.argv[1:]]
+    if missing := [key for key, value in flatten(config).items() if value == "???" and key not in given]:
+        return f"{missing[0]}: a value is needed, there is no default; {missing[0]}=… is accepted"
     return " ".join(text.split("\n")[0].split())
 
 
@@ -71,16 +70,15 @@ def _suggestion(word: str, known: Sequence[str]) -> str:
     return f"did you mean {' or '.join(near[:3])}? " if near else ""
 
 
-def _keys_for(arguments: list[str]) -> list[str]:
-    """All keys that the command's choice of groups has."""
+def _composed(arguments: list[str]) -> dict[str, Any]:
+    """The plain config of the command's choice of groups, whatever else is wrong with the command."""
     groups = [path.name for path in CONF.iterdir() if path.is_dir()]
-    choices = [word for word in arguments if word.split("=")[0].split("@")[0].lstrip("+~") in groups and "=" in word]
+    choices = [word for word in arguments if re.split("[=@]", word)[0] in groups and "=" in word and "," not in word]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("config", [choice for choice in choices if "," not in choice])
+            config = OmegaConf.to_container(compose("config", choices), resolve=False)
     except Exception:  # only a help for the message of another error
-        return groups
-    plain = OmegaConf.to_container(config, resolve=False)
-    assert isinstance(plain, dict)
-    return [*groups, *flatten({str(key): value for key, value in plain.items()})]
+        return {}
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}

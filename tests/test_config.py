@@ -152,7 +152,8 @@ ROOMS = {
     "randomness": set(),
     "schedulers": {"checks"},
 }
-ONLY_IN = {"mlflow": {"tracking"}, "hydra": {"main", "config", "errors"}, "omegaconf": {"main", "config", "errors"}}
+HYDRA_ROOMS = {"main", "build", "config", "errors"}
+ONLY_IN = {"mlflow": {"tracking"}, "hydra": HYDRA_ROOMS, "omegaconf": HYDRA_ROOMS}
 
 
 @pytest.mark.parametrize("file", sorted(Path(settings.__file__).parent.rglob("*.py")), ids=lambda path: path.stem)

@@ -19,10 +19,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 
+from kdpipe.build import build_data
 from kdpipe.data import ImageDataset, Source, split
 from kdpipe.data.digits import digits
 from kdpipe.data.downloaded import cifar10, cifar100, fashion_mnist
-from kdpipe.main import build_data
 
 
 def points(*images_per_class: int, **given: list[int]) -> Source:

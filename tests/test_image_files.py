@@ -19,11 +19,11 @@ from omegaconf import DictConfig
 from PIL import Image, features
 from torch import Tensor
 
+from kdpipe.build import build_data
 from kdpipe.data import Source, split
 from kdpipe.data.decode import ImageFile, decoded_source
 from kdpipe.data.dogs_vs_cats import dogs_vs_cats
 from kdpipe.data.image_folder import image_folder
-from kdpipe.main import build_data
 
 
 @pytest.fixture

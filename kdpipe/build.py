@@ -1,0 +1,215 @@
+"""From the config to objects: each `build_…` takes a part of it, and names the key where a value will not do."""
+
+import logging
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from kdpipe import config as settings
+from kdpipe.data import ImageDataset, split
+from kdpipe.data.dataset import check_fractions
+from kdpipe.errors import one_line
+from kdpipe.identity import canonical
+from kdpipe.models import Classifier
+from kdpipe.models.weights import check_class_names, load_imagenet, load_state, read_weights, weights_digest
+from kdpipe.randomness import derive_seed
+from kdpipe.teacher import Teacher
+
+log = logging.getLogger("kdpipe")
+
+
+def use_device(train: DictConfig) -> tuple[torch.device, torch.autocast]:
+    """The device, and the autocast context of the precision asked for."""
+    if train.threads is not None:
+        torch.set_num_threads(train.threads)
+    name = str(train.device)
+    there = ["cpu"]
+    if torch.backends.mps.is_available():
+        there.insert(0, "mps")
+    there[:0] = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    if name == "auto":
+        name = there[0]
+    if name == "cuda" and "cuda:0" in there:
+        name = "cuda:0"
+    if name not in there:
+        raise ValueError(f"train.device={train.device}: one of auto, {', '.join(there)} is accepted on this machine")
+    device = torch.device(name)
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=train.precision == "bfloat16")
+    return device, autocast
+
+
+def build_loss(config: DictConfig) -> nn.Module:
+    """The loss; its projections, if it has any, start from their own random numbers."""
+    torch.manual_seed(derive_seed(config.seed, "loss"))
+    loss: nn.Module = instantiate(config.loss)
+    return loss
+
+
+def build_optimizer(
+    config: DictConfig, model: nn.Module, loss: nn.Module, steps_per_epoch: int
+) -> tuple[torch.optim.Optimizer, LRScheduler]:
+    """Optimizer and schedule for what can be trained in the model and the loss."""
+    parameters = [parameter for part in (model, loss) for parameter in part.parameters() if parameter.requires_grad]
+    try:
+        optimizer = instantiate(config.optimizer)(parameters)
+    except ValueError as error:
+        raise ValueError(f"optimizer={config.optimizer._target_}: {error}") from error
+    build = instantiate(config.scheduler)
+    return optimizer, build(optimizer, epochs=config.train.epochs, steps_per_epoch=steps_per_epoch)
+
+
+def check_split(config: DictConfig) -> None:
+    """Raise ValueError for fractions that are none, before any image is read."""
+    dataset = config.dataset
+    check_fractions(dataset.train_fraction, dataset.val_fraction, dataset.test_fraction, dataset.split_seed)
+
+
+def build_data(dataset: DictConfig) -> ImageDataset:
+    """The data set that the config names, split."""
+    log.info("data set %s", dataset.name)
+    arguments = {key: value for key, value in dataset.items() if key not in settings.SPLITTING}
+    if "root" in arguments:
+        arguments["root"] = str(Path(str(arguments["root"])).expanduser())
+    data = split(instantiate(arguments), **{key: dataset[key] for key in settings.SPLITTING})
+    sizes = ", ".join(f"{len(positions):,} {name}" for name, positions in data.splits.items())
+    _, channels, height, width = data.images.shape
+    log.info("%d classes; images of %d×%d×%d: %s", data.num_classes, width, height, channels, sizes)
+    return data
+
+
+def check_selection(train: DictConfig, data: ImageDataset) -> None:
+    """Raise ValueError where weights are to be chosen and there is nothing to choose them on."""
+    if train.select == "best" and "validation" not in data.splits:
+        raise ValueError("train.select=best: chosen on validation images, so dataset.val_fraction above 0 is accepted")
+
+
+def build_network(key: str, model: DictConfig, data: ImageDataset, freeze: str) -> Classifier:
+    """The network that stands under `key`, without weights."""
+    architecture = {name: value for name, value in model.items() if name not in settings.NOT_ARCHITECTURE}
+    try:
+        network = instantiate(architecture, num_classes=data.num_classes)
+    except InstantiationException as error:  # networks speak of themselves as the model
+        raise ValueError(re.sub(r"^model\.", f"{key}.", one_line(error))) from error
+    # A network of a library knows what its pretrained weights expect.
+    own = getattr(network, "preprocessing", {})
+    preprocessing: dict[str, Any] = {
+        name: own.get(name) if model[name] is None else model[name] for name in settings.PREPROCESSING
+    }
+    classifier = Classifier(network, **preprocessing, freeze=freeze, key=key)
+    check_output(key, model, classifier, data)
+    return classifier
+
+
+@torch.no_grad()
+def check_output(key: str, model: DictConfig, classifier: Classifier, data: ImageDataset) -> None:
+    """Raise ValueError where a network gets from images to no logits: two images tell before training."""
+    images = data.images[:2]
+    try:
+        logits = classifier.eval()(images)
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{key}.image_size={model.image_size}: {model.name} cannot take images of this size ({reason})"
+        ) from error
+    if logits.shape != (len(images), data.num_classes):
+        raise ValueError(f"{key}.name={model.name}: logits [N, {data.num_classes}] are expected, not {[*logits.shape]}")
+
+
+def build_model(config: DictConfig, data: ImageDataset, tracker: Any) -> Classifier:
+    """What is trained: seeded first weights, or those that the config names."""
+    torch.manual_seed(derive_seed(config.seed, "student"))
+    model = build_network("model", config.model, data, config.model.freeze)
+    load_weights("model", config.model, model, data, tracker)
+    return model
+
+
+def build_teacher(config: DictConfig, data: ImageDataset, tracker: Any) -> tuple[Teacher | None, str]:
+    """The frozen teacher, and where its weights are from; None where the loss needs none.
+
+    Raises:
+        ValueError: no teacher found, or weights that do not fit.
+    """
+    if not settings.needs_teacher(config.loss):
+        return None, ""
+    classifier = build_network("teacher", config.teacher, data, freeze="none")
+    if config.teacher.weights == "auto":
+        network = {
+            f"model.{key}": value for key, value in plain(config.teacher).items() if key not in ("weights", "freeze")
+        }
+        # A teacher with another test split would have been trained on images that the student is tested on.
+        images = {f"dataset.{key}": config.dataset[key] for key in ("name", "test_fraction", "split_seed")}
+        found = tracker.find_teacher(canonical(network | images), data.fingerprint)
+        if found is None:
+            raise ValueError(
+                f"teacher.weights=auto: no finished teacher run of {config.teacher.name} on these images and split "
+                f"in {tracker.uri}; this trains one: {teacher_command()}"
+            )
+        source = found.id
+        load_trained("teacher", f"runs:/{source}", config.teacher.name, classifier, data, tracker)
+        log.info(
+            "teacher: run %s (%s), test accuracy %.1f %%",
+            found.id,
+            found.name,
+            100 * found.metrics["test/accuracy"],
+        )
+    else:
+        source = str(config.teacher.weights).removeprefix("runs:/")
+        load_weights("teacher", config.teacher, classifier, data, tracker)
+        log.info("teacher: %s with the weights of %s", config.teacher.name, config.teacher.weights)
+    return Teacher(classifier), source
+
+
+def teacher_command() -> str:
+    """The command that trains the teacher that the present command asks for."""
+    overrides = []
+    for override in HydraConfig.get().overrides.task:
+        key, _, value = override.partition("=")
+        if key == "model@teacher":
+            overrides.append(f"model={value}")
+        elif key.startswith("teacher.") and key != "teacher.weights":
+            overrides.append(f"model.{key.removeprefix('teacher.')}={value}")
+        elif key == "dataset" or key.startswith(("dataset.", "tracking.", "output_dir")):
+            overrides.append(override)
+    sources = HydraConfig.get().runtime.config_sources
+    folders = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
+    return shlex.join(["python", "-m", "kdpipe", *folders, "experiment=teacher", *overrides])
+
+
+def load_weights(key: str, model: DictConfig, classifier: Classifier, data: ImageDataset, tracker: Any) -> None:
+    """Put the weights that the config names into a network: none, ImageNet's, a run's or a file's."""
+    if model.weights == "imagenet":
+        load_imagenet(f"{key}.weights", classifier.network, model.name)
+    elif model.weights is not None:
+        load_trained(key, str(model.weights), model.name, classifier, data, tracker)
+
+
+def load_trained(key: str, weights: str, name: str, classifier: Classifier, data: ImageDataset, tracker: Any) -> None:
+    """Put the weights of a run or a file into a network."""
+    key = f"{key}.weights"
+    if weights.startswith("runs:/"):
+        path = tracker.download_weights(weights.removeprefix("runs:/"), key)
+    else:
+        path = Path(weights).expanduser()
+    state, class_names = read_weights(key, path)
+    check_class_names(key, weights, class_names, data.class_names)
+    load_state(key, weights, classifier.network, state, name, data.num_classes)
+
+
+def inputs_digest(data: ImageDataset, teacher: Teacher | None, model: Classifier) -> str:
+    """What the config only points to: the images, the teacher's weights, the first weights."""
+    networks = [model.network] + ([teacher.classifier.network] if teacher else [])
+    return "-".join([data.fingerprint, *(weights_digest(network) for network in networks)])
+
+
+def plain(part: DictConfig) -> dict[str, Any]:
+    """A part of the config as plain values."""
+    return {str(key): value for key, value in OmegaConf.to_container(part, resolve=True).items()}  # type: ignore[union-attr]
