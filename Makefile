@@ -50,7 +50,7 @@ student: setup  ## train the student alone
 distill: setup  ## train the student with the newest teacher
 	$(RUN) experiment=distill $(ARGS)
 
-compare: setup  ## the finished runs side by side
+compare: setup  ## the finished runs side by side (ARGS="--experiment demo")
 	$(COMPARE) $(ARGS)
 
 reproduce: setup  ## the tutorial's three experiments: CIFAR-10, DenseNet-121 (hours without a GPU)

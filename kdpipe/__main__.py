@@ -1,3 +1,8 @@
-from kdpipe.main import cli
+import sys
+
+try:
+    from kdpipe.main import cli  # seconds, in which somebody may change their mind
+except KeyboardInterrupt:
+    sys.exit(130)
 
 cli()

@@ -78,11 +78,14 @@ def build_data(dataset: DictConfig) -> ImageDataset:
     log.info("data set %s", dataset.name)
     arguments = {key: value for key, value in dataset.items() if key not in settings.SPLITTING}
     if "root" in arguments:
+        if arguments["root"] in (None, ""):
+            raise ValueError(f"dataset.root={arguments['root'] or ''}: a folder is accepted")
         arguments["root"] = str(Path(str(arguments["root"])).expanduser())
     data = split(instantiate(arguments), **{key: dataset[key] for key in settings.SPLITTING})
     sizes = ", ".join(f"{len(positions):,} {name}" for name, positions in data.splits.items())
     _, channels, height, width = data.images.shape
-    log.info("%d classes; images of %d×%d×%d: %s", data.num_classes, width, height, channels, sizes)
+    classes = ", ".join(data.class_names[:10]) + (", …" if data.num_classes > 10 else "")
+    log.info("%d classes (%s); images of %d×%d×%d: %s", data.num_classes, classes, width, height, channels, sizes)
     return data
 
 
@@ -115,7 +118,7 @@ def check_output(key: str, model: DictConfig, classifier: Classifier, data: Imag
     images = data.images[:2]
     try:
         logits = classifier.eval()(images)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(
             f"{key}.image_size={model.image_size}: {model.name} cannot take images of this size ({reason})"

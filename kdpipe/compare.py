@@ -98,6 +98,15 @@ def verdict(gains: Sequence[float]) -> str:
     )
 
 
+def differences(cell: Cell, cells: Sequence[Cell]) -> str:
+    """The settings, beyond those in the table's own columns, in which a cell differs from others of its stage."""
+    own_column = ("model", "loss", "stage", "kdpipe")
+    settings = [dict(other.setting_without(*own_column)) for other in cells if other.stage == cell.stage]
+    mine = dict(cell.setting_without(*own_column))
+    keys = sorted(key for key in {*mine} if any(other.get(key) != mine[key] for other in settings))
+    return " ".join(f"{key}={mine[key]}" for key in keys if key not in ("dataset.name", "train.epochs", "teacher.name"))
+
+
 def cells_table(cells: Sequence[Cell]) -> Table:
     """One row for each cell."""
     table = Table(box=SIMPLE_HEAD)
@@ -105,6 +114,7 @@ def cells_table(cells: Sequence[Cell]) -> Table:
         table.add_column(title)
     for title in ("epochs", "val %", "test %", "MB", "seconds"):
         table.add_column(title, justify="right")
+    table.add_column("where rows differ")
     for cell in cells:
         params = cell.first.params
         table.add_row(
@@ -118,6 +128,7 @@ def cells_table(cells: Sequence[Cell]) -> Table:
             _percent(cell.mean("test/accuracy")),
             f"{cell.mean('model/size_mb') or 0:.3f}",
             f"{fmean(run.seconds for run in cell.runs.values()):.0f}",
+            differences(cell, cells),
         )
     return table
 
@@ -159,7 +170,8 @@ def compare(tracker: Tracker) -> str:
     for cell in cells:
         if cell.stage != "distill":
             continue
-        parts.append(f"\n{cell.first.params['model.name']} distilled with {cell.loss}:")
+        title = f"{cell.first.params['model.name']} distilled with {cell.loss} {differences(cell, cells)}"
+        parts.append(f"\n{title.strip()}:")
         control = control_of(cell, cells)
         if control is None:
             parts.append("verdict: cannot tell: the same student alone has not been trained (experiment=student)")

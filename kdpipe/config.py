@@ -67,6 +67,10 @@ def run_name(config: DictConfig) -> str:
 
 def check(config: DictConfig) -> None:
     """Raise ValueError for a value outside of its range; losses and networks check their own."""
+    for key in ("teacher", "train", "tracking"):
+        if not isinstance(config[key], DictConfig):
+            hint = "model@teacher=… chooses the teacher" if key == "teacher" else f"{key}.<key>=… sets what is in it"
+            raise ValueError(f"{key}={config[key]}: no value is accepted; {hint}")
     check_choice("stage", config.stage, ["student", "teacher"])
     check_number("seed", config.seed, low=0, integer=True)
     train = config.train

@@ -30,7 +30,10 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, MissingConfigException):
         return _unknown_option(error, first)
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: this override cannot be read; key=value is accepted, lists as key=[1,2] ({first})"
+        return (
+            f"{error.override}: this override cannot be read; key=value is accepted, lists as key=[1,2], "
+            f"text with other characters than these in quotes, 'key=\"value\"' ({first})"
+        )
     if isinstance(error, ConfigCompositionException | OmegaConfBaseException):
         return _bad_config(error, text)
     if isinstance(error, MemoryError) or "out of memory" in text:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Mapping
@@ -71,7 +72,8 @@ def run(config: DictConfig) -> float:
     }
     if config.train.resume == "auto" and (finished := tracker.find_finished(tags)):
         log.info("this run is finished already (train.resume=never trains anew)")
-        show_result(finished.metrics, tracker, finished.id)
+        tracker.restore(finished.id, Path(HydraConfig.get().runtime.output_dir))
+        show_result(finished.metrics, config, tracker.link(finished.id))
         return objective(finished.metrics)
 
     teacher = teacher.to(device) if teacher else None
@@ -110,7 +112,7 @@ def run(config: DictConfig) -> float:
         metrics |= named("test", evaluate(model, data, "test", device, autocast))
         metrics |= cost(model, teacher)
         current.log(metrics, step=config.train.epochs)
-    show_result(metrics, tracker, current.id)
+    show_result(metrics, config, tracker.link(current.id))
     return objective(metrics)
 
 
@@ -142,13 +144,16 @@ def objective(metrics: Mapping[str, float]) -> float:
     return metrics.get("selected/accuracy", metrics["test/accuracy"])
 
 
-def show_result(metrics: Mapping[str, float], tracker: Any, run_id: str) -> None:
+def show_result(metrics: Mapping[str, float], config: DictConfig, link: str) -> None:
     """The end of a run: what it came to, and where to look next."""
     for line in result_table(metrics).splitlines():
         log.info(line)
     log.info("weights, config, metrics: %s", os.path.relpath(HydraConfig.get().runtime.output_dir))
-    log.info("in MLflow (make ui): %s", tracker.link(run_id))
-    log.info("all runs side by side: python -m kdpipe.compare --experiment %s", tracker.experiment)
+    log.info("in MLflow (make ui): %s", link)
+    flags = ["--experiment", config.tracking.experiment]
+    flags += ["--uri", config.tracking.uri] if config.tracking.uri else []
+    flags += ["--output-dir", config.output_dir] if config.output_dir != "outputs" else []
+    log.info("all runs side by side: python -m kdpipe.compare %s", shlex.join(flags))
 
 
 def job(config: DictConfig) -> float:

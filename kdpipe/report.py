@@ -37,7 +37,7 @@ def result_table(metrics: Mapping[str, float]) -> str:
 
 def render(table: Table, width: int = 200) -> str:
     """A table as plain text."""
-    console = Console(width=width, color_system=None)
+    console = Console(width=width, color_system=None, markup=False)  # names may hold [brackets]
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines() if line.strip())

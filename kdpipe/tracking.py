@@ -175,6 +175,10 @@ class Tracker:
                 f"{key}=runs:/{run_id}: {problem}; a file or runs:/<id of a finished run> is accepted"
             ) from error
 
+    def restore(self, run_id: str, folder: Path) -> None:
+        """Put a run's weights and config into its folder, where a later run of the same identity may have been."""
+        mlflow.artifacts.download_artifacts(run_id=run_id, tracking_uri=self.uri, dst_path=str(folder))
+
     def link(self, run_id: str) -> str:
         """The run's page in the UI, on the server or on the one that `make ui` starts."""
         server = self.uri.rstrip("/") if self.uri.startswith("http") else "http://127.0.0.1:5000"

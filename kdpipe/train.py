@@ -1,5 +1,6 @@
 """The one training loop: teacher, student alone and distilled student differ in what is passed to it."""
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -70,6 +71,11 @@ def fit(
             device=device,
             autocast=autocast,
         )
+        if not math.isfinite(metrics["train/loss"]):
+            raise ValueError(
+                f"epoch {epoch}: the loss is {metrics['train/loss']}, the training has diverged; "
+                f"a lower optimizer.lr than {metrics['train/learning_rate']:g} may help"
+            )
         if has_validation:
             metrics |= named("val", evaluate(model, data, "validation", device, autocast))
         if test_each_epoch and epoch < epochs:

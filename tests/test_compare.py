@@ -136,3 +136,9 @@ def test_bad_input_ends_in_one_line(
     assert said in errors
     assert errors.count("\n") == 1
     assert not Path("nowhere").exists()
+
+
+def test_rows_say_in_which_settings_they_differ() -> None:
+    cells = make_cells([record("student", 0, 0.8, optimizer__lr=rate) for rate in ("0.001", "0.01")])
+    assert [compare.differences(cell, cells) for cell in cells] == ["optimizer.lr=0.001", "optimizer.lr=0.01"]
+    assert compare.differences(cells[0], cells[:1]) == ""

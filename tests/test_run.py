@@ -96,6 +96,11 @@ def test_a_finished_run_is_shown_and_not_repeated(kdpipe: Callable) -> None:
     assert "this run is finished already" in second.output
     accuracy = next(line for line in first.output.splitlines() if "test accuracy" in line)
     assert accuracy.split("]")[1] in second.output
+    weights = next(Path("outputs/runs").glob("*/model.safetensors"))
+    content = weights.read_bytes()
+    weights.write_bytes(b"of a later run")
+    kdpipe(*STUDENT)
+    assert weights.read_bytes() == content
     kdpipe(*STUDENT, "train.resume=never")
     assert len(runs()) == 2
 
@@ -245,3 +250,10 @@ def test_the_arms_of_one_seed_share_the_student_s_first_weights(kdpipe: Callable
     taught, alone, other_seed = weights
     assert all(torch.equal(taught[name], alone[name]) for name in taught)
     assert not any(torch.equal(taught[name], other_seed[name]) for name in taught)
+
+
+def test_a_diverged_training_is_no_result(kdpipe: Callable) -> None:
+    outcome = kdpipe(*STUDENT, "optimizer=sgd", "optimizer.lr=1e9")
+    assert outcome.status == 1
+    assert "the training has diverged; a lower optimizer.lr than 1e+09 may help" in outcome.errors
+    assert runs()[0].info.status == "FAILED"

@@ -18,6 +18,8 @@ def image_folder(root: str, image_size: int | None, on_bad_image: str, cache_dir
     top = Path(root)
     if not top.is_dir():
         raise ValueError(f"dataset.root={root}: there is no such folder; class folders are accepted ({top}/cat/1.jpg)")
+    if wrong := [name for name in _folders(top) if name.lower() in ("train", *SPLIT_FOLDERS) and not name.islower()]:
+        raise ValueError(f"dataset.root={root}: the folder {wrong[0]} is accepted as {wrong[0].lower()}")
     if (top / "train").is_dir():
         parts = [top / "train", *(top / name for name in SPLIT_FOLDERS if (top / name).is_dir())]
     else:
