@@ -67,7 +67,7 @@ def composed() -> Callable[..., DictConfig]:
 
 
 @pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def store_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A new MLflow database: setting one up takes seconds, copying it takes none."""
     from kdpipe.tracking import Tracker
 
@@ -75,6 +75,13 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tracker = Tracker(f"sqlite:///{folder / 'mlflow.db'}", "Default", folder)
     assert tracker.experiment_id == "0"
     return folder / "mlflow.db"
+
+
+@pytest.fixture
+def empty_store(tmp_path: Path, store_template: Path) -> Path:
+    """An MLflow database of one's own, where runs of this folder would have it: outputs/mlflow.db."""
+    (tmp_path / "outputs").mkdir()
+    return Path(shutil.copy(store_template, tmp_path / "outputs" / "mlflow.db"))
 
 
 @dataclass
@@ -91,8 +98,6 @@ def kdpipe(
     tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., Outcome]:
     """`kdpipe("seed=1", …)` is `python -m kdpipe seed=1 …` in an empty folder, in this process."""
-    (tmp_path / "outputs").mkdir(exist_ok=True)
-    shutil.copy(empty_store, tmp_path / "outputs" / "mlflow.db")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)

@@ -120,13 +120,15 @@ def test_long_values_and_many_params_are_kept(empty_store: Path, tmp_path: Path)
 
 def test_names_with_quotes_are_found(empty_store: Path, tmp_path: Path) -> None:
     tracker = Tracker(f"sqlite:///{empty_store}", "quotes", tmp_path)
-    tags = {"kdpipe.identity": "1", "kdpipe.stage": "teacher"}
-    with tracker.run("run", tmp_path, {"dataset.name": "bob's photos"}, tags) as run:
+    tags = {"kdpipe.identity": "1", "kdpipe.stage": "teacher", "kdpipe.data": "abc"}
+    params = {"dataset.name": "bob's photos", "train.epochs": 1, "model.weights": None}
+    with tracker.run("run", tmp_path, params, tags) as run:
         pass
-    found = tracker.find_teacher({"dataset.name": "bob's photos"})
+    found = tracker.find_teacher({"dataset.name": "bob's photos"}, "abc")
     assert found is not None
     assert found.id == run.id
-    assert tracker.find_teacher({"dataset.name": "bob"}) is None
+    assert tracker.find_teacher({"dataset.name": "bob"}, "abc") is None
+    assert tracker.find_teacher({"dataset.name": "bob's photos"}, "other images") is None
     assert tracker.find_finished({"kdpipe.identity": "1"}) == found
 
 
