@@ -35,7 +35,7 @@ def one_line(error: BaseException) -> str:
             f"text with other characters than these in quotes, 'key=\"value\"' ({first})"
         )
     if isinstance(error, ConfigCompositionException | OmegaConfBaseException):
-        return _bad_config(error, text)
+        return _bad_config(text)
     if isinstance(error, MemoryError) or "out of memory" in text:
         return f"out of memory; lower train.batch_size or the images' size ({first})"
     if isinstance(error, OSError) and error.filename is not None:
@@ -54,7 +54,7 @@ def _unknown_option(error: MissingConfigException, first: str) -> str:
     return f"{group}={option}: {near}one of {', '.join(error.options)} is accepted"
 
 
-def _bad_config(error: Exception, text: str) -> str:
+def _bad_config(text: str) -> str:
     config = _composed(sys.argv[1:])
     if unknown := re.search(r"Could not override '([^']+)'", text):
         groups = [path.name for path in CONF.iterdir() if path.is_dir()]

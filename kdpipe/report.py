@@ -35,9 +35,9 @@ def result_table(metrics: Mapping[str, float]) -> str:
     return render(table)
 
 
-def render(table: Table, width: int = 200) -> str:
-    """A table as plain text."""
-    console = Console(width=width, color_system=None, markup=False)  # names may hold [brackets]
+def render(table: Table) -> str:
+    """A table as plain text, too wide rather than cut."""
+    console = Console(width=1000, color_system=None, markup=False)  # names may hold [brackets]
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines() if line.strip())
