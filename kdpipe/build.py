@@ -1,12 +1,19 @@
 """From the config to objects: each `build_…` takes a part of it, and names the key where a value will not do."""
 
+import json
 import logging
+import os
 import re
 import shlex
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -27,15 +34,73 @@ from kdpipe.teacher import Teacher
 log = logging.getLogger("kdpipe")
 
 
-def use_device(train: DictConfig) -> tuple[torch.device, torch.autocast]:
+# Teachers that were built already and where their weights are from, by what the config says of them.
+KnownTeachers = dict[str, tuple[Teacher | None, str]]
+_own_gpu: list[FileLock] = []  # held until the process ends
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of, before any of it moves to a device.
+
+    Attributes:
+        teacher_source: the run or file that the teacher's weights are from; "" where there is no teacher.
+        tags: what a finished run with the same parts is found by.
+    """
+
+    data: ImageDataset
+    teacher: Teacher | None
+    teacher_source: str
+    model: Classifier
+    tags: dict[str, str]
+
+
+def check_values(config: DictConfig) -> None:
+    """Raise ValueError for any value that will not do and that can be told before data is read."""
+    settings.check(config)
+    loss = build_loss(config)
+    augment = instantiate(config.augmentation)
+    if config.distillation.outputs == "cached" and augment is not None:
+        raise ValueError(
+            "distillation.outputs=cached: with augmentation each epoch has other views; auto or online is accepted"
+        )
+    build_optimizer(config, nn.Linear(1, 1), loss, steps_per_epoch=1)
+    dataset = config.dataset
+    check_fractions(dataset.train_fraction, dataset.val_fraction, dataset.test_fraction, dataset.split_seed)
+
+
+def build_parts(config: DictConfig, tracker: Any, known: KnownTeachers) -> Parts:
+    """Data, teacher and model; teachers are taken from `known`, and added to it."""
+    data = build_data(config.dataset)
+    check_selection(config.train, data)
+    key = ""
+    if settings.needs_teacher(config.loss):
+        key = json.dumps([plain(config.dataset), plain(config.teacher)])
+    if key not in known:
+        known[key] = build_teacher(config, data, tracker)
+    teacher, teacher_source = known[key]
+    model = build_model(config, data, tracker)
+    tags = {
+        "kdpipe.identity": settings.run_identity(config),
+        "kdpipe.inputs": inputs_digest(data, teacher, model),
+        "kdpipe.stage": settings.stage(config),
+    }
+    return Parts(data, teacher, teacher_source, model, tags)
+
+
+def use_device(config: DictConfig) -> tuple[torch.device, torch.autocast]:
     """The device, and the autocast context of the precision asked for."""
+    train = config.train
     if train.threads is not None:
         torch.set_num_threads(train.threads)
     name = str(train.device)
     there = ["cpu"]
     if torch.backends.mps.is_available():
         there.insert(0, "mps")
-    there[:0] = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    number_of_gpus = torch.cuda.device_count()
+    there[:0] = [f"cuda:{number}" for number in range(number_of_gpus)]
+    if name == "auto" and config.sweep.job and number_of_gpus > 1:
+        name = there[own_gpu(number_of_gpus, Path(config.output_dir) / "runs")]
     if name == "auto":
         name = there[0]
     if name == "cuda" and "cuda:0" in there:
@@ -45,6 +110,20 @@ def use_device(train: DictConfig) -> tuple[torch.device, torch.autocast]:
     device = torch.device(name)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=train.precision == "bfloat16")
     return device, autocast
+
+
+def own_gpu(number_of_gpus: int, folder: Path) -> int:
+    """The number of a GPU that no other process of the sweep has, while there is one; it is this process's own until
+    it ends."""
+    if not _own_gpu:
+        for number in range(number_of_gpus):
+            lock = FileLock(folder / f".{socket.gethostname()}-cuda-{number}")
+            with suppress(Timeout):
+                lock.acquire(timeout=0)
+                _own_gpu.append(lock)
+                return number
+        return os.getpid() % number_of_gpus
+    return int(Path(_own_gpu[0].lock_file).name.rpartition("-")[2])
 
 
 def build_loss(config: DictConfig) -> nn.Module:
@@ -67,15 +146,15 @@ def build_optimizer(
     return optimizer, build(optimizer, epochs=config.train.epochs, steps_per_epoch=steps_per_epoch)
 
 
-def check_split(config: DictConfig) -> None:
-    """Raise ValueError for fractions that are none, before any image is read."""
-    dataset = config.dataset
-    check_fractions(dataset.train_fraction, dataset.val_fraction, dataset.test_fraction, dataset.split_seed)
-
-
 def build_data(dataset: DictConfig) -> ImageDataset:
-    """The data set that the config names, split."""
-    log.info("data set %s", dataset.name)
+    """The data set that the config names, split; the runs of a sweep in one process share it."""
+    return _read_data(json.dumps(plain(dataset)))
+
+
+@lru_cache(maxsize=1)
+def _read_data(described: str) -> ImageDataset:
+    dataset = json.loads(described)
+    log.info("data set %s", dataset["name"])
     arguments = {key: value for key, value in dataset.items() if key not in settings.SPLITTING}
     if "root" in arguments:
         if arguments["root"] in (None, ""):
@@ -87,6 +166,11 @@ def build_data(dataset: DictConfig) -> ImageDataset:
     classes = ", ".join(data.class_names[:10]) + (", …" if data.num_classes > 10 else "")
     log.info("%d classes (%s); images of %d×%d×%d: %s", data.num_classes, classes, width, height, channels, sizes)
     return data
+
+
+def forget_data() -> None:
+    """Read the images anew: a new command may find others."""
+    _read_data.cache_clear()
 
 
 def check_selection(train: DictConfig, data: ImageDataset) -> None:
@@ -150,7 +234,10 @@ def build_teacher(config: DictConfig, data: ImageDataset, tracker: Any) -> tuple
         }
         # A teacher with another test split would have been trained on images that the student is tested on.
         images = {f"dataset.{key}": config.dataset[key] for key in ("name", "test_fraction", "split_seed")}
-        found = tracker.find_teacher(canonical(network | images), data.fingerprint)
+        if config.sweep.job and config.sweep.job.teacher:  # all runs of a sweep have the one that was there at first
+            found = tracker.get_run(config.sweep.job.teacher)
+        else:
+            found = tracker.find_teacher(canonical(network | images), data.fingerprint)
         if found is None:
             raise ValueError(
                 f"teacher.weights=auto: no finished teacher run of {config.teacher.name} on these images and split "

@@ -1,5 +1,6 @@
 """What Hydra needs to know of kdpipe: where `conf/` is, the resolvers, the checks of the root's own values."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,13 @@ def effective_settings(config: DictConfig) -> dict[str, Any]:
     return effective(settings_of(config), needs_teacher(config.loss))
 
 
+def logged_params(config: DictConfig) -> dict[str, Any]:
+    """The flat settings of a run as MLflow's params: where it is logged, and which sweep it is from, are none."""
+    return {
+        key: value for key, value in effective_settings(config).items() if not key.startswith(("tracking.", "sweep."))
+    }
+
+
 def run_identity(config: DictConfig) -> str:
     """The run's 12 hex digits, which name its folder."""
     return identity(effective_settings(config))
@@ -56,7 +64,10 @@ def stage(config: DictConfig) -> str:
 
 
 def run_name(config: DictConfig) -> str:
-    """A name for people: student_cnn_distill_a0.5_T5_s0, student_cnn_alone_s0, resnet20_teacher_s0."""
+    """A name for people: student_cnn_distill_a0.5_T5_s0, student_cnn_alone_s0, resnet20_teacher_s0; in a sweep what
+    the run differs in, a0.5_T5_s0."""
+    if config.sweep.job:
+        return str(config.sweep.job.name)
     parts = [config.model.name, stage(config).replace("student", "alone")]
     if needs_teacher(config.loss) and "alpha" in config.loss:
         parts.append(f"a{config.loss.alpha:g}")
@@ -65,9 +76,17 @@ def run_name(config: DictConfig) -> str:
     return "_".join([*parts, f"s{config.seed}"])
 
 
+def compare_command(config: DictConfig) -> str:
+    """The command that shows the runs of this config's experiment side by side."""
+    flags = ["--experiment", config.tracking.experiment]
+    flags += ["--uri", config.tracking.uri] if config.tracking.uri else []
+    flags += ["--output-dir", config.output_dir] if config.output_dir != "outputs" else []
+    return shlex.join(["python", "-m", "kdpipe.compare", *flags])
+
+
 def check(config: DictConfig) -> None:
     """Raise ValueError for a value outside of its range; losses and networks check their own."""
-    for key in ("teacher", "train", "tracking"):
+    for key in ("teacher", "train", "distillation", "sweep", "tracking"):
         if not isinstance(config[key], DictConfig):
             hint = "model@teacher=… chooses the teacher" if key == "teacher" else f"{key}.<key>=… sets what is in it"
             raise ValueError(f"{key}={config[key]}: no value is accepted; {hint}")
@@ -82,6 +101,9 @@ def check(config: DictConfig) -> None:
     check_choice("train.resume", train.resume, ["auto", "never"])
     check_choice("train.select", train.select, ["last", "best"])
     check_choice("train.test_each_epoch", train.test_each_epoch, [True, False])
+    check_choice("distillation.outputs", config.distillation.outputs, ["auto", "cached", "online"])
+    check_number("sweep.confirm_seeds", config.sweep.confirm_seeds, low=0, integer=True)
+    check_choice("sweep.rerun", config.sweep.rerun, [True, False])
     if "lr" in config.optimizer:
         check_number("optimizer.lr", config.optimizer.lr, above=0)
     for key in ("weight_decay", "momentum"):

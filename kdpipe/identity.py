@@ -16,6 +16,8 @@ PLACES = (
     "train.device",
     "train.threads",
     "train.resume",
+    "distillation.outputs",
+    "sweep",
 )
 
 

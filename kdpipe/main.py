@@ -2,9 +2,10 @@
 
 import logging
 import os
-import shlex
 import signal
 import sys
+import time
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -12,35 +13,38 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import hydra
+import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
 from kdpipe import config as settings
 from kdpipe.build import (
+    Parts,
     build_data,
     build_loss,
-    build_model,
     build_optimizer,
-    build_teacher,
-    check_selection,
-    check_split,
-    inputs_digest,
+    build_parts,
+    check_values,
+    forget_data,
     use_device,
 )
 from kdpipe.checkpoint import save_weights
+from kdpipe.claim import Claim, claim
 from kdpipe.data import ImageDataset
 from kdpipe.errors import one_line
 from kdpipe.evaluate import evaluate
 from kdpipe.models import Classifier, size_mb
 from kdpipe.report import epoch_line, result_table
-from kdpipe.store import check_uri, store_uri
-from kdpipe.teacher import Teacher
+from kdpipe.store import WEIGHTS, check_uri, store_uri
+from kdpipe.teacher import Teacher, teach_from_cache
 from kdpipe.train import batches, fit, named
 
 log = logging.getLogger("kdpipe")
+# Not in `cli`: the workers of a sweep import this module and call `job`.
+settings.register_resolvers()
+# conf/hydra/launcher/ has the plugins' own names on purpose: hydra/launcher=joblib is what people write.
+warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 
 
 def run(config: DictConfig) -> float:
@@ -49,45 +53,45 @@ def run(config: DictConfig) -> float:
     Returns:
         The objective of a search: accuracy on the validation images, or on the test images where there are none.
     """
-    settings.check(config)
-    device, autocast = use_device(config.train)
-    loss = build_loss(config).to(device)
-    augment = instantiate(config.augmentation)
-    build_optimizer(config, nn.Linear(1, 1), loss, steps_per_epoch=1)  # bad values fail before data is read
-    check_split(config)
+    check_values(config)
+    device, autocast = use_device(config)
     uri = store_uri(config.tracking.uri, Path(config.output_dir))
     check_uri(uri)
-    data = build_data(config.dataset)
-    check_selection(config.train, data)
+    build_data(config.dataset)
 
     from kdpipe import tracking  # imports mlflow, which takes seconds: after what can fail sooner
 
     tracker = tracking.Tracker(uri, config.tracking.experiment, Path(config.output_dir) / "mlartifacts")
-    teacher, teacher_source = build_teacher(config, data, tracker)
-    model = build_model(config, data, tracker)
-    tags = {
-        "kdpipe.identity": settings.run_identity(config),
-        "kdpipe.inputs": inputs_digest(data, teacher, model),
-        "kdpipe.stage": settings.stage(config),
-    }
-    if config.train.resume == "auto" and (finished := tracker.find_finished(tags)):
-        log.info("this run is finished already (train.resume=never trains anew)")
-        tracker.restore(finished.id, Path(HydraConfig.get().runtime.output_dir))
-        show_result(finished.metrics, config, tracker.link(finished.id))
-        return objective(finished.metrics)
+    with claim(Path(HydraConfig.get().runtime.output_dir)) as claimed:
+        tracker.close_abandoned(claimed.last_run)
+        parts = build_parts(config, tracker, {})
+        if config.train.resume == "auto" and (finished := tracker.find_finished(parts.tags)):
+            log.info("this run is finished already (train.resume=never trains anew)")
+            tracker.restore(finished.id, claimed.folder)
+            show_result(finished.metrics, config, tracker.link(finished.id))
+            return objective(finished.metrics)
+        return train(config, parts, tracker, claimed, device, autocast)
 
+
+def train(
+    config: DictConfig, parts: Parts, tracker: Any, claimed: Claim, device: torch.device, autocast: torch.autocast
+) -> float:
+    """fit → test → cost, in a run of MLflow."""
+    data, teacher = parts.data, parts.teacher
+    loss = build_loss(config).to(device)
+    augment = instantiate(config.augmentation)
     teacher = teacher.to(device) if teacher else None
-    model = model.to(device)
+    model = parts.model.to(device)
     steps_per_epoch = len(batches(data.splits["train"], config.train.batch_size))
     optimizer, scheduler = build_optimizer(config, model, loss, steps_per_epoch)
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    params = {
-        key: value for key, value in settings.effective_settings(config).items() if not key.startswith("tracking.")
-    }
-    if teacher_source:
-        tags["kdpipe.teacher_run"] = teacher_source
-    with tracker.run(settings.run_name(config), folder, params, {**tags, "kdpipe.data": data.fingerprint}) as current:
+    folder = claimed.folder
+    params = settings.logged_params(config)
+    with tracker.run(settings.run_name(config), folder, params, run_tags(config, parts)) as current:
+        claimed.starts(current.id)
         describe_inputs(config, current, tracker, data)
+        if teacher and augment is None and config.distillation.outputs != "online" and config.train.epochs > 0:
+            precision = config.train.precision.replace("auto", "float32")
+            teach_from_cache(teacher, data, Path(config.output_dir) / "cache" / "teacher", device, autocast, precision)
 
         metrics = fit(
             model,
@@ -106,8 +110,8 @@ def run(config: DictConfig) -> float:
             test_each_epoch=config.train.test_each_epoch,
             on_epoch=partial(report_epoch, current, config.train.epochs),
         )
-        save_weights(model.network, folder / tracking.WEIGHTS, data.class_names)
-        current.save(folder / tracking.WEIGHTS)
+        save_weights(model.network, folder / WEIGHTS, data.class_names)
+        current.save(folder / WEIGHTS)
 
         metrics |= named("test", evaluate(model, data, "test", device, autocast))
         metrics |= cost(model, teacher)
@@ -116,9 +120,19 @@ def run(config: DictConfig) -> float:
     return objective(metrics)
 
 
+def run_tags(config: DictConfig, parts: Parts) -> dict[str, str]:
+    """What a run is found by, in MLflow's UI too."""
+    tags = {**parts.tags, "kdpipe.data": parts.data.fingerprint}
+    if parts.teacher_source:
+        tags["kdpipe.teacher_run"] = parts.teacher_source
+    if config.sweep.job:
+        tags |= {"kdpipe.sweep": config.sweep.job.id, "mlflow.parentRunId": config.sweep.job.parent}
+    return tags
+
+
 def describe_inputs(config: DictConfig, current: Any, tracker: Any, data: ImageDataset) -> None:
     """Keep the composed config and say what the run is fed."""
-    composed = {key: value for key, value in settings.settings_of(config).items() if key != "tracking"}
+    composed = {key: value for key, value in settings.settings_of(config).items() if key not in ("tracking", "sweep")}
     file = current.folder / "config.yaml"
     file.write_text(OmegaConf.to_yaml(OmegaConf.create(composed)))
     current.save(file)
@@ -150,26 +164,39 @@ def show_result(metrics: Mapping[str, float], config: DictConfig, link: str) -> 
         log.info(line)
     log.info("weights, config, metrics: %s", os.path.relpath(HydraConfig.get().runtime.output_dir))
     log.info("in MLflow (make ui): %s", link)
-    flags = ["--experiment", config.tracking.experiment]
-    flags += ["--uri", config.tracking.uri] if config.tracking.uri else []
-    flags += ["--output-dir", config.output_dir] if config.output_dir != "outputs" else []
-    log.info("all runs side by side: python -m kdpipe.compare %s", shlex.join(flags))
+    log.info("all runs side by side: %s", settings.compare_command(config))
 
 
 def job(config: DictConfig) -> float:
-    """`run`, with its error as one line; in a sweep the other jobs go on."""
-    try:
-        return run(config)
-    except Exception as error:
-        if HydraConfig.get().mode != RunMode.MULTIRUN:
+    """`run`, with its error as one line; in a sweep each run is one line, and the others go on after an error."""
+    if not config.sweep.job:
+        try:
+            return run(config)
+        except Exception as error:
             _fail(error)
-        log.error("failed: %s", one_line(error))
+    told = logging.getLogger("kdpipe.sweep")
+    details_to_file_only()
+    place = f"[{config.sweep.job.number}/{config.sweep.job.of}] {config.sweep.job.name}"
+    started = time.monotonic()
+    try:
+        accuracy = run(config)
+    except Exception as error:
+        told.error("%s failed: %s", place, one_line(error))
         raise
+    told.info("%s: %.2f %% in %.0f s", place, 100 * accuracy, time.monotonic() - started)
+    return accuracy
+
+
+def details_to_file_only() -> None:
+    """Leave what a run tells of itself to the log in its folder."""
+    for handler in logging.getLogger().handlers:
+        if not isinstance(handler, logging.FileHandler):
+            handler.addFilter(lambda record: record.name != "kdpipe" or record.levelno > logging.INFO)
 
 
 def cli() -> None:
     """`kdpipe` and `python -m kdpipe`: errors as one line, exit status 1; 130 and 143 when interrupted."""
-    settings.register_resolvers()
+    forget_data()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminated)
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"

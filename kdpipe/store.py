@@ -5,6 +5,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+WEIGHTS = "model.safetensors"  # a run's weights, in its folder and among its artifacts
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 

@@ -8,11 +8,13 @@ import logging
 import os
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import quote, urlencode
 
 from filelock import FileLock
 
@@ -25,7 +27,8 @@ import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException
 
-WEIGHTS = "model.safetensors"  # the artifact's name
+from kdpipe.store import WEIGHTS
+
 MAX_PARAM_LENGTH = 6000  # MLflow's own limit
 PAGE = 1000
 
@@ -107,23 +110,66 @@ class Tracker:
     @contextmanager
     def run(self, name: str, folder: Path, params: Mapping[str, object], tags: Mapping[str, str]) -> Iterator[Run]:
         """A new run, FINISHED when the block ends, KILLED or FAILED with the reason as a tag when it is left."""
-        run_id = self.client.create_run(
-            self.experiment_id, run_name=name, tags={**_origin(), **git_tags(), **tags}
-        ).info.run_id
-        try:
-            texts = {key: str(value)[:MAX_PARAM_LENGTH] for key, value in params.items()}
-            for part in _chunks([Param(key, text) for key, text in texts.items()], 100):
-                self.client.log_batch(run_id, params=part)
+        run_id = self._create(name, tags)
+        with self._closing(run_id):
+            self._log_params(run_id, params)
             (folder / "metrics.jsonl").unlink(missing_ok=True)
             (folder / WEIGHTS).unlink(missing_ok=True)
             yield Run(self.client, run_id, folder)
-            self.client.set_terminated(run_id, "FINISHED")
+
+    @contextmanager
+    def sweep(self, sweep_id: str, name: str, params: Mapping[str, object]) -> Iterator[str]:
+        """The id of a sweep's parent run, the one that it already has or a new one; closed as `run` closes."""
+        with _store_lock(self.uri):  # two processes may run the same sweep
+            found = self.find_sweep(sweep_id)
+            if found:
+                run_id = found.id
+                self.client.update_run(run_id, status="RUNNING")
+            else:
+                run_id = self._create(name, {"kdpipe.stage": "sweep", "kdpipe.sweep": sweep_id})
+                self._log_params(run_id, params)
+        with self._closing(run_id):
+            yield run_id
+
+    def close_abandoned(self, run_id: str | None) -> None:
+        """Mark a run as KILLED that its process left RUNNING when it died."""
+        run = None
+        if run_id:
+            with suppress(MlflowException):  # a run of another store
+                run = self.client.get_run(run_id)
+        if run and run.info.status == "RUNNING":
+            self.client.set_terminated(run.info.run_id, "KILLED")
+            self.client.set_tag(run.info.run_id, "kdpipe.reason", "its process is gone")
+            log.info("run %s was left unfinished by a process that is gone: marked KILLED", run.info.run_id)
+
+    def adopt(self, run: RunRecord, sweep_id: str, parent_id: str) -> None:
+        """Make a finished run part of a sweep too."""
+        sweeps = run.tags.get("kdpipe.sweep", "").split()
+        if sweep_id not in sweeps:
+            self.client.set_tag(run.id, "kdpipe.sweep", " ".join([*sweeps, sweep_id]))
+        if "mlflow.parentRunId" not in run.tags:
+            self.client.set_tag(run.id, "mlflow.parentRunId", parent_id)
+
+    def _create(self, name: str, tags: Mapping[str, str]) -> str:
+        run = self.client.create_run(self.experiment_id, run_name=name, tags={**_origin(), **git_tags(), **tags})
+        return str(run.info.run_id)
+
+    def _log_params(self, run_id: str, params: Mapping[str, object]) -> None:
+        texts = {key: str(value)[:MAX_PARAM_LENGTH] for key, value in params.items()}
+        for part in _chunks([Param(key, text) for key, text in texts.items()], 100):
+            self.client.log_batch(run_id, params=part)
+
+    @contextmanager
+    def _closing(self, run_id: str) -> Iterator[None]:
+        try:
+            yield
         except BaseException as error:
             killed = isinstance(error, KeyboardInterrupt | SystemExit)
             self.client.set_terminated(run_id, "KILLED" if killed else "FAILED")
             reason = " ".join(str(error).split()) or "interrupted"
             self.client.set_tag(run_id, "kdpipe.reason", f"{type(error).__name__}: {reason}"[:MAX_PARAM_LENGTH])
             raise
+        self.client.set_terminated(run_id, "FINISHED")
 
     def log_dataset(self, run_id: str, name: str, fingerprint: str, source: str, splits: Mapping[str, int]) -> None:
         """Say what a run was fed, as MLflow's dataset input."""
@@ -135,6 +181,11 @@ class Tracker:
         """The newest finished run of this experiment with these tags."""
         conditions = [f"tags.`{key}` = {_quoted(value)}" for key, value in tags.items()]
         return next(iter(self._search([self.experiment_id], conditions, limit=1)), None)
+
+    def find_sweep(self, sweep_id: str) -> RunRecord | None:
+        """The parent run of a sweep, finished or not."""
+        conditions = ["tags.`kdpipe.stage` = 'sweep'", f"tags.`kdpipe.sweep` = '{sweep_id}'"]
+        return next(iter(self._search([self.experiment_id], conditions, finished=False, limit=1)), None)
 
     def find_teacher(self, params: Mapping[str, object], images: str) -> RunRecord | None:
         """The newest finished teacher run with these params on the images of this fingerprint, in any experiment."""
@@ -150,6 +201,26 @@ class Tracker:
     def finished_runs(self) -> list[RunRecord]:
         """All finished runs that kdpipe wrote to this experiment, newest first."""
         return list(self._search([self.experiment_id], ["tags.`kdpipe.identity` != ''"]))
+
+    def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
+        """A metric of each epoch."""
+        return [(point.step, point.value) for point in self.client.get_metric_history(run_id, metric)]
+
+    def attach(
+        self, run_id: str, files: Mapping[str, bytes], tags: Mapping[str, str], metrics: Mapping[str, float]
+    ) -> None:
+        """Keep files as artifacts of a run, tags and metrics."""
+        with TemporaryDirectory() as folder:
+            for name, content in files.items():
+                (Path(folder) / name).write_bytes(content)
+            self.client.log_artifacts(run_id, folder)
+        for key, value in tags.items():
+            self.set_tag(run_id, key, value)
+        now = int(time.time() * 1000)
+        self.client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in metrics.items()])
+
+    def set_tag(self, run_id: str, key: str, value: str) -> None:
+        self.client.set_tag(run_id, key, value)
 
     def get_run(self, run_id: str) -> RunRecord | None:
         """A run by its id, None where the store has no such run."""
@@ -179,17 +250,43 @@ class Tracker:
         """Put a run's weights and config into its folder, where a later run of the same identity may have been."""
         mlflow.artifacts.download_artifacts(run_id=run_id, tracking_uri=self.uri, dst_path=str(folder))
 
-    def link(self, run_id: str) -> str:
-        """The run's page in the UI, on the server or on the one that `make ui` starts."""
-        server = self.uri.rstrip("/") if self.uri.startswith("http") else "http://127.0.0.1:5000"
-        return f"{server}/#/experiments/{self.experiment_id}/runs/{run_id}"
+    @property
+    def ui(self) -> str:
+        """The UI: the server's, or the one that `make ui` starts."""
+        return self.uri.rstrip("/") if self.uri.startswith("http") else "http://127.0.0.1:5000"
 
-    def _search(self, experiments: list[str], conditions: list[str], limit: int | None = None) -> Iterator[RunRecord]:
+    def link(self, run_id: str) -> str:
+        """The run's page in the UI."""
+        return f"{self.ui}/#/experiments/{self.experiment_id}/runs/{run_id}"
+
+    def charts_link(self, sweep_id: str) -> str:
+        """The charts of a sweep's runs, which MLflow leaves out of its charts because they are nested: an order and
+        a filter make them a flat list."""
+        query = {
+            "workflowType": "machine_learning",
+            "searchFilter": f"tags.`kdpipe.sweep` LIKE '%{sweep_id}%' AND tags.`kdpipe.identity` != ''",
+            "orderByKey": "metrics.`selected/accuracy`",  # any but the default makes the list flat
+            "orderByAsc": "false",
+            "compareRunsMode": "CHART",
+        }
+        return f"{self.ui}/#/experiments/{self.experiment_id}/runs?{urlencode(query, quote_via=quote)}"
+
+    def compare_link(self, run_ids: Sequence[str]) -> str:
+        """MLflow's page that compares runs, with its parallel coordinates."""
+        runs, experiments = (json.dumps(ids, separators=(",", ":")) for ids in (list(run_ids), [self.experiment_id]))
+        query = {"runs": runs, "experiments": experiments}
+        return f"{self.ui}/#/compare-runs?{urlencode(query, quote_via=quote)}"
+
+    def _search(
+        self, experiments: list[str], conditions: list[str], finished: bool = True, limit: int | None = None
+    ) -> Iterator[RunRecord]:
         token = None
+        if finished:
+            conditions = [*conditions, "attributes.status = 'FINISHED'"]
         while True:
             page = self.client.search_runs(
                 experiments,
-                " and ".join([*conditions, "attributes.status = 'FINISHED'"]),
+                " and ".join(conditions),
                 max_results=limit or PAGE,
                 order_by=["attributes.end_time DESC"],
                 page_token=token,

@@ -123,7 +123,7 @@ def train_epoch(
             if augment and draws is not None:
                 images = augment(images, draws[batch].to(device))
             with autocast:
-                targets = teacher(images).float() if teacher else None
+                targets = teacher(images, batch).float() if teacher else None
                 logits = model(images).float()
             parts = loss(logits, targets, labels, batch, epoch)
             optimizer.zero_grad()

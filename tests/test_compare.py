@@ -1,5 +1,8 @@
 """The comparison: cells, controls, gains and what it dares to say."""
 
+import csv
+import io
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,28 +13,65 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from kdpipe import compare
-from kdpipe.compare import control_of, make_cells, verdict
+from kdpipe.compare import __main__ as command
+from kdpipe.compare import formats, pictures
+from kdpipe.compare.cells import control_of, differences, make_cells
+from kdpipe.compare.comparison import check_comparable, compare, families
+from kdpipe.compare.statistics import interval, verdict
 from kdpipe.tracking import RunRecord
 
 
-def record(stage: str, seed: int, accuracy: float, **params: str) -> RunRecord:
+def record(stage: str, seed: int, accuracy: float, validation: float | None = None, **params: str) -> RunRecord:
     """A finished run: student_cnn on digits, unless `params` say otherwise (model__name for model.name)."""
     settings = {"model.name": "student_cnn", "dataset.name": "digits", "train.epochs": "5"}
     settings["stage"] = "teacher" if stage == "teacher" else "student"
     settings |= {"loss._target_": "kdpipe.losses.CrossEntropy", "seed": str(seed), "train.device": "cpu"}
     if stage == "distill":
-        settings |= {"loss._target_": "kdpipe.losses.KD", "loss.alpha": "0.5", "teacher.name": "resnet20"}
+        settings |= {"loss._target_": "kdpipe.losses.KD", "loss.alpha": "0.5", "loss.temperature": "4"}
+        settings |= {"teacher.name": "resnet20"}
     settings |= {key.replace("__", "."): value for key, value in params.items()}
+    metrics = {"test/accuracy": accuracy, "model/size_mb": 0.7, "teacher/size_mb": 1.4}
+    if validation is not None:
+        metrics["selected/accuracy"] = validation
     return RunRecord(
         id=f"{stage}{seed}",
         name="",
         params=settings,
-        metrics={"test/accuracy": accuracy, "model/size_mb": 0.7},
+        metrics=metrics,
         tags={"kdpipe.stage": stage, "kdpipe.data": "abc", "kdpipe.teacher_run": "t" if stage == "distill" else ""},
         ended=0,
         seconds=10,
     )
+
+
+def teacher_run(run_id: str, **params: str) -> RunRecord | None:
+    """A teacher trained on the same split, from scratch, unless `params` say otherwise."""
+    return record("teacher", 0, 0.95, **{"model__name": "resnet20", "model__weights": "None", **params})
+
+
+def grid(*, seeds: int = 3, validation: bool = True) -> list[RunRecord]:
+    """A student alone and four distilled ones; temperature 2 is best on validation images, 8 on test images."""
+    noise = [0.001, -0.002, 0.003, 0.0, -0.001, 0.002]
+    runs = [record("student", seed, 0.8 + noise[seed], 0.8) for seed in range(seeds)]
+    gains = {
+        ("0.5", "2"): (0.04, 0.06),
+        ("0.5", "8"): (0.07, 0.03),
+        ("0.9", "2"): (0.02, 0.02),
+        ("0.9", "8"): (-0.05, 0),
+    }
+    for (alpha, temperature), (test, val) in gains.items():
+        runs += [
+            record(
+                "distill",
+                seed,
+                0.8 + test + noise[-1 - seed],
+                0.8 + val if validation else None,
+                loss__alpha=alpha,
+                loss__temperature=temperature,
+            )
+            for seed in range(seeds)
+        ]
+    return runs
 
 
 def test_a_cell_is_a_configuration_without_its_seed() -> None:
@@ -39,12 +79,12 @@ def test_a_cell_is_a_configuration_without_its_seed() -> None:
         [record("student", seed, 0.8, train__device=device) for seed, device in ((0, "cpu"), (1, "cuda"))]
     )
     assert [list(cell.runs) for cell in cells] == [[0, 1]]
-    assert cells[0].mean("test/accuracy") == pytest.approx(0.8)
+    assert cells[0].values("test/accuracy") == {0: 0.8, 1: 0.8}
 
 
 def test_a_seed_that_was_run_twice_counts_once_and_the_newest_counts() -> None:
     (cell,) = make_cells([record("student", 0, 0.9), record("student", 0, 0.1)])
-    assert cell.mean("test/accuracy") == 0.9
+    assert cell.values("test/accuracy") == {0: 0.9}
 
 
 def test_the_control_has_the_same_settings_but_for_loss_and_teacher() -> None:
@@ -79,22 +119,158 @@ def test_runs_on_other_images_are_no_control() -> None:
     ],
 )
 def test_the_verdict_is_one_of_four(gains: list[float], word: str) -> None:
-    assert verdict(gains).startswith(f"{word}:")
+    assert verdict(interval(gains)).startswith(f"{word}:")
 
 
 def test_the_interval_is_student_s_t() -> None:
     gains = [0.021, 0.034, 0.029, 0.017, 0.031]
     half = stats.t.ppf(0.975, 4) * np.std(gains, ddof=1) / np.sqrt(5)
     low, high = 100 * (np.mean(gains) - half), 100 * (np.mean(gains) + half)
-    assert f"+2.6 points on the test set (95 % interval {low:.1f} to {high:.1f} over 5 seeds" in verdict(gains)
+    assert verdict(interval(gains)) == (
+        f"distillation helped: +2.6 points on the test set (95 % interval {low:.1f} to {high:.1f}, 5 seeds)"
+    )
+
+
+def test_no_evidence_says_which_gain_would_have_been_seen() -> None:
+    gains = [0.02, -0.02, 0.01]
+    least = 100 * stats.t.ppf(0.975, 2) * np.std(gains, ddof=1) / np.sqrt(3)
+    assert verdict(interval(gains)).endswith(f"a gain shows from {least:.1f} points")
+    shifted = [gain - np.mean(gains) + 1.01 * least / 100 for gain in gains]
+    assert verdict(interval(shifted)).startswith("distillation helped")
 
 
 @settings(deadline=None)
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=6))
 def test_mirrored_gains_mirror_the_verdict(gains: list[float]) -> None:
     mirror = {"distillation helped": "distillation hurt", "distillation hurt": "distillation helped"}
-    word = verdict(gains).split(":")[0]
-    assert verdict([-gain for gain in gains]).split(":")[0] == mirror.get(word, word)
+    word = verdict(interval(gains)).split(":")[0]
+    assert verdict(interval([-gain for gain in gains])).split(":")[0] == mirror.get(word, word)
+
+
+def test_the_best_cell_is_chosen_on_validation_images_and_reported_on_test_images() -> None:
+    comparison = compare(make_cells(grid()), teacher_run)
+    assert comparison.best is not None
+    params = comparison.best.cell.first.params
+    assert (params["loss.alpha"], params["loss.temperature"]) == ("0.5", "2")
+    assert comparison.verdict.startswith("distillation helped: +4.0 points on the test set")
+    assert comparison.notes[0] == "the best of 4 cells was chosen on validation images"
+    assert "flatters" in comparison.notes[1]
+
+
+def test_without_a_validation_split_it_says_that_the_choice_was_made_on_test_images() -> None:
+    comparison = compare(make_cells(grid(validation=False)), teacher_run)
+    assert comparison.best is not None
+    assert comparison.best.cell.first.params["loss.temperature"] == "8"
+    assert comparison.notes[0].startswith("the best of 4 cells was chosen on test images")
+
+
+def test_the_gain_is_paired_by_seed() -> None:
+    alone = [record("student", seed, accuracy) for seed, accuracy in ((0, 0.5), (1, 0.7), (2, 0.9))]
+    distilled = [record("distill", seed, accuracy) for seed, accuracy in ((0, 0.52), (1, 0.73), (2, 0.925), (3, 0.1))]
+    best = compare(make_cells([*alone, *distilled]), teacher_run).best
+    assert best is not None
+    assert best.gain == interval([0.52 - 0.5, 0.73 - 0.7, 0.925 - 0.9])
+    assert best.test is not None
+    assert best.gain.half_width < 0.02 < best.test.half_width
+
+
+def test_the_verdict_rests_on_seeds_that_the_choice_did_not_see() -> None:
+    runs = grid(seeds=3)
+    later = [record("student", seed, 0.8) for seed in (3, 4)]
+    later += [record("distill", seed, 0.79 + seed / 100000, loss__temperature="2") for seed in (3, 4)]
+    comparison = compare(make_cells([*runs, *later]), teacher_run, confirm=[3, 4])
+    assert comparison.confirmed is not None
+    assert list(comparison.confirmed.cell.runs) == [3, 4]
+    assert comparison.best is not None
+    assert list(comparison.best.cell.runs) == [0, 1, 2]
+    assert comparison.verdict.startswith("distillation hurt: −1.0 points")
+    assert "the verdict rests on seeds that the choice did not see: 3, 4" in comparison.notes
+
+
+def test_the_student_alone_may_come_from_elsewhere_in_the_experiment() -> None:
+    distilled = [run for run in grid() if run.tags["kdpipe.stage"] == "distill"]
+    alone = [run for run in grid() if run.tags["kdpipe.stage"] == "student"]
+    assert compare(make_cells(distilled), teacher_run).verdict.startswith("cannot tell: the same student alone has not")
+    assert compare(make_cells(distilled), teacher_run, controls=make_cells(alone)).verdict.startswith(
+        "distillation helped"
+    )
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({}, ""),
+        ({"model__weights": "imagenet"}, ""),
+        ({"model__weights": "/there/published.th"}, "published.th: it may have been trained on the validation images"),
+        ({"dataset__val_fraction": "0"}, "trained with dataset.val_fraction=0 instead of 0.1"),
+    ],
+)
+def test_a_teacher_that_may_know_the_validation_images_is_mentioned(params: dict[str, str], said: str) -> None:
+    split = {"dataset__val_fraction": "0.1"}
+    runs = [record("distill", 0, 0.9, 0.9, **split), record("student", 0, 0.8, 0.8, **split)]
+
+    def get_run(run_id: str) -> RunRecord | None:
+        return teacher_run(run_id, **{**split, **params}) if run_id == "t" else None
+
+    notes = " ".join(compare(make_cells(runs), get_run).notes)
+    assert (said in notes) if said else ("validation images" not in notes)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"dataset__name": "cifar10"}, "differ in their data set, dataset.name is cifar10, digits"),
+        ({"train__epochs": "50"}, "differ in their budget, train.epochs is 5, 50"),
+        ({"teacher__name": "resnet56"}, "differ in their teacher, teacher.name is resnet20, resnet56"),
+    ],
+)
+def test_runs_of_different_data_budgets_or_teachers_are_not_compared(other: dict[str, str], said: str) -> None:
+    cells = make_cells([*grid(), record("distill", 0, 0.9, **other), record("student", 0, 0.9, **other)])
+    with pytest.raises(ValueError, match=said):
+        check_comparable(cells)
+    assert len(families(cells)) == 2
+    for family in families(cells):
+        check_comparable(family)
+
+
+def test_each_format_holds_every_row(tmp_path: Path) -> None:
+    comparison = compare(make_cells(grid()), teacher_run)
+    rows = list(csv.DictReader(io.StringIO(formats.as_csv([comparison]))))
+    assert [row["best"] for row in rows] == ["False", "True", "False", "False", "False"]
+    (described,) = json.loads(formats.as_json([comparison]))
+    assert described["verdict"] == "distillation helped"
+    assert [row["test_accuracy"] for row in described["rows"]] == pytest.approx(
+        [float(row["test_accuracy"]) for row in rows]
+    )
+    assert described["gain"] == pytest.approx(0.04, abs=0.01)
+    page = formats.as_html("<sweep>", [comparison], [{"heatmap.png": b"a picture"}])
+    assert "&lt;sweep&gt;" in page
+    assert page.count("<tr") == 6
+    assert "http" not in page  # nothing from elsewhere
+    assert formats.as_markdown(comparison).count("KD alpha") == 4
+    assert formats.as_table(comparison).count("← best") == 1
+
+
+def test_the_heatmap_has_each_cell_with_its_spread_and_marks_what_includes_0() -> None:
+    comparison = compare(make_cells(grid()), teacher_run)
+    figure = pictures.heatmap(comparison)
+    assert figure is not None
+    validation, test = (axis for axis in figure.axes if axis.get_title())
+    texts = {text.get_text() for text in test.texts}
+    assert len(texts) == 4
+    assert any(text.startswith("+4.0 ± ") for text in texts)
+    assert all("∘" in text.get_text() for text in validation.texts)  # the same gain for each seed: no spread
+    assert not any("∘" in text for text in texts)
+    assert pictures.heatmap(compare(make_cells([record("distill", 0, 0.9)]), teacher_run)) is None
+
+
+def test_pictures_are_pngs() -> None:
+    comparison = compare(make_cells(grid()), teacher_run)
+    steps = {seed: [(epoch, 0.5 + epoch / 100 + seed / 1000) for epoch in (1, 2, 3)] for seed in (0, 1)}
+    for figure in (pictures.sizes(comparison), pictures.curves({"student alone": steps, "distilled": steps})):
+        assert figure is not None
+        assert pictures.to_png(figure).startswith(b"\x89PNG")
+    assert pictures.curves({"student alone": {0: []}}) is None
 
 
 def test_the_tutorial_s_last_section(
@@ -105,11 +281,26 @@ def test_the_tutorial_s_last_section(
     for experiment in ("student", "distill"):
         kdpipe(*common, f"experiment={experiment}", "model@teacher=resnet20", "teacher.depth=8")
     monkeypatch.setattr(sys, "argv", ["kdpipe-compare", "--experiment", "three"])
-    compare.cli()
+    command.cli()
     text = capsys.readouterr().out
     for row in ("teacher resnet20", "student alone", "student distilled"):
         assert row in text
     assert "verdict: cannot tell: one seed shows nothing" in text
+
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--format", "html", "--out", "there"])
+    command.cli()
+    assert {file.name for file in Path("there").iterdir()} == {"comparison.html", "curves.png", "size.png"}
+    assert Path("there/comparison.html").read_text().count("data:image/png;base64,") == 2
+
+    kdpipe(*common, "experiment=student", "train.batch_size=50")
+    monkeypatch.setattr(sys, "argv", ["kdpipe-compare", "--experiment", "three"])
+    with pytest.raises(SystemExit):
+        command.cli()
+    assert "train.batch_size is 100, 50: --where train.batch_size=" in capsys.readouterr().err
+    for more in (["--where", "train.batch_size=100"], ["--mixed"]):
+        monkeypatch.setattr(sys, "argv", ["kdpipe-compare", "--experiment", "three", *more])
+        command.cli()
+        assert "verdict: cannot tell: one seed shows nothing" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -119,6 +310,9 @@ def test_the_tutorial_s_last_section(
         (["--experiment", "nothing"], "tracking.experiment=nothing: "),
         (["--experiment", "Default"], "no finished run yet"),
         (["--uri", "http://127.0.0.1:9"], "no tracking server answers there"),
+        (["--experiment", "Default", "--sweep", "abc"], "--sweep abc: there is no such sweep in Default; it has none"),
+        (["--where", "train.epochs"], "--where train.epochs: KEY=VALUE is accepted"),
+        (["--out", "a_file"], "--out a_file: a folder is accepted"),
     ],
 )
 def test_bad_input_ends_in_one_line(
@@ -129,8 +323,9 @@ def test_bad_input_ends_in_one_line(
     said: str,
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["kdpipe-compare", *arguments])
+    Path("a_file").touch()
     with pytest.raises(SystemExit) as end:
-        compare.cli()
+        command.cli()
     assert end.value.code == 1
     errors = capsys.readouterr().err
     assert said in errors
@@ -140,5 +335,5 @@ def test_bad_input_ends_in_one_line(
 
 def test_rows_say_in_which_settings_they_differ() -> None:
     cells = make_cells([record("student", 0, 0.8, optimizer__lr=rate) for rate in ("0.001", "0.01")])
-    assert [compare.differences(cell, cells) for cell in cells] == ["optimizer.lr=0.001", "optimizer.lr=0.01"]
-    assert compare.differences(cells[0], cells[:1]) == ""
+    assert [differences(cell, cells) for cell in cells] == ["optimizer.lr=0.001", "optimizer.lr=0.01"]
+    assert differences(cells[0], cells[:1]) == ""

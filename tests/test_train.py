@@ -102,7 +102,7 @@ def test_a_teacher_stays_as_it_is() -> None:
     assert not any(module.training for module in teacher.classifier.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
-    assert not teacher(torch.zeros(1, 1, 8, 8, dtype=torch.uint8)).requires_grad
+    assert not teacher(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.zeros(1).long()).requires_grad
 
 
 def test_a_last_image_by_itself_joins_the_batch_before() -> None:

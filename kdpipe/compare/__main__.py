@@ -1,0 +1,103 @@
+"""The command `kdpipe-compare`, or `python -m kdpipe.compare`."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from kdpipe.store import check_uri, store_uri
+
+FORMATS = ("table", "csv", "json", "html")
+
+
+def arguments_of(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="kdpipe-compare",
+        description="The finished runs of an experiment side by side, and whether distillation helped.",
+    )
+    parser.add_argument("--experiment", default="kdpipe", help="MLflow experiment (default: %(default)s)")
+    parser.add_argument("--sweep", metavar="ID", help="only the runs of a sweep, and the student alone from anywhere")
+    parser.add_argument(
+        "--where", metavar="KEY=VALUE", action="append", default=[], help="leave out runs that have another value there"
+    )
+    parser.add_argument(
+        "--mixed", action="store_true", help="students of different data, budgets or teachers: each kind by itself"
+    )
+    parser.add_argument("--format", choices=FORMATS, default="table", help="default: %(default)s")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="write there, with the pictures, instead of printing")
+    parser.add_argument(
+        "--uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db in the output folder)"
+    )
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="default: %(default)s")
+    return parser.parse_args(words)
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """The comparison that was asked for, as text, or what was written where.
+
+    Raises:
+        ValueError: no store, no runs, or runs that cannot be compared.
+    """
+    where = dict(_pair(condition) for condition in arguments.where)
+    uri = store_uri(arguments.uri, arguments.output_dir)
+    check_uri(uri)
+    local = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not local.is_file():
+        raise ValueError(f"{local}: there is no such MLflow store; make demo, or any run, makes one")
+    if arguments.out and arguments.out.exists() and not arguments.out.is_dir():
+        raise ValueError(f"--out {arguments.out}: a folder is accepted, this is a file")
+
+    # Seconds of imports, after what can fail sooner.
+    from kdpipe.compare import formats
+    from kdpipe.compare.store import compare_experiment, compare_sweep, pictures_of
+    from kdpipe.tracking import Tracker
+
+    tracker = Tracker(uri, arguments.experiment, arguments.output_dir / "mlartifacts", create=False)
+    if arguments.sweep:
+        comparisons = [compare_sweep(tracker, arguments.sweep)]
+    else:
+        comparisons = compare_experiment(tracker, where, arguments.mixed)
+    title = f"sweep {arguments.sweep}" if arguments.sweep else arguments.experiment
+    drawn = []
+    if arguments.out or arguments.format == "html":
+        drawn = [pictures_of(comparison, tracker) for comparison in comparisons]
+    text = {
+        "table": lambda: "\n\n".join(map(formats.as_table, comparisons)),
+        "csv": lambda: formats.as_csv(comparisons),
+        "json": lambda: formats.as_json(comparisons),
+        "html": lambda: formats.as_html(title, comparisons, drawn),
+    }[arguments.format]()
+    if not arguments.out:
+        return text
+    suffix = arguments.format.replace("table", "txt")
+    files = {f"comparison.{suffix}": text.encode()}
+    for number, pictures in enumerate(drawn, start=1):
+        prefix = f"{number}_" if len(drawn) > 1 else ""
+        files |= {f"{prefix}{name}": content for name, content in pictures.items()}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (arguments.out / name).write_bytes(content)
+    written = [f"written: {arguments.out / name}" for name in files]
+    return "\n".join([*written, *(f"verdict: {comparison.verdict}" for comparison in comparisons)])
+
+
+def _pair(condition: str) -> tuple[str, str]:
+    key, equals, value = condition.partition("=")
+    if not (key and equals):
+        raise ValueError(f"--where {condition}: KEY=VALUE is accepted, such as train.epochs=10")
+    return key, value
+
+
+def cli() -> None:
+    """`kdpipe-compare` and `python -m kdpipe.compare`."""
+    try:
+        print(run(arguments_of()))
+    except Exception as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"kdpipe-compare: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    cli()

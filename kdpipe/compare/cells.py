@@ -1,0 +1,94 @@
+"""Cells: finished runs that differ by their seed alone."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from kdpipe.identity import what_matters
+from kdpipe.tracking import RunRecord
+
+STAGES = ("teacher", "student", "distill")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A configuration without its seed, and its newest finished run of each seed."""
+
+    settings: frozenset[tuple[str, str]]
+    runs: dict[int, RunRecord]  # by seed
+
+    @property
+    def first(self) -> RunRecord:
+        return next(iter(self.runs.values()))
+
+    @property
+    def stage(self) -> str:
+        return self.first.tags["kdpipe.stage"]
+
+    @property
+    def teacher_run(self) -> str:
+        """The run or the file that the teacher's weights are from, "" where there was none."""
+        return self.first.tags.get("kdpipe.teacher_run", "")
+
+    @property
+    def loss(self) -> str:
+        """The loss and its settings, such as "KD alpha 0.5 temperature 5"."""
+        params = self.first.params
+        name = params["loss._target_"].rpartition(".")[2]
+        values = [
+            f"{key.removeprefix('loss.')} {value}" for key, value in sorted(params.items()) if key.startswith("loss.")
+        ]
+        return " ".join([name, *(value for value in values if not value.startswith("_target_"))])
+
+    @property
+    def title(self) -> str:
+        """A short name: what is trained, and how."""
+        name = self.first.params["model.name"]
+        return f"{name} {'alone' if self.stage == 'student' else self.loss if self.stage == 'distill' else 'teacher'}"
+
+    def values(self, metric: str) -> dict[int, float]:
+        """The metric of each seed that has it."""
+        return {seed: run.metrics[metric] for seed, run in self.runs.items() if metric in run.metrics}
+
+    def only(self, seeds: Iterable[int]) -> "Cell":
+        """The cell with these of its seeds."""
+        return Cell(self.settings, {seed: self.runs[seed] for seed in seeds if seed in self.runs})
+
+    def settings_without(self, *groups: str) -> dict[str, str]:
+        """The settings that remain without some config groups: what two cells share."""
+        return {key: value for key, value in self.settings if key.split(".")[0] not in groups}
+
+
+def make_cells(records: Iterable[RunRecord]) -> list[Cell]:
+    """The cells of finished runs (newest first), teachers before students before distilled students."""
+    found: dict[frozenset[tuple[str, str]], dict[int, RunRecord]] = {}
+    for record in records:
+        settings = what_matters(record.params)
+        seed = int(settings.pop("seed"))
+        sources = {key: record.tags.get(key, "") for key in ("kdpipe.stage", "kdpipe.data", "kdpipe.teacher_run")}
+        found.setdefault(frozenset((settings | sources).items()), {}).setdefault(seed, record)
+    cells = [Cell(settings, dict(sorted(runs.items()))) for settings, runs in found.items()]
+    return sorted(cells, key=_place)
+
+
+def control_of(cell: Cell, cells: Iterable[Cell]) -> Cell | None:
+    """The same student alone: same settings but for the loss and the teacher."""
+
+    def shared(one: Cell) -> tuple[dict[str, str], str]:
+        return one.settings_without("loss", "teacher", "stage", "kdpipe"), one.first.tags["kdpipe.data"]
+
+    return next((other for other in cells if other.stage == "student" and shared(other) == shared(cell)), None)
+
+
+def differences(cell: Cell, cells: Sequence[Cell]) -> str:
+    """The settings, beyond those in the table's own columns, in which a cell differs from others of its stage."""
+    own_column = ("model", "loss", "stage", "kdpipe")
+    settings = [other.settings_without(*own_column) for other in cells if other.stage == cell.stage]
+    mine = cell.settings_without(*own_column)
+    keys = sorted(key for key in mine if any(other.get(key) != mine[key] for other in settings))
+    return " ".join(f"{key}={mine[key]}" for key in keys if key not in ("dataset.name", "train.epochs", "teacher.name"))
+
+
+def _place(cell: Cell) -> tuple[object, ...]:
+    numbers = [float(cell.first.params.get(key, 0)) for key in ("loss.alpha", "loss.temperature")]
+    params = cell.first.params
+    return (STAGES.index(cell.stage), params["model.name"], params["loss._target_"], *numbers, cell.loss)

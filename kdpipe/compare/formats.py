@@ -1,0 +1,257 @@
+"""A comparison as a table for terminals, as CSV, as JSON, and as a page to mail."""
+
+import base64
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from jinja2 import Environment
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from kdpipe.compare.cells import differences
+from kdpipe.compare.comparison import Comparison, Row
+from kdpipe.compare.statistics import Interval
+from kdpipe.report import render
+
+# title, and what stands there
+COLUMNS = ("network", "data set", "stage", "loss", "seeds", "epochs", "val %", "test %", "gain", "MB", "seconds")
+RIGHT = ("seeds", "epochs", "val %", "test %", "gain", "MB", "seconds")
+
+
+def with_interval(value: Interval | None, sign: str = "") -> str:
+    """In points: 52.31 [51.40, 53.22], the brackets only where there is an interval."""
+    if value is None:
+        return "–"
+    text = f"{100 * value.mean:{sign}.2f}"
+    if value.low is None or value.high is None:
+        return text
+    return f"{text} [{100 * value.low:{sign}.2f}, {100 * value.high:{sign}.2f}]"
+
+
+def cell_texts(row: Row, rows: Sequence[Row], best: Row | None) -> list[str]:
+    """One row's texts, in the order of `COLUMNS`, then where it differs from the others."""
+    params = row.cell.first.params
+    runs = row.cell.runs.values()
+    return [
+        params["model.name"],
+        params["dataset.name"],
+        row.cell.stage,
+        row.cell.loss + (" ← best" if row is best else ""),
+        str(len(row.cell.runs)),
+        params["train.epochs"],
+        with_interval(row.validation),
+        with_interval(row.test),
+        with_interval(row.gain, "+") if row.cell.stage == "distill" else "",
+        f"{fmean(run.metrics.get('model/size_mb', math.nan) for run in runs):.3f}",
+        f"{fmean(run.seconds for run in runs):.0f}",
+        differences(row.cell, [other.cell for other in rows]),
+    ]
+
+
+def as_table(comparison: Comparison) -> str:
+    """For a terminal: the rows, the verdict, and what it rests on."""
+    table = Table(box=SIMPLE_HEAD)
+    texts = [cell_texts(row, comparison.rows, comparison.best) for row in comparison.rows]
+    differing = any(line[-1] for line in texts)
+    for title in COLUMNS:
+        table.add_column(title, justify="right" if title in RIGHT else "left")
+    if differing:
+        table.add_column("where rows differ")
+    for line in texts:
+        table.add_row(*(line if differing else line[:-1]))
+    lines = [render(table)]
+    if comparison.best:
+        lines += ["", student_and_teacher(comparison)]
+    lines += [f"verdict: {comparison.verdict}", *(f"  · {note}" for note in comparison.notes)]
+    return "\n".join(lines)
+
+
+def student_and_teacher(comparison: Comparison) -> str:
+    """The best student beside the same student alone and its teacher: accuracy against size."""
+    best = comparison.best
+    assert best
+    decisive = comparison.confirmed or best
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column(f"{best.cell.title}, {len(decisive.cell.runs)} seeds".replace(" 1 seeds", " 1 seed"))
+    for title in ("test %", "MB", "smaller than teacher"):
+        table.add_column(title, justify="right")
+    teacher_mb = best.cell.first.metrics.get("teacher/size_mb", math.nan)
+    name = f"teacher {best.cell.first.params.get('teacher.name', '')}"
+    accuracy = f"{100 * comparison.teacher_accuracy:.2f}" if comparison.teacher_accuracy is not None else "–"
+    table.add_row(name, accuracy, f"{teacher_mb:.3f}", "")
+    alone = decisive.control.only(decisive.cell.runs) if decisive.control else None
+    for title, cell in (("student alone", alone), ("student distilled", decisive.cell)):
+        if cell and cell.runs:
+            test = fmean(cell.values("test/accuracy").values())
+            megabytes = cell.first.metrics.get("model/size_mb", math.nan)
+            smaller = f"{100 * (1 - megabytes / teacher_mb):.1f} %" if megabytes <= teacher_mb else "it is larger"
+            table.add_row(title, f"{100 * test:.2f}", f"{megabytes:.3f}", smaller)
+    return render(table)
+
+
+def as_records(comparison: Comparison) -> list[dict[str, Any]]:
+    """The rows as plain values; accuracies and gains are fractions."""
+    records = []
+    for row in comparison.rows:
+        params = row.cell.first.params
+        record: dict[str, Any] = {
+            "model": params["model.name"],
+            "dataset": params["dataset.name"],
+            "stage": row.cell.stage,
+            **{key: _number(value) for key, value in sorted(params.items()) if key.startswith("loss.")},
+            "teacher": params.get("teacher.name"),
+            "teacher_run": row.cell.teacher_run or None,
+            "epochs": int(params["train.epochs"]),
+            "seeds": list(row.cell.runs),
+            "best": row is comparison.best,
+            "where_rows_differ": differences(row.cell, [other.cell for other in comparison.rows]),
+            "size_mb": row.cell.first.metrics.get("model/size_mb"),
+            "seconds": fmean(run.seconds for run in row.cell.runs.values()),
+        }
+        for name, value in (
+            ("validation_accuracy", row.validation),
+            ("test_accuracy", row.test),
+            ("validation_gain", row.validation_gain),
+            ("test_gain", row.gain),
+        ):
+            record |= _bounds(name, value)
+        records.append(record)
+    return records
+
+
+def as_csv(comparisons: Sequence[Comparison]) -> str:
+    """One line a row; the seeds are separated by spaces."""
+    records = [record for comparison in comparisons for record in as_records(comparison)]
+    for record in records:
+        record["seeds"] = " ".join(map(str, record["seeds"]))
+    keys = list(dict.fromkeys(key for record in records for key in record))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, keys, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue().rstrip("\n")
+
+
+def as_json(comparisons: Sequence[Comparison]) -> str:
+    """A list, one object for each comparison: verdict, what it rests on, rows."""
+    return json.dumps(
+        [
+            {
+                "verdict": comparison.verdict.split(":")[0],
+                "sentence": comparison.verdict,
+                "notes": comparison.notes,
+                "confirmed_on": list(comparison.confirmed.cell.runs) if comparison.confirmed else [],
+                **_bounds("gain", (comparison.confirmed or comparison.best or _NOTHING).gain),
+                "rows": as_records(comparison),
+            }
+            for comparison in comparisons
+        ],
+        indent=2,
+        ensure_ascii=False,
+    )
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
+.verdict { font-size: 1.25rem; border-left: .3rem solid #0072b2; padding-left: 1rem }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .7rem; text-align: left; border-bottom: 1px solid #ddd; white-space: nowrap }
+th.right, td.right { text-align: right }
+tr.best { background: #e6f1f8; font-weight: 600 }
+img { max-width: 100%; height: auto; display: block; margin: 1.5rem 0 }
+</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+{% for part in parts %}
+<p class="verdict">{{ part.verdict }}</p>
+<ul>{% for note in part.notes %}<li>{{ note }}</li>{% endfor %}</ul>
+{% for name, picture in part.pictures.items() %}
+<img alt="{{ name }}" src="data:image/png;base64,{{ picture }}">
+{% endfor %}
+<div class="wide"><table>
+<tr>{% for column in columns %}<th{% if column in right %} class="right"{% endif %}>{{ column }}</th>{% endfor %}</tr>
+{% for best, texts in part.rows %}
+<tr{% if best %} class="best"{% endif %}>{% for text in texts -%}
+<td{% if columns[loop.index0] in right %} class="right"{% endif %}>{{ text }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
+{% endfor %}
+<p>Accuracies in per cent, gains in points over the same student alone, paired by seed; 95 % intervals over seeds.</p>
+</body>
+</html>
+"""
+
+
+def as_html(title: str, comparisons: Sequence[Comparison], pictures: Sequence[Mapping[str, bytes]]) -> str:
+    """One page with everything inside; `pictures` are PNGs by name, for each comparison."""
+    parts = [
+        {
+            "verdict": comparison.verdict,
+            "notes": comparison.notes,
+            "pictures": {name: base64.b64encode(content).decode() for name, content in found.items()},
+            "rows": [
+                (row is comparison.best, cell_texts(row, comparison.rows, comparison.best)) for row in comparison.rows
+            ],
+        }
+        for comparison, found in zip(comparisons, pictures, strict=True)
+    ]
+    page = Environment(autoescape=True).from_string(PAGE)
+    return page.render(title=title, parts=parts, columns=[*COLUMNS, "where rows differ"], right=RIGHT)
+
+
+def as_markdown(comparison: Comparison) -> str:
+    """For the description of a run in MLflow's UI."""
+    header = [title for title in COLUMNS if title not in ("network", "data set", "epochs", "MB", "seconds")]
+    lines = [f"**{comparison.verdict}**", "", *(f"- {note}" for note in comparison.notes), ""]
+    lines += [" | ".join(["", *header, ""]).strip(), " | ".join(["", *["---"] * len(header), ""]).strip()]
+    for row in comparison.rows:
+        texts = dict(zip(COLUMNS, cell_texts(row, comparison.rows, comparison.best), strict=False))
+        lines.append(" | ".join(["", *(texts[title] for title in header), ""]).strip())
+    return "\n".join(lines)
+
+
+def best_metrics(comparison: Comparison) -> dict[str, float]:
+    """The best cell's figures as metrics of a sweep's parent run, fractions."""
+    best = comparison.best
+    if best is None:
+        return {}
+    decisive = comparison.confirmed or best
+    values: dict[str, float | None] = {
+        "best/val_accuracy": best.validation.mean if best.validation else None,
+        "best/test_accuracy": decisive.test.mean if decisive.test else None,
+    }
+    for name, part in (("best/gain", "mean"), ("best/gain_low", "low"), ("best/gain_high", "high")):
+        values[name] = getattr(decisive.gain, part, None)
+    for axis in ("alpha", "temperature"):
+        if (value := best.cell.first.params.get(f"loss.{axis}")) is not None:
+            values[f"best/{axis}"] = float(value)
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _bounds(name: str, value: Interval | None) -> dict[str, float | None]:
+    if value is None:
+        return {name: None, f"{name}_low": None, f"{name}_high": None}
+    return {name: value.mean, f"{name}_low": value.low, f"{name}_high": value.high}
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+_NOTHING = Row(None, None, None, None, None, None)  # type: ignore[arg-type]

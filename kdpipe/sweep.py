@@ -1,0 +1,303 @@
+"""`python -m kdpipe -m …`: all cells of a grid are checked first, then those that are missing are trained, under one
+parent run in MLflow."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import DictConfig
+
+from kdpipe import config as settings
+from kdpipe.build import KnownTeachers, build_parts, check_values
+from kdpipe.claim import ClaimedError, wait_until_free
+from kdpipe.errors import one_line
+from kdpipe.identity import canonical
+from kdpipe.store import check_uri, store_uri
+
+log = logging.getLogger("kdpipe.sweep")
+
+# In the names of runs; the order is theirs there too.
+SHORT = {"loss.alpha": "a", "loss.temperature": "T", "seed": "s"}
+Axes = dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of a sweep.
+
+    Attributes:
+        name: what it differs in from the others, such as a0.5_T4_s0.
+        overrides: of Hydra, that compose its config.
+        tags: what it is found by when it is finished.
+        teacher: the run or file that its teacher's weights are from; "" where it has none.
+    """
+
+    name: str
+    overrides: tuple[str, ...]
+    config: DictConfig
+    tags: dict[str, str]
+    teacher: str
+
+    @property
+    def identity(self) -> str:
+        return self.tags["kdpipe.identity"]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir) / "runs" / self.identity
+
+
+@dataclass
+class Sweep:
+    """A sweep in progress.
+
+    Attributes:
+        config: of its first cell, for what all share.
+        parent: id of its parent run in MLflow.
+        finished: its finished runs, by identity.
+    """
+
+    id: str
+    axes: Axes
+    config: DictConfig
+    sweeper: BasicSweeper
+    tracker: Any
+    parent: str = ""
+    finished: dict[str, Any] = field(default_factory=dict)
+
+
+def run_sweep(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
+    """Train what is missing of a grid, and say what came of it.
+
+    Raises:
+        ValueError: a bad value in any cell, before the first one trains; cells that failed, after the last one.
+    """
+    axes, grid = expand(sweeper, arguments)
+    configs = [compose(sweeper, overrides) for overrides in grid]
+    for config in configs:
+        check_values(config)
+    check_shared(configs)
+    first = configs[0]
+    uri = store_uri(first.tracking.uri, Path(first.output_dir))
+    check_uri(uri)
+
+    from kdpipe.tracking import Tracker
+
+    # The store is made here, once: processes that start together would make it at the same time.
+    tracker = Tracker(uri, first.tracking.experiment, Path(first.output_dir) / "mlartifacts")
+    planned = plan(axes, grid, configs, tracker)
+    sweep = Sweep(identity_of(planned), axes, first, sweeper, tracker)
+    log.info("sweep %s: %s; %d cells, %d runs", sweep.id, describe(axes), len(grid), len(planned))
+    with tracker.sweep(sweep.id, f"sweep {' × '.join(axes)}", {"sweep": describe(axes)}) as sweep.parent:
+        failed = train_missing(sweep, planned)
+        confirming: list[Planned] = []
+        if first.sweep.confirm_seeds and not failed:
+            confirming = plan_confirmation(sweep, planned, first.sweep.confirm_seeds)
+            failed = train_missing(sweep, confirming)
+        summarise(sweep)
+        if failed:
+            raise ValueError(failures(failed, len(planned) + len(confirming)))
+
+
+def expand(sweeper: BasicSweeper, arguments: Sequence[str]) -> tuple[Axes, list[list[str]]]:
+    """The grid's axes, key by key, and the overrides of each of its cells.
+
+    Raises:
+        ValueError: an empty grid, or a value that an axis has twice.
+    """
+    assert sweeper.hydra_context
+    parser = OverridesParser.create(config_loader=sweeper.hydra_context.config_loader)
+    overrides = parser.parse_overrides(list(arguments))
+    axes: Axes = {}
+    for override in overrides:
+        key = override.get_key_element()
+        axes.pop(key, None)  # the last one counts
+        if override.is_discrete_sweep():
+            axes[key] = list(override.sweep_string_iterator())
+            values = canonical(list(override.sweep_iterator()))
+            if not values:
+                raise ValueError(f"{override.input_line}: the grid is empty; at least one value is accepted")
+            if twice := [text for n, text in enumerate(axes[key]) if values[n] in values[:n]]:
+                raise ValueError(f"{key}={twice[0]}: in the grid twice; each value once is accepted")
+        elif override.is_sweep_override():
+            raise ValueError(f"{override.input_line}: a list is accepted, {key}=1,2 or {key}=range(1,3)")
+    return axes, sweeper.split_arguments(overrides, None)[0]
+
+
+def compose(sweeper: BasicSweeper, overrides: Sequence[str]) -> DictConfig:
+    """The config of one cell, Hydra's own part included."""
+    assert sweeper.hydra_context and sweeper.config
+    return sweeper.hydra_context.config_loader.load_sweep_config(sweeper.config, list(overrides))
+
+
+def check_shared(configs: Sequence[DictConfig]) -> None:
+    """Raise ValueError where the cells do not go to one place."""
+    for group, key in (("tracking", "uri"), ("tracking", "experiment"), (None, "output_dir"), ("sweep", "rerun")):
+        values = {str(config[group][key] if group else config[key]) for config in configs}
+        if len(values) > 1:
+            name = f"{group}.{key}" if group else key
+            raise ValueError(f"{name}={','.join(sorted(values))}: one value for the whole sweep is accepted")
+
+
+def plan(
+    axes: Collection[str], grid: Sequence[Sequence[str]], configs: Sequence[DictConfig], tracker: Any
+) -> list[Planned]:
+    """The runs of a grid; cells that are the same run (at alpha 0, whatever the temperature) are planned once. Data,
+    teachers and networks are built here, so that what is wrong with them is known before anything trains."""
+    planned: dict[str, Planned] = {}
+    teachers: KnownTeachers = {}
+    for overrides, config in zip(grid, configs, strict=True):
+        identity = settings.run_identity(config)
+        if identity in planned:
+            continue
+        HydraConfig.instance().set_config(config)  # messages name the command
+        parts = build_parts(config, tracker, teachers)
+        name = name_of(axes, overrides, config)
+        planned[identity] = Planned(name, tuple(overrides), config, parts.tags, parts.teacher_source)
+    return list(planned.values())
+
+
+def name_of(axes: Collection[str], overrides: Sequence[str], config: DictConfig) -> str:
+    """What a cell differs in from the others, then alpha, temperature and seed, without what has no effect on it:
+    a0.5_T4_s0, a0_s0, lr0.01_a0.5_T4_s0."""
+    effective = settings.effective_settings(config)
+    parts = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        target = key.rpartition("@")[2]  # model@teacher is a group whose keys stand under teacher
+        if key in axes and target in effective:
+            parts.append(SHORT.get(key, key.rpartition(".")[2]) + value)
+        elif key in axes and any(known.startswith(f"{target}.") for known in effective):
+            parts.append(value)
+    parts += [f"{short}{effective[key]:g}" for key, short in SHORT.items() if key not in axes and key in effective]
+    return "_".join(parts)
+
+
+def identity_of(planned: Sequence[Planned]) -> str:
+    """The sweep's 12 hex digits: a hash of its cells' identities and of the teachers that they found."""
+    text = json.dumps(sorted((run.tags["kdpipe.identity"], run.teacher) for run in planned))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def describe(axes: Axes) -> str:
+    """The grid in one line."""
+    return " × ".join(f"{key}={','.join(values)}" for key, values in axes.items()) or "one cell"
+
+
+def train_missing(sweep: Sweep, planned: Sequence[Planned]) -> dict[str, str]:
+    """Launch the runs that are not finished.
+
+    Returns:
+        The names of those that failed, with the reason.
+    """
+    assert sweep.sweeper.launcher
+    # What Hydra's launchers tell of each job is told better by the job.
+    for name in ("hydra._internal.core_plugins.basic_launcher", "hydra_plugins"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    missing = [run for run in planned if sweep.config.sweep.rerun or not sweep.tracker.find_finished(run.tags)]
+    if len(missing) < len(planned):
+        log.info("%d of %d runs are finished already", len(planned) - len(missing), len(planned))
+    results: Sequence[JobReturn | None] = [None] * len(missing)
+    lost = "its job came to no end"
+    if missing:
+        jobs = [[*run.overrides, *_job_overrides(sweep, run, n, len(missing))] for n, run in enumerate(missing, 1)]
+        try:
+            results = sweep.sweeper.launcher.launch(jobs, initial_job_idx=0)
+        except Exception as error:  # a cluster's job may vanish
+            lost = one_line(error)
+    reasons = {}
+    for run, result in zip(missing, results, strict=True):
+        if result is None:
+            reasons[run.name] = lost
+        elif result.status == JobStatus.FAILED:
+            reasons[run.name] = one_line(result._return_value)
+            if isinstance(result._return_value, ClaimedError):
+                log.info("waiting for %s: %s", run.name, reasons[run.name])
+                wait_until_free(run.folder)
+    failed = {}
+    for run in planned:
+        finished = sweep.tracker.find_finished(run.tags)
+        if finished:
+            sweep.tracker.adopt(finished, sweep.id, sweep.parent)
+            sweep.finished[run.identity] = finished
+        if not finished or (sweep.config.sweep.rerun and run.name in reasons):
+            failed[run.name] = reasons.get(run.name, lost)
+    return failed
+
+
+def plan_confirmation(sweep: Sweep, planned: Sequence[Planned], number: int) -> list[Planned]:
+    """The best cell, chosen on the runs so far, and the student alone, on as many new seeds.
+
+    Raises:
+        ValueError: there is no distilled student to confirm.
+    """
+    from kdpipe.compare.store import compare_sweep
+
+    best = compare_sweep(sweep.tracker, sweep.id).best
+    if best is None:
+        raise ValueError(f"sweep.confirm_seeds={number}: the sweep has no distilled student to confirm; 0 is accepted")
+    ids = {run.id for run in best.cell.runs.values()}
+    chosen = next(run for run in planned if sweep.finished[run.identity].id in ids)
+    first = 1 + max(run.config.seed for run in planned)
+    seeds = range(first, first + number)
+    log.info("%s is the best cell: it and the student alone on seeds %s", best.cell.title, ", ".join(map(str, seeds)))
+    sweep.tracker.set_tag(sweep.parent, "kdpipe.confirm_seeds", " ".join(map(str, seeds)))
+    fixed = dict(override.split("=", 1) for override in chosen.overrides)
+    changes = [{"loss.alpha": "0", "seed": str(seed)} for seed in seeds] + [{"seed": str(seed)} for seed in seeds]
+    grid = [[f"{key}={value}" for key, value in (fixed | change).items()] for change in changes]
+    return plan(sweep.axes, grid, [compose(sweep.sweeper, overrides) for overrides in grid], sweep.tracker)
+
+
+def summarise(sweep: Sweep) -> None:
+    """Say what came of the sweep, and keep it in its parent run."""
+    if not sweep.finished:
+        return
+
+    from kdpipe.compare import formats
+    from kdpipe.compare.store import compare_sweep, pictures_of
+
+    comparison = compare_sweep(sweep.tracker, sweep.id)
+    pictures = pictures_of(comparison, sweep.tracker)
+    table = formats.as_table(comparison)
+    files = {
+        "comparison.txt": table.encode(),
+        "comparison.csv": formats.as_csv([comparison]).encode(),
+        "comparison.html": formats.as_html(f"sweep {sweep.id}", [comparison], [pictures]).encode(),
+    }
+    tags = {"kdpipe.verdict": comparison.verdict, "mlflow.note.content": formats.as_markdown(comparison)}
+    sweep.tracker.attach(sweep.parent, files | pictures, tags, formats.best_metrics(comparison))
+    for line in table.splitlines():
+        log.info(line)
+    log.info("in MLflow (make ui):")
+    log.info("  summary and pictures: %s", sweep.tracker.link(sweep.parent))
+    log.info("  the runs as charts: %s", sweep.tracker.charts_link(sweep.id))
+    log.info("  the runs compared: %s", sweep.tracker.compare_link([run.id for run in sweep.finished.values()]))
+    log.info("this table again: %s --sweep %s", settings.compare_command(sweep.config), sweep.id)
+
+
+def _job_overrides(sweep: Sweep, run: Planned, number: int, of: int) -> list[str]:
+    """What a job is told of the sweep that it is part of."""
+    told = {
+        "id": sweep.id,
+        "parent": sweep.parent,
+        "name": run.name,
+        "teacher": run.teacher,
+        "number": number,
+        "of": of,
+    }
+    values = ",".join(f"{key}:{json.dumps(value)}" for key, value in told.items())
+    return [f"sweep.job={{{values}}}", *(["train.resume=never"] if sweep.config.sweep.rerun else [])]
+
+
+def failures(failed: dict[str, str], total: int) -> str:
+    """One line on the runs that failed."""
+    named = "; ".join(f"{name} ({reason})" for name, reason in failed.items())
+    return f"{len(failed)} of {total} runs failed: {named}; the same command trains what is missing"
