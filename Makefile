@@ -1,6 +1,10 @@
 # Every target takes overrides: make distill ARGS="loss.alpha=0.9 seed=1"
 ARGS ?=
 PORT ?= 5000
+HOST ?= 127.0.0.1
+# For make server: where its PostgreSQL is; unset, one of its own under outputs/.
+DATABASE ?=
+POSTGRES := $(or $(patsubst %/,%,$(dir $(shell command -v initdb))),$(lastword $(sort $(wildcard /usr/lib/postgresql/*/bin))))
 # What .venv is made with: Python 3.11 or newer.
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +18,7 @@ STORE = $(or $(call given,tracking.uri),$(MLFLOW_TRACKING_URI),sqlite:///$(abspa
 DEMO := dataset=digits tracking.experiment=demo train.epochs=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test teacher student distill compare reproduce ui lint format clean
+.PHONY: help setup demo test teacher student distill sweep compare reproduce ui server lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +54,9 @@ student: setup  ## train the student alone
 distill: setup  ## train the student with the newest teacher
 	$(RUN) experiment=distill $(ARGS)
 
+sweep: setup  ## alpha × temperature × seed, the best of them, and whether it helped
+	$(RUN) -m experiment=sweep $(ARGS)
+
 compare: setup  ## the finished runs side by side (ARGS="--experiment demo")
 	$(COMPARE) $(ARGS)
 
@@ -62,6 +69,23 @@ reproduce: setup  ## the tutorial's three experiments: CIFAR-10, DenseNet-121 (h
 ui: setup  ## open MLflow on the runs: http://127.0.0.1:5000 (make ui PORT=5001)
 	@mkdir -p $(OUTPUTS)
 	$(BIN)/mlflow ui --backend-store-uri "$(STORE)" --host 127.0.0.1 --port $(PORT)
+
+server: setup  ## an MLflow server over PostgreSQL, for many machines (HOST=0.0.0.0 DATABASE=postgresql://…)
+	@mkdir -p $(OUTPUTS)
+	@database="$(DATABASE)"; data="$(abspath $(OUTPUTS))/postgres"; \
+	if [ -z "$$database" ] && [ -n "$(POSTGRES)" ] && [ "$$(id -u)" != 0 ]; then \
+		[ -d "$$data" ] || "$(POSTGRES)/initdb" --auth=trust --username=mlflow --pgdata="$$data" >/dev/null || exit 1; \
+		"$(POSTGRES)/pg_ctl" --pgdata="$$data" --log="$$data/log" --wait start \
+			--options="-p 5433 -c listen_addresses= -c unix_socket_directories=$$data" || exit 1; \
+		trap '"$(POSTGRES)/pg_ctl" --pgdata="'$$data'" stop >/dev/null' EXIT INT TERM; \
+		database="postgresql://mlflow@/postgres?host=$$data&port=5433"; \
+	elif [ -z "$$database" ]; then \
+		echo "make server: no PostgreSQL here that this user could start, so sqlite; DATABASE=postgresql://… names one"; \
+		database="sqlite:///$(abspath $(OUTPUTS))/mlflow.db"; \
+	fi; \
+	echo "runs go there with tracking.uri=http://$(HOST):$(PORT)"; \
+	$(BIN)/mlflow server --backend-store-uri "$$database" --artifacts-destination "$(abspath $(OUTPUTS))/mlartifacts" \
+		--host $(HOST) --port $(PORT)
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from hypothesis import given
 from hypothesis import settings as settings_of_test
@@ -45,6 +46,16 @@ def test_every_yaml_composes_and_builds(option: str, composed: Callable[..., Dic
         instantiate({key: value for key, value in part.items() if key not in settings.SPLITTING})
 
 
+@pytest.mark.parametrize("option", ["launcher/joblib", "launcher/submitit_slurm", "sweeper/grid"])
+def test_every_yaml_of_hydra_s_own_groups_names_a_plugin_with_its_settings(option: str) -> None:
+    with initialize_config_dir(str(settings.CONF), version_base="1.3"):
+        group, name = option.split("/")
+        config = compose("config", [f"hydra/{group}={name}", "seed=0"], return_hydra_config=True)
+    module, name = config.hydra[group]._target_.rsplit(".", 1)
+    plugin = getattr(pytest.importorskip(module), name)
+    plugin(**{key: value for key, value in config.hydra[group].items() if key not in ("_target_", "submitit_folder")})
+
+
 def test_the_root_s_values_are_the_tutorial_s(composed: Callable[..., DictConfig]) -> None:
     config = composed()
     assert (config.train.batch_size, config.train.epochs, config.optimizer.lr) == (100, 10, 1e-3)
@@ -58,6 +69,7 @@ def test_the_root_s_values_are_the_tutorial_s(composed: Callable[..., DictConfig
         ("teacher", "teacher", "densenet121", "CrossEntropy", False),
         ("student", "student", "student_cnn", "CrossEntropy", False),
         ("distill", "distill", "student_cnn", "KD", False),
+        ("sweep", "distill", "student_cnn", "KD", False),
         ("tutorial_teacher", "teacher", "densenet121", "CrossEntropy", True),
         ("tutorial_student", "student", "student_cnn", "CrossEntropy", True),
         ("tutorial_distill", "distill", "student_cnn", "KDTutorial", True),
@@ -86,6 +98,7 @@ SAME = [
     ["tracking.experiment=another"],
     ["dataset.root=elsewhere"],
     ["train.device=cpu", "train.threads=1", "train.resume=never"],
+    ["distillation.outputs=online", "sweep.confirm_seeds=5"],
     ["experiment=distill"],
 ]
 OTHER = [
@@ -140,10 +153,11 @@ ROOMS = {
     "data": {"checks", "progress", "randomness"},
     "train": {"data", "models", "losses", "evaluate", "teacher", "checkpoint", "progress", "randomness"},
     "evaluate": {"data", "models", "progress"},
-    "teacher": {"models"},
+    "teacher": {"data", "models", "evaluate", "progress"},
+    "claim": set(),
     "checkpoint": {"models"},
     "compare": {"identity", "report", "store", "tracking"},
-    "tracking": set(),
+    "tracking": {"store"},
     "store": set(),
     "report": set(),
     "identity": set(),
@@ -152,7 +166,7 @@ ROOMS = {
     "randomness": set(),
     "schedulers": {"checks"},
 }
-HYDRA_ROOMS = {"main", "build", "config", "errors"}
+HYDRA_ROOMS = {"main", "build", "config", "errors", "sweep"}
 ONLY_IN = {"mlflow": {"tracking"}, "hydra": HYDRA_ROOMS, "omegaconf": HYDRA_ROOMS}
 
 

@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text()
 def test_the_loss_the_data_set_and_the_network_run(
     tmp_path: Path, empty_store: Path, photo: Callable[..., Image.Image]
 ) -> None:
-    for folder in ("kdpipe", "conf"):
+    for folder in ("kdpipe", "conf", "hydra_plugins"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     examples = re.findall(r"^`((?:kdpipe|conf)/\S+)`:\n\n```\w+\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     assert len(examples) == 6

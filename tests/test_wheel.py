@@ -26,8 +26,8 @@ def test_a_wheel_in_an_empty_folder_runs(tmp_path: Path, empty_store: Path) -> N
 
     store = f"tracking.uri=sqlite:///{empty_store}"
     overrides = ["dataset=digits", "experiment=student", "train.epochs=1", "train.threads=1", store]
-    command = [sys.executable, str(installed / "bin" / "kdpipe"), *overrides]
+    command = [sys.executable, str(installed / "bin" / "kdpipe"), "-m", *overrides]  # Hydra finds our sweeper there too
     outcome = subprocess.run(command, cwd=empty, env=environment, check=False, capture_output=True, text=True)
     assert outcome.returncode == 0, outcome.stderr
-    assert "test accuracy" in outcome.stdout
+    assert "verdict: cannot tell" in outcome.stdout
     assert len(list((empty / "outputs" / "runs").glob("*/model.safetensors"))) == 1
