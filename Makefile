@@ -78,7 +78,7 @@ server: setup  ## an MLflow server over PostgreSQL, for many machines (HOST=0.0.
 		"$(POSTGRES)/pg_ctl" --pgdata="$$data" --log="$$data/log" --wait start \
 			--options="-p 5433 -c listen_addresses= -c unix_socket_directories=$$data" || exit 1; \
 		trap '"$(POSTGRES)/pg_ctl" --pgdata="'$$data'" stop >/dev/null' EXIT INT TERM; \
-		database="postgresql://mlflow@/postgres?host=$$data&port=5433"; \
+		database="postgresql+psycopg://mlflow@/postgres?host=$$data&port=5433"; \
 	elif [ -z "$$database" ]; then \
 		echo "make server: no PostgreSQL here that this user could start, so sqlite; DATABASE=postgresql://… names one"; \
 		database="sqlite:///$(abspath $(OUTPUTS))/mlflow.db"; \

@@ -1,5 +1,6 @@
 """What Hydra needs to know of kdpipe: where `conf/` is, the resolvers, the checks of the root's own values."""
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,8 @@ def check(config: DictConfig) -> None:
     check_number("train.batch_size", train.batch_size, low=1, integer=True)
     if train.threads is not None:
         check_number("train.threads", train.threads, low=1, integer=True)
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", str(train.device)):
+        raise ValueError(f"train.device={train.device}: auto, cpu, cuda, cuda:<number> or mps is accepted")
     check_choice("train.precision", train.precision, ["auto", "float32", "bfloat16"])
     check_choice("train.resume", train.resume, ["auto", "never"])
     check_choice("train.select", train.select, ["last", "best"])

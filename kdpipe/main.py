@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -30,7 +31,7 @@ from kdpipe.build import (
     use_device,
 )
 from kdpipe.checkpoint import save_weights
-from kdpipe.claim import Claim, claim
+from kdpipe.claim import Claim, ClaimedError, claim
 from kdpipe.data import ImageDataset
 from kdpipe.errors import one_line
 from kdpipe.evaluate import evaluate
@@ -86,8 +87,8 @@ def train(
     optimizer, scheduler = build_optimizer(config, model, loss, steps_per_epoch)
     folder = claimed.folder
     params = settings.logged_params(config)
-    with tracker.run(settings.run_name(config), folder, params, run_tags(config, parts)) as current:
-        claimed.starts(current.id)
+    name, tags = settings.run_name(config), run_tags(config, parts)
+    with tracker.run(name, folder, params, tags, on_start=claimed.starts) as current:
         describe_inputs(config, current, tracker, data)
         if teacher and augment is None and config.distillation.outputs != "online" and config.train.epochs > 0:
             precision = config.train.precision.replace("auto", "float32")
@@ -169,17 +170,22 @@ def show_result(metrics: Mapping[str, float], config: DictConfig, link: str) -> 
 
 def job(config: DictConfig) -> float:
     """`run`, with its error as one line; in a sweep each run is one line, and the others go on after an error."""
-    if not config.sweep.job:
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
         try:
             return run(config)
         except Exception as error:
             _fail(error)
     told = logging.getLogger("kdpipe.sweep")
-    details_to_file_only()
-    place = f"[{config.sweep.job.number}/{config.sweep.job.of}] {config.sweep.job.name}"
+    place = "run"
+    if config.sweep.job:  # else of another sweeper than ours
+        details_to_file_only()
+        place = f"[{config.sweep.job.number}/{config.sweep.job.of}] {config.sweep.job.name}"
     started = time.monotonic()
     try:
         accuracy = run(config)
+    except ClaimedError as error:
+        told.info("%s: left alone, %s", place, error)
+        raise
     except Exception as error:
         told.error("%s failed: %s", place, one_line(error))
         raise

@@ -4,7 +4,10 @@ parent run in MLflow."""
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Sequence
+import re
+import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +15,12 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.utils import JobStatus
 from omegaconf import DictConfig
 
 from kdpipe import config as settings
-from kdpipe.build import KnownTeachers, build_parts, check_values
-from kdpipe.claim import ClaimedError, wait_until_free
+from kdpipe.build import KnownTeachers, build_parts, check_values, use_device
+from kdpipe.claim import ClaimedError, claim, wait_until_free
 from kdpipe.errors import one_line
 from kdpipe.identity import canonical
 from kdpipe.store import check_uri, store_uri
@@ -61,17 +64,20 @@ class Sweep:
 
     Attributes:
         config: of its first cell, for what all share.
+        teachers: each is looked up once.
         parent: id of its parent run in MLflow.
         finished: its finished runs, by identity.
     """
 
-    id: str
+    sweeper: BasicSweeper
     axes: Axes
     config: DictConfig
-    sweeper: BasicSweeper
     tracker: Any
+    teachers: KnownTeachers = field(default_factory=dict)
+    id: str = ""
     parent: str = ""
     finished: dict[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.time)
 
 
 def run_sweep(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
@@ -86,6 +92,9 @@ def run_sweep(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
         check_values(config)
     check_shared(configs)
     first = configs[0]
+    if "submitit" not in first.hydra.launcher._target_:  # a cluster's nodes have other devices than this machine
+        for config in configs:
+            use_device(config)
     uri = store_uri(first.tracking.uri, Path(first.output_dir))
     check_uri(uri)
 
@@ -93,18 +102,21 @@ def run_sweep(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
 
     # The store is made here, once: processes that start together would make it at the same time.
     tracker = Tracker(uri, first.tracking.experiment, Path(first.output_dir) / "mlartifacts")
-    planned = plan(axes, grid, configs, tracker)
-    sweep = Sweep(identity_of(planned), axes, first, sweeper, tracker)
+    sweep = Sweep(sweeper, axes, first, tracker)
+    planned = plan(sweep, grid, configs)
+    if first.sweep.confirm_seeds:
+        check_confirmation(sweep, planned)
+    sweep.id = identity_of(planned)
     log.info("sweep %s: %s; %d cells, %d runs", sweep.id, describe(axes), len(grid), len(planned))
     with tracker.sweep(sweep.id, f"sweep {' × '.join(axes)}", {"sweep": describe(axes)}) as sweep.parent:
         failed = train_missing(sweep, planned)
-        confirming: list[Planned] = []
         if first.sweep.confirm_seeds and not failed:
-            confirming = plan_confirmation(sweep, planned, first.sweep.confirm_seeds)
+            confirming = plan_confirmation(sweep, planned)
             failed = train_missing(sweep, confirming)
+            planned += confirming
         summarise(sweep)
         if failed:
-            raise ValueError(failures(failed, len(planned) + len(confirming)))
+            raise ValueError(failures(failed, len(planned)))
 
 
 def expand(sweeper: BasicSweeper, arguments: Sequence[str]) -> tuple[Axes, list[list[str]]]:
@@ -147,36 +159,35 @@ def check_shared(configs: Sequence[DictConfig]) -> None:
             raise ValueError(f"{name}={','.join(sorted(values))}: one value for the whole sweep is accepted")
 
 
-def plan(
-    axes: Collection[str], grid: Sequence[Sequence[str]], configs: Sequence[DictConfig], tracker: Any
-) -> list[Planned]:
+def plan(sweep: Sweep, grid: Sequence[Sequence[str]], configs: Sequence[DictConfig]) -> list[Planned]:
     """The runs of a grid; cells that are the same run (at alpha 0, whatever the temperature) are planned once. Data,
     teachers and networks are built here, so that what is wrong with them is known before anything trains."""
     planned: dict[str, Planned] = {}
-    teachers: KnownTeachers = {}
     for overrides, config in zip(grid, configs, strict=True):
         identity = settings.run_identity(config)
         if identity in planned:
             continue
         HydraConfig.instance().set_config(config)  # messages name the command
-        parts = build_parts(config, tracker, teachers)
-        name = name_of(axes, overrides, config)
+        parts = build_parts(config, sweep.tracker, sweep.teachers)
+        name = name_of(sweep.axes, overrides, config)
         planned[identity] = Planned(name, tuple(overrides), config, parts.tags, parts.teacher_source)
     return list(planned.values())
 
 
-def name_of(axes: Collection[str], overrides: Sequence[str], config: DictConfig) -> str:
+def name_of(axes: Axes, overrides: Sequence[str], config: DictConfig) -> str:
     """What a cell differs in from the others, then alpha, temperature and seed, without what has no effect on it:
     a0.5_T4_s0, a0_s0, lr0.01_a0.5_T4_s0."""
     effective = settings.effective_settings(config)
     parts = []
     for override in overrides:
-        key, _, value = override.partition("=")
-        target = key.rpartition("@")[2]  # model@teacher is a group whose keys stand under teacher
+        key, _, chosen = override.partition("=")
+        target = key.lstrip("+").rpartition("@")[2]  # model@teacher is a group whose keys stand under teacher
         if key in axes and target in effective:
-            parts.append(SHORT.get(key, key.rpartition(".")[2]) + value)
+            # MLflow's ids of runs are long, and their first digits tell them apart.
+            value = re.sub(r"runs:/(\w{8})\w+", r"\1", str(effective[target]))
+            parts.append(SHORT.get(target, target.rpartition(".")[2]) + value)
         elif key in axes and any(known.startswith(f"{target}.") for known in effective):
-            parts.append(value)
+            parts.append(chosen)
     parts += [f"{short}{effective[key]:g}" for key, short in SHORT.items() if key not in axes and key in effective]
     return "_".join(parts)
 
@@ -193,67 +204,105 @@ def describe(axes: Axes) -> str:
 
 
 def train_missing(sweep: Sweep, planned: Sequence[Planned]) -> dict[str, str]:
-    """Launch the runs that are not finished.
+    """Train the runs that are not finished.
 
     Returns:
         The names of those that failed, with the reason.
     """
-    assert sweep.sweeper.launcher
-    # What Hydra's launchers tell of each job is told better by the job.
-    for name in ("hydra._internal.core_plugins.basic_launcher", "hydra_plugins"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    missing = [run for run in planned if sweep.config.sweep.rerun or not sweep.tracker.find_finished(run.tags)]
+    missing = [run for run in planned if not take_finished(sweep, run)]
     if len(missing) < len(planned):
         log.info("%d of %d runs are finished already", len(planned) - len(missing), len(planned))
-    results: Sequence[JobReturn | None] = [None] * len(missing)
-    lost = "its job came to no end"
-    if missing:
-        jobs = [[*run.overrides, *_job_overrides(sweep, run, n, len(missing))] for n, run in enumerate(missing, 1)]
+    failed: dict[str, str] = {}
+    while missing:
         try:
-            results = sweep.sweeper.launcher.launch(jobs, initial_job_idx=0)
-        except Exception as error:  # a cluster's job may vanish
-            lost = one_line(error)
-    reasons = {}
-    for run, result in zip(missing, results, strict=True):
-        if result is None:
-            reasons[run.name] = lost
-        elif result.status == JobStatus.FAILED:
-            reasons[run.name] = one_line(result._return_value)
-            if isinstance(result._return_value, ClaimedError):
-                log.info("waiting for %s: %s", run.name, reasons[run.name])
-                wait_until_free(run.folder)
-    failed = {}
-    for run in planned:
-        finished = sweep.tracker.find_finished(run.tags)
-        if finished:
-            sweep.tracker.adopt(finished, sweep.id, sweep.parent)
-            sweep.finished[run.identity] = finished
-        if not finished or (sweep.config.sweep.rerun and run.name in reasons):
-            failed[run.name] = reasons.get(run.name, lost)
+            reasons, undecided = launch(sweep, missing)
+        finally:
+            for run in missing:  # a process that was killed leaves its run open
+                with suppress(ClaimedError), claim(run.folder) as claimed:
+                    sweep.tracker.close_abandoned(claimed.last_run)
+        left = [run for run in missing if not take_finished(sweep, run)]
+        again = undecided if len(left) < len(missing) else []  # as long as something gets done
+        for run in left:
+            if run not in again:
+                failed[run.name] = reasons.get(run.identity, "it is not among the finished runs")
+        missing = [run for run in left if run in again]
     return failed
 
 
-def plan_confirmation(sweep: Sweep, planned: Sequence[Planned], number: int) -> list[Planned]:
-    """The best cell, chosen on the runs so far, and the student alone, on as many new seeds.
+def take_finished(sweep: Sweep, run: Planned) -> bool:
+    """Whether a run is finished; it is part of the sweep then."""
+    finished = sweep.tracker.find_finished(run.tags)
+    if finished is None or (sweep.config.sweep.rerun and finished.ended < sweep.started):
+        return False
+    sweep.tracker.adopt(finished, sweep.id, sweep.parent)
+    sweep.finished[run.identity] = finished
+    return True
 
-    Raises:
-        ValueError: there is no distilled student to confirm.
+
+def launch(sweep: Sweep, missing: Sequence[Planned]) -> tuple[dict[str, str], list[Planned]]:
+    """Hand runs to Hydra's launcher, and wait for them.
+
+    Returns:
+        Why runs did not end well, by identity; and those of them whose job was lost or whose run another process had,
+        which may be tried again.
     """
+    # What Hydra's launchers tell of each job is told better by the job.
+    for name in ("hydra._internal.core_plugins.basic_launcher", "hydra_plugins"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    jobs = [[*run.overrides, *_job_overrides(sweep, run, n, len(missing))] for n, run in enumerate(missing, start=1)]
+    assert sweep.sweeper.launcher
+    try:
+        results = sweep.sweeper.launcher.launch(jobs, initial_job_idx=0)
+    except Exception as error:  # a process was killed, or a cluster lost a job; others may go on
+        log.error("a job was lost: %s", one_line(error))
+        reasons = {run.identity: one_line(error) for run in missing}
+        undecided = list(missing)
+    else:
+        errors = {
+            run.identity: result._return_value
+            for run, result in zip(missing, results, strict=True)
+            if result.status == JobStatus.FAILED
+        }
+        reasons = {identity: one_line(error) for identity, error in errors.items()}
+        undecided = [run for run in missing if isinstance(errors.get(run.identity), ClaimedError)]
+    for run in undecided:
+        wait_until_free(run.folder)
+    return reasons, undecided
+
+
+def check_confirmation(sweep: Sweep, planned: Sequence[Planned]) -> None:
+    """Raise ValueError where there is nothing to confirm, or no student alone to hold it against."""
+    asked = f"sweep.confirm_seeds={sweep.config.sweep.confirm_seeds}"
+    distilled = [run for run in planned if run.tags["kdpipe.stage"] == "distill"]
+    if not distilled:
+        raise ValueError(f"{asked}: the grid has no distilled student to confirm; 0 is accepted")
+    for run in distilled:
+        if "alpha" not in run.config.loss:
+            raise ValueError(
+                f"{asked}: loss={run.config.loss._target_} has no alpha, so no student alone; 0 is accepted"
+            )
+
+
+def plan_confirmation(sweep: Sweep, planned: Sequence[Planned]) -> list[Planned]:
+    """The best cell of each data set and budget, chosen on the runs so far, and its student alone, on new seeds."""
     from kdpipe.compare.store import compare_sweep
 
-    best = compare_sweep(sweep.tracker, sweep.id).best
-    if best is None:
-        raise ValueError(f"sweep.confirm_seeds={number}: the sweep has no distilled student to confirm; 0 is accepted")
-    ids = {run.id for run in best.cell.runs.values()}
-    chosen = next(run for run in planned if sweep.finished[run.identity].id in ids)
     first = 1 + max(run.config.seed for run in planned)
-    seeds = range(first, first + number)
-    log.info("%s is the best cell: it and the student alone on seeds %s", best.cell.title, ", ".join(map(str, seeds)))
-    sweep.tracker.set_tag(sweep.parent, "kdpipe.confirm_seeds", " ".join(map(str, seeds)))
-    fixed = dict(override.split("=", 1) for override in chosen.overrides)
-    changes = [{"loss.alpha": "0", "seed": str(seed)} for seed in seeds] + [{"seed": str(seed)} for seed in seeds]
-    grid = [[f"{key}={value}" for key, value in (fixed | change).items()] for change in changes]
-    return plan(sweep.axes, grid, [compose(sweep.sweeper, overrides) for overrides in grid], sweep.tracker)
+    seeds = [str(seed) for seed in range(first, first + sweep.config.sweep.confirm_seeds)]
+    # Seeds that were confirmed before stay out of the choice, however few are asked for now.
+    before = sweep.tracker.get_run(sweep.parent).tags.get("kdpipe.confirm_seeds", "").split()
+    sweep.tracker.set_tag(sweep.parent, "kdpipe.confirm_seeds", " ".join(sorted({*before, *seeds}, key=int)))
+    changes = []
+    for comparison in compare_sweep(sweep.tracker, sweep.id):
+        if comparison.best:
+            ids = {run.id for run in comparison.best.cell.runs.values()}
+            chosen = next(run for run in planned if sweep.finished[run.identity].id in ids)
+            log.info("best is %s: it and the student alone on seeds %s", comparison.best.cell.title, ", ".join(seeds))
+            own = dict(override.split("=", 1) for override in chosen.overrides)
+            changes += [own | {"loss.alpha": "0", "seed": seed} for seed in seeds]
+            changes += [own | {"seed": seed} for seed in seeds]
+    grid = [[f"{key}={value}" for key, value in changed.items()] for changed in changes]
+    return plan(sweep, grid, [compose(sweep.sweeper, overrides) for overrides in grid])
 
 
 def summarise(sweep: Sweep) -> None:
@@ -264,16 +313,20 @@ def summarise(sweep: Sweep) -> None:
     from kdpipe.compare import formats
     from kdpipe.compare.store import compare_sweep, pictures_of
 
-    comparison = compare_sweep(sweep.tracker, sweep.id)
-    pictures = pictures_of(comparison, sweep.tracker)
-    table = formats.as_table(comparison)
+    comparisons = compare_sweep(sweep.tracker, sweep.id)
+    pictures = [pictures_of(comparison, sweep.tracker) for comparison in comparisons]
+    table = "\n\n".join(map(formats.as_table, comparisons))
     files = {
         "comparison.txt": table.encode(),
-        "comparison.csv": formats.as_csv([comparison]).encode(),
-        "comparison.html": formats.as_html(f"sweep {sweep.id}", [comparison], [pictures]).encode(),
+        "comparison.csv": formats.as_csv(comparisons).encode(),
+        "comparison.html": formats.as_html(f"sweep {sweep.id}", comparisons, pictures).encode(),
+        **formats.numbered(pictures),
     }
-    tags = {"kdpipe.verdict": comparison.verdict, "mlflow.note.content": formats.as_markdown(comparison)}
-    sweep.tracker.attach(sweep.parent, files | pictures, tags, formats.best_metrics(comparison))
+    tags = {"kdpipe.verdict": "; ".join(comparison.verdict for comparison in comparisons)}
+    tags["mlflow.note.content"] = formats.as_markdown(comparisons)
+    # Several data sets or budgets have no one best cell.
+    metrics = formats.best_metrics(comparisons[0]) if len(comparisons) == 1 else {}
+    sweep.tracker.attach(sweep.parent, files, tags, metrics)
     for line in table.splitlines():
         log.info(line)
     log.info("in MLflow (make ui):")
@@ -293,7 +346,7 @@ def _job_overrides(sweep: Sweep, run: Planned, number: int, of: int) -> list[str
         "number": number,
         "of": of,
     }
-    values = ",".join(f"{key}:{json.dumps(value)}" for key, value in told.items())
+    values = ",".join(f"{key}:{json.dumps(value, ensure_ascii=False)}" for key, value in told.items())
     return [f"sweep.job={{{values}}}", *(["train.resume=never"] if sweep.config.sweep.rerun else [])]
 
 

@@ -8,7 +8,7 @@ import logging
 import os
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,9 +108,18 @@ class Tracker:
         self.experiment_id: str = found.experiment_id
 
     @contextmanager
-    def run(self, name: str, folder: Path, params: Mapping[str, object], tags: Mapping[str, str]) -> Iterator[Run]:
-        """A new run, FINISHED when the block ends, KILLED or FAILED with the reason as a tag when it is left."""
+    def run(
+        self,
+        name: str,
+        folder: Path,
+        params: Mapping[str, object],
+        tags: Mapping[str, str],
+        on_start: Callable[[str], None] = lambda run_id: None,
+    ) -> Iterator[Run]:
+        """A new run, FINISHED when the block ends, KILLED or FAILED with the reason as a tag when it is left;
+        `on_start` is told its id as soon as there is one."""
         run_id = self._create(name, tags)
+        on_start(run_id)
         with self._closing(run_id):
             self._log_params(run_id, params)
             (folder / "metrics.jsonl").unlink(missing_ok=True)
@@ -125,6 +134,8 @@ class Tracker:
             if found:
                 run_id = found.id
                 self.client.update_run(run_id, status="RUNNING")
+                if "kdpipe.reason" in found.tags:
+                    self.client.delete_tag(run_id, "kdpipe.reason")
             else:
                 run_id = self._create(name, {"kdpipe.stage": "sweep", "kdpipe.sweep": sweep_id})
                 self._log_params(run_id, params)

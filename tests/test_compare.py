@@ -15,9 +15,10 @@ from scipy import stats
 
 from kdpipe.compare import __main__ as command
 from kdpipe.compare import formats, pictures
-from kdpipe.compare.cells import control_of, differences, make_cells
+from kdpipe.compare.cells import Controls, differences, make_cells
 from kdpipe.compare.comparison import check_comparable, compare, families
 from kdpipe.compare.statistics import interval, verdict
+from kdpipe.compare.store import those
 from kdpipe.tracking import RunRecord
 
 
@@ -44,7 +45,7 @@ def record(stage: str, seed: int, accuracy: float, validation: float | None = No
     )
 
 
-def teacher_run(run_id: str, **params: str) -> RunRecord | None:
+def teacher_run(run_id: str, **params: str) -> RunRecord:
     """A teacher trained on the same split, from scratch, unless `params` say otherwise."""
     return record("teacher", 0, 0.95, **{"model__name": "resnet20", "model__weights": "None", **params})
 
@@ -93,17 +94,17 @@ def test_the_control_has_the_same_settings_but_for_loss_and_teacher() -> None:
     longer = record("student", 0, 0.85, train__epochs="50")
     cells = make_cells([longer, teacher, alone, distilled])
     assert [cell.stage for cell in cells] == ["teacher", "student", "student", "distill"]
-    control = control_of(cells[-1], cells)
+    control = Controls(cells).of(cells[-1])
     assert control is not None
     assert control.first == alone
-    assert control_of(cells[-1], make_cells([longer, teacher, distilled])) is None
+    assert Controls(make_cells([longer, teacher, distilled])).of(cells[-1]) is None
 
 
 def test_runs_on_other_images_are_no_control() -> None:
     distilled, alone = record("distill", 0, 0.9), record("student", 0, 0.8)
     alone.tags["kdpipe.data"] = "other images"
     cells = make_cells([distilled, alone])
-    assert control_of(cells[-1], cells) is None
+    assert Controls(cells).of(cells[-1]) is None
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ def test_the_interval_is_student_s_t() -> None:
 def test_no_evidence_says_which_gain_would_have_been_seen() -> None:
     gains = [0.02, -0.02, 0.01]
     least = 100 * stats.t.ppf(0.975, 2) * np.std(gains, ddof=1) / np.sqrt(3)
-    assert verdict(interval(gains)).endswith(f"a gain shows from {least:.1f} points")
+    assert verdict(interval(gains)).endswith(f"a mean gain counts from {least:.1f} points on")
     shifted = [gain - np.mean(gains) + 1.01 * least / 100 for gain in gains]
     assert verdict(interval(shifted)).startswith("distillation helped")
 
@@ -201,8 +202,12 @@ def test_the_student_alone_may_come_from_elsewhere_in_the_experiment() -> None:
     [
         ({}, ""),
         ({"model__weights": "imagenet"}, ""),
-        ({"model__weights": "/there/published.th"}, "published.th: it may have been trained on the validation images"),
+        (
+            {"model__weights": "/there/published.th"},
+            "from /there/published.th: it may have been trained",
+        ),
         ({"dataset__val_fraction": "0"}, "trained with dataset.val_fraction=0 instead of 0.1"),
+        ({"images": "others"}, "the teacher was trained on other images than these"),
     ],
 )
 def test_a_teacher_that_may_know_the_validation_images_is_mentioned(params: dict[str, str], said: str) -> None:
@@ -210,7 +215,11 @@ def test_a_teacher_that_may_know_the_validation_images_is_mentioned(params: dict
     runs = [record("distill", 0, 0.9, 0.9, **split), record("student", 0, 0.8, 0.8, **split)]
 
     def get_run(run_id: str) -> RunRecord | None:
-        return teacher_run(run_id, **{**split, **params}) if run_id == "t" else None
+        if run_id != "t":
+            return None
+        teacher = teacher_run(run_id, **{**split, **params})
+        teacher.tags["kdpipe.data"] = params.get("images", "abc")
+        return teacher
 
     notes = " ".join(compare(make_cells(runs), get_run).notes)
     assert (said in notes) if said else ("validation images" not in notes)
@@ -228,15 +237,63 @@ def test_runs_of_different_data_budgets_or_teachers_are_not_compared(other: dict
     cells = make_cells([*grid(), record("distill", 0, 0.9, **other), record("student", 0, 0.9, **other)])
     with pytest.raises(ValueError, match=said):
         check_comparable(cells)
-    assert len(families(cells)) == 2
-    for family in families(cells):
+    assert len(families(cells, one_teacher=True)) == 2
+    for family in families(cells, one_teacher=True):
         check_comparable(family)
+
+
+def test_what_is_advised_for_runs_that_differ_can_be_done() -> None:
+    other = record("distill", 0, 0.9)
+    other.tags["kdpipe.teacher_run"] = "another"
+    cells = make_cells([*grid(), other])
+    with pytest.raises(ValueError, match=r"kdpipe\.teacher_run is another, t: --where kdpipe\.teacher_run=") as refused:
+        check_comparable(cells)
+    assert "differ in their teacher" in str(refused.value)
+    check_comparable(those(cells, {"kdpipe.teacher_run": "t"}))
+    with pytest.raises(ValueError, match=r"--where train\.epochs=6: no finished run has this value; there is 5"):
+        those(cells, {"train.epochs": "6"})
+
+
+def test_no_cell_is_left_out_of_the_families() -> None:
+    elsewhere = record("student", 0, 0.9, dataset__name="cifar10")
+    cells = make_cells([*grid(), elsewhere, record("teacher", 0, 0.9)])
+    assert {id(cell) for family in families(cells, one_teacher=True) for cell in family} == set(map(id, cells))
+
+
+def test_a_cell_is_not_the_best_for_having_the_most_seeds() -> None:
+    more = record("distill", 3, 0.7, 0.7, loss__alpha="0.9", loss__temperature="8")
+    few = record("distill", 0, 0.99, 0.99, loss__alpha="0.9", loss__temperature="3")
+    comparison = compare(make_cells([*grid(), more, few]), teacher_run)
+    assert comparison.best is not None
+    params = comparison.best.cell.first.params
+    assert (params["loss.alpha"], params["loss.temperature"]) == ("0.5", "2")
+    assert comparison.notes[0] == "the best of 4 cells was chosen on validation images"
+    assert "cells without all of the seeds 0, 1, 2 were no candidates: 1" in comparison.notes
+
+
+def test_weights_that_changed_in_their_file_make_another_cell() -> None:
+    runs = [record("distill", seed, 0.9) for seed in (0, 1)]
+    for run, digest in zip(runs, ("first", "second"), strict=True):
+        run.tags["kdpipe.inputs"] = f"images-student-{digest}"
+    assert len(make_cells(runs)) == 2
+
+
+def test_a_thousand_runs_are_compared() -> None:
+    runs = [record("student", seed, 0.8) for seed in range(2)]
+    for number in range(500):
+        runs += [record("distill", seed, 0.8, 0.8, loss__temperature=str(number + 1)) for seed in range(2)]
+    comparison = compare(make_cells(runs), teacher_run)
+    assert len(comparison.rows) == 501
+    assert formats.as_table(comparison).count("KD alpha") > 500
+    description = formats.as_markdown([comparison])
+    assert len(description) < 8000
+    assert description.endswith("the rest is in comparison.txt among the artifacts")
 
 
 def test_each_format_holds_every_row(tmp_path: Path) -> None:
     comparison = compare(make_cells(grid()), teacher_run)
     rows = list(csv.DictReader(io.StringIO(formats.as_csv([comparison]))))
-    assert [row["best"] for row in rows] == ["False", "True", "False", "False", "False"]
+    assert [row["remark"] for row in rows] == ["", "best", "", "", ""]
     (described,) = json.loads(formats.as_json([comparison]))
     assert described["verdict"] == "distillation helped"
     assert [row["test_accuracy"] for row in described["rows"]] == pytest.approx(
@@ -247,7 +304,7 @@ def test_each_format_holds_every_row(tmp_path: Path) -> None:
     assert "&lt;sweep&gt;" in page
     assert page.count("<tr") == 6
     assert "http" not in page  # nothing from elsewhere
-    assert formats.as_markdown(comparison).count("KD alpha") == 4
+    assert formats.as_markdown([comparison]).count("KD alpha") == 4
     assert formats.as_table(comparison).count("← best") == 1
 
 
@@ -267,7 +324,7 @@ def test_the_heatmap_has_each_cell_with_its_spread_and_marks_what_includes_0() -
 def test_pictures_are_pngs() -> None:
     comparison = compare(make_cells(grid()), teacher_run)
     steps = {seed: [(epoch, 0.5 + epoch / 100 + seed / 1000) for epoch in (1, 2, 3)] for seed in (0, 1)}
-    for figure in (pictures.sizes(comparison), pictures.curves({"student alone": steps, "distilled": steps})):
+    for figure in (pictures.sizes(comparison), pictures.curves({"student alone": steps, "student distilled": steps})):
         assert figure is not None
         assert pictures.to_png(figure).startswith(b"\x89PNG")
     assert pictures.curves({"student alone": {0: []}}) is None
@@ -335,5 +392,5 @@ def test_bad_input_ends_in_one_line(
 
 def test_rows_say_in_which_settings_they_differ() -> None:
     cells = make_cells([record("student", 0, 0.8, optimizer__lr=rate) for rate in ("0.001", "0.01")])
-    assert [differences(cell, cells) for cell in cells] == ["optimizer.lr=0.001", "optimizer.lr=0.01"]
-    assert differences(cells[0], cells[:1]) == ""
+    assert differences(cells) == ["optimizer.lr=0.001", "optimizer.lr=0.01"]
+    assert differences(cells[:1]) == [""]

@@ -39,6 +39,8 @@ def run(arguments: argparse.Namespace) -> str:
         ValueError: no store, no runs, or runs that cannot be compared.
     """
     where = dict(_pair(condition) for condition in arguments.where)
+    if arguments.sweep and arguments.mixed:
+        raise ValueError("--mixed: not with --sweep, which takes each data set and budget of its grid by itself anyway")
     uri = store_uri(arguments.uri, arguments.output_dir)
     check_uri(uri)
     local = Path(uri.removeprefix("sqlite:///"))
@@ -54,7 +56,7 @@ def run(arguments: argparse.Namespace) -> str:
 
     tracker = Tracker(uri, arguments.experiment, arguments.output_dir / "mlartifacts", create=False)
     if arguments.sweep:
-        comparisons = [compare_sweep(tracker, arguments.sweep)]
+        comparisons = compare_sweep(tracker, arguments.sweep, where)
     else:
         comparisons = compare_experiment(tracker, where, arguments.mixed)
     title = f"sweep {arguments.sweep}" if arguments.sweep else arguments.experiment
@@ -70,10 +72,7 @@ def run(arguments: argparse.Namespace) -> str:
     if not arguments.out:
         return text
     suffix = arguments.format.replace("table", "txt")
-    files = {f"comparison.{suffix}": text.encode()}
-    for number, pictures in enumerate(drawn, start=1):
-        prefix = f"{number}_" if len(drawn) > 1 else ""
-        files |= {f"{prefix}{name}": content for name, content in pictures.items()}
+    files = {f"comparison.{suffix}": text.encode(), **formats.numbered(drawn)}
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (arguments.out / name).write_bytes(content)

@@ -65,27 +65,49 @@ def make_cells(records: Iterable[RunRecord]) -> list[Cell]:
         settings = what_matters(record.params)
         seed = int(settings.pop("seed"))
         sources = {key: record.tags.get(key, "") for key in ("kdpipe.stage", "kdpipe.data", "kdpipe.teacher_run")}
+        if sources["kdpipe.stage"] == "distill":  # a file may hold other weights than it did
+            sources["kdpipe.teacher_weights"] = record.tags.get("kdpipe.inputs", "").rpartition("-")[2]
         found.setdefault(frozenset((settings | sources).items()), {}).setdefault(seed, record)
     cells = [Cell(settings, dict(sorted(runs.items()))) for settings, runs in found.items()]
     return sorted(cells, key=_place)
 
 
-def control_of(cell: Cell, cells: Iterable[Cell]) -> Cell | None:
-    """The same student alone: same settings but for the loss and the teacher."""
+class Controls:
+    """The students alone among some cells, found by what a distilled student shares with them."""
 
-    def shared(one: Cell) -> tuple[dict[str, str], str]:
-        return one.settings_without("loss", "teacher", "stage", "kdpipe"), one.first.tags["kdpipe.data"]
+    def __init__(self, cells: Iterable[Cell]) -> None:
+        self._found: dict[frozenset[tuple[str, str]], Cell] = {}
+        for cell in cells:
+            if cell.stage == "student":
+                self._found.setdefault(self._shared(cell), cell)
 
-    return next((other for other in cells if other.stage == "student" and shared(other) == shared(cell)), None)
+    def of(self, cell: Cell) -> Cell | None:
+        """The same student alone: same settings and images, but for the loss and the teacher."""
+        return self._found.get(self._shared(cell))
+
+    @staticmethod
+    def _shared(cell: Cell) -> frozenset[tuple[str, str]]:
+        shared = cell.settings_without("loss", "teacher", "stage", "kdpipe", "distillation")
+        return frozenset({**shared, "kdpipe.data": cell.first.tags["kdpipe.data"]}.items())
 
 
-def differences(cell: Cell, cells: Sequence[Cell]) -> str:
-    """The settings, beyond those in the table's own columns, in which a cell differs from others of its stage."""
+def differences(cells: Sequence[Cell]) -> list[str]:
+    """For each cell the settings, beyond those in the table's own columns, in which cells of its stage differ."""
     own_column = ("model", "loss", "stage", "kdpipe")
-    settings = [other.settings_without(*own_column) for other in cells if other.stage == cell.stage]
-    mine = cell.settings_without(*own_column)
-    keys = sorted(key for key in mine if any(other.get(key) != mine[key] for other in settings))
-    return " ".join(f"{key}={mine[key]}" for key in keys if key not in ("dataset.name", "train.epochs", "teacher.name"))
+    shown = [cell.settings_without(*own_column) for cell in cells]
+    values: dict[tuple[str, str], set[str | None]] = {}
+    for stage in {cell.stage for cell in cells}:
+        settings = [mine for cell, mine in zip(cells, shown, strict=True) if cell.stage == stage]
+        for key in {key for mine in settings for key in mine}:
+            values[stage, key] = {mine.get(key) for mine in settings}
+    return [
+        " ".join(
+            f"{key}={value}"
+            for key, value in sorted(mine.items())
+            if len(values[cell.stage, key]) > 1 and key not in ("dataset.name", "train.epochs", "teacher.name")
+        )
+        for cell, mine in zip(cells, shown, strict=True)
+    ]
 
 
 def _place(cell: Cell) -> tuple[object, ...]:

@@ -2,10 +2,12 @@
 given on test images."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
-from kdpipe.compare.cells import Cell, control_of
+from kdpipe.compare.cells import Cell, Controls
 from kdpipe.compare.statistics import CANNOT_TELL, Interval, interval, verdict
 from kdpipe.tracking import RunRecord
 
@@ -14,7 +16,7 @@ VALIDATION, TEST = "selected/accuracy", "test/accuracy"
 # What has to be the same for two students to be compared at all.
 DATA = ("dataset.", "kdpipe.data")
 BUDGET = ("train.epochs", "train.batch_size")
-TEACHER = ("teacher.", "kdpipe.teacher_run")
+TEACHER = ("teacher.", "kdpipe.teacher_")
 
 
 @dataclass(frozen=True)
@@ -59,15 +61,15 @@ def compare(
         controls: where else to look for the student alone.
         confirm: seeds that the choice of the best cell must not see, and the verdict is to rest on.
     """
-    everything = [*cells, *controls]
+    students_alone = Controls([*cells, *controls])
     later = set(confirm)
-    rows = [row_of(cell.only(set(cell.runs) - later), everything) for cell in cells if set(cell.runs) - later]
+    rows = [row_of(cell.only(set(cell.runs) - later), students_alone) for cell in cells if set(cell.runs) - later]
     distilled = [row for row in rows if row.cell.stage == "distill"]
     if not distilled:
         return Comparison(rows, None, None, f"{CANNOT_TELL}: there is no distilled student")
     best = choose(distilled)
     whole = next(cell for cell in cells if cell.settings == best.cell.settings)
-    confirmed = row_of(whole.only(sorted(later)), everything) if later & set(whole.runs) else None
+    confirmed = row_of(whole.only(sorted(later)), students_alone) if later & set(whole.runs) else None
     decisive = confirmed or best
     if decisive.control is None:
         said = f"{CANNOT_TELL}: the same student alone has not been trained (loss.alpha=0, or experiment=student)"
@@ -78,9 +80,9 @@ def compare(
     return Comparison(rows, best, confirmed, said, notes(best, confirmed, distilled, get_run), accuracy)
 
 
-def row_of(cell: Cell, everything: Sequence[Cell]) -> Row:
+def row_of(cell: Cell, students_alone: Controls) -> Row:
     """A cell held against the student alone on the seeds that both have."""
-    control = control_of(cell, everything) if cell.stage == "distill" else None
+    control = students_alone.of(cell) if cell.stage == "distill" else None
     return Row(
         cell,
         control,
@@ -99,24 +101,34 @@ def paired(cell: Cell, control: Cell | None, metric: str) -> Interval | None:
     return interval([mine[seed] - alone[seed] for seed in mine if seed in alone])
 
 
+def shared_seeds(distilled: Sequence[Row]) -> tuple[int, ...]:
+    """The seeds that most cells have, the more of two that equally many have: cells are ranked on these."""
+    counted = Counter(tuple(row.cell.runs) for row in distilled)
+    return max(counted, key=lambda seeds: (counted[seeds], len(seeds)))
+
+
+def candidates_of(distilled: Sequence[Row]) -> list[Row]:
+    """The rows that have all of the shared seeds."""
+    seeds = set(shared_seeds(distilled))
+    return [row for row in distilled if seeds <= row.cell.runs.keys()]
+
+
 def choose(distilled: Sequence[Row]) -> Row:
-    """The row with the best validation accuracy (test accuracy where there is none) of those with the most seeds."""
-    most = max(len(row.cell.runs) for row in distilled)
-    candidates = [row for row in distilled if len(row.cell.runs) == most]
+    """The candidate with the best validation accuracy (test accuracy where there is none) on the shared seeds."""
+    seeds = shared_seeds(distilled)
 
     def accuracy(row: Row) -> float:
-        measured = row.validation or row.test
-        return measured.mean if measured else -1
+        cell = row.cell.only(seeds)
+        return fmean((cell.values(VALIDATION) or cell.values(TEST)).values())
 
-    return max(candidates, key=accuracy)
+    return max(candidates_of(distilled), key=accuracy)
 
 
 def notes(best: Row, confirmed: Row | None, distilled: Sequence[Row], get_run: GetRun) -> list[str]:
     """What a reader has to know to believe the verdict, or not to."""
     said = []
-    most = len(best.cell.runs)
-    candidates = [row for row in distilled if len(row.cell.runs) == most]
-    if len(candidates) > 1:
+    candidates = candidates_of(distilled)
+    if len(distilled) > 1:
         where = "validation images" if best.validation else "test images, for there was no validation split"
         said.append(f"the best of {len(candidates)} cells was chosen on {where}")
         if confirmed:
@@ -124,39 +136,44 @@ def notes(best: Row, confirmed: Row | None, distilled: Sequence[Row], get_run: G
             said.append(f"the verdict rests on seeds that the choice did not see: {seeds}")
         else:
             said.append(
-                "the choice saw the same seeds as the verdict, which flatters it; sweep.confirm_seeds=5 adds new ones"
+                "the choice saw the verdict's own seeds, which flatters it; sweep.confirm_seeds=5 trains new ones"
             )
     if len(candidates) < len(distilled):
-        left = len(distilled) - len(candidates)
-        said.append(f"{left} cells with fewer than {most} seeds were no candidates")
-    if best.control:
-        only_here = set(best.cell.runs) - set(best.control.runs)
-        if only_here:
-            said.append(f"seeds {', '.join(map(str, sorted(only_here)))} have no student alone to be paired with")
+        seeds = ", ".join(map(str, shared_seeds(distilled)))
+        said.append(f"cells without all of the seeds {seeds} were no candidates: {len(distilled) - len(candidates)}")
+    decisive = confirmed or best
+    if decisive.control:
+        unpaired = sorted(decisive.cell.runs.keys() - decisive.control.runs.keys())
+        if unpaired:
+            said.append(f"no student alone to be paired with for seeds {', '.join(map(str, unpaired))}")
     varied = "" if len({row.cell.teacher_run for row in distilled}) == 1 else " (the rows have several)"
     said.append(
         "the interval covers the student's seeds (first weights, order of images), "
         f"not the teacher{varied} and not the sample of test images"
     )
-    if best.validation and (doubt := seen_by_teacher(best.cell, get_run)):
+    if doubt := seen_by_teacher(best.cell, get_run):
         said.append(doubt)
     return said
 
 
 def seen_by_teacher(cell: Cell, get_run: GetRun) -> str:
-    """Why the teacher may know the validation images; "" if it does not."""
-    source, settings = cell.teacher_run, dict(cell.first.params)
-    known = set()
-    while source not in known:
-        known.add(source)
+    """Why the teacher may know images that the student is measured on; "" if it does not."""
+    source, settings = cell.teacher_run, cell.first.params
+    images = "validation images" if "selected/accuracy" in cell.first.metrics else "test images"
+    seen = set()
+    while source not in seen:
+        seen.add(source)
         run = get_run(source)
         if run is None:
-            return f"the teacher's weights are from {_short(source)}: it may have been trained on the validation images"
+            return f"the teacher's weights come from {source}: it may have been trained on the {images}"
+        if run.tags.get("kdpipe.data") != cell.first.tags["kdpipe.data"]:
+            return f"the teacher was trained on other images than these: it may have seen the {images}, and test images"
         for key in ("dataset.val_fraction", "dataset.test_fraction", "dataset.split_seed"):
-            if key in settings and run.params.get(key) != settings[key]:
+            if run.params.get(key) != settings.get(key):
+                also = "" if key == "dataset.val_fraction" else " and test images"
                 return (
-                    f"the teacher was trained with {key}={run.params.get(key)} instead of {settings[key]}: "
-                    "on some of the validation images"
+                    f"the teacher was trained with {key}={run.params.get(key)} instead of {settings.get(key)}: "
+                    f"on some of the validation{also or ' images'}"
                 )
         weights = run.params.get("model.weights", "None")
         if weights in ("None", "imagenet"):
@@ -174,37 +191,42 @@ def check_comparable(cells: Sequence[Cell]) -> None:
         ("budget", students, BUDGET),
         ("teacher", distilled, TEACHER),
     ):
-        for key in sorted({key for cell in group for key, _ in cell.settings if key.startswith(prefixes)}):
-            values = {dict(cell.settings).get(key, "none") for cell in group}
+        for key in sorted(
+            {key for cell in group for key, _ in cell.settings if key.startswith(prefixes)}, key=_own_last
+        ):
+            values = sorted({dict(cell.settings).get(key, "none") for cell in group})
             if len(values) > 1:
-                listed = ", ".join(sorted(map(_short, values)))
                 raise ValueError(
-                    f"these runs differ in their {what}, {key} is {listed}: --where {key}=… takes one of them, "
-                    "--sweep the runs of a sweep, --mixed all, each kind by itself"
+                    f"these runs differ in their {what}, {key} is {', '.join(values)}: --where {key}=… takes one of "
+                    "them, --sweep the runs of a sweep, --mixed all, each kind by itself"
                 )
 
 
-def families(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Cells that can be compared with each other; students alone and teachers are with every family of their data."""
+def families(cells: Sequence[Cell], one_teacher: bool) -> list[list[Cell]]:
+    """Cells that can be compared with each other: of one data set and budget, and of one teacher where `one_teacher`.
+    A student alone is in each family of its data and budget; a teacher where it taught, or by itself."""
     groups: dict[str, list[Cell]] = {}
+    alike = (*DATA, *BUDGET, *TEACHER) if one_teacher else (*DATA, *BUDGET)
     for cell in cells:
         if cell.stage == "distill":
-            groups.setdefault(_family(cell, (*DATA, *BUDGET, *TEACHER)), []).append(cell)
-    if not groups:
-        return [list(cells)]
-    result = []
+            groups.setdefault(_alike(cell, alike), []).append(cell)
+    result, placed = [], set()
     for group in groups.values():
-        shared = _family(group[0], (*DATA, *BUDGET))
-        alone = [cell for cell in cells if cell.stage == "student" and _family(cell, (*DATA, *BUDGET)) == shared]
-        teachers = [cell for cell in cells if group[0].teacher_run in {run.id for run in cell.runs.values()}]
+        taught = {cell.teacher_run for cell in group}
+        teachers = [
+            cell for cell in cells if cell.stage == "teacher" and taught & {run.id for run in cell.runs.values()}
+        ]
+        shared = _alike(group[0], (*DATA, *BUDGET))
+        alone = [cell for cell in cells if cell.stage == "student" and _alike(cell, (*DATA, *BUDGET)) == shared]
         result.append([*teachers, *alone, *group])
-    return result
+        placed |= set(map(id, result[-1]))
+    left = [cell for cell in cells if id(cell) not in placed]
+    return [*result, left] if left else result
 
 
-def _family(cell: Cell, keys: tuple[str, ...]) -> str:
-    settings = dict(cell.settings)
-    return json.dumps({key: settings[key] for key in sorted(settings) if key.startswith(keys)})
+def _alike(cell: Cell, prefixes: tuple[str, ...]) -> str:
+    return json.dumps(sorted((key, value) for key, value in cell.settings if key.startswith(prefixes)))
 
 
-def _short(text: str) -> str:
-    return text.replace("\\", "/").rpartition("/")[2] or "none"
+def _own_last(key: str) -> tuple[bool, str]:
+    return key.startswith("kdpipe."), key

@@ -33,30 +33,43 @@ def with_interval(value: Interval | None, sign: str = "") -> str:
     return f"{text} [{100 * value.low:{sign}.2f}, {100 * value.high:{sign}.2f}]"
 
 
-def cell_texts(row: Row, rows: Sequence[Row], best: Row | None) -> list[str]:
-    """One row's texts, in the order of `COLUMNS`, then where it differs from the others."""
-    params = row.cell.first.params
-    runs = row.cell.runs.values()
-    return [
-        params["model.name"],
-        params["dataset.name"],
-        row.cell.stage,
-        row.cell.loss + (" ← best" if row is best else ""),
-        str(len(row.cell.runs)),
-        params["train.epochs"],
-        with_interval(row.validation),
-        with_interval(row.test),
-        with_interval(row.gain, "+") if row.cell.stage == "distill" else "",
-        f"{fmean(run.metrics.get('model/size_mb', math.nan) for run in runs):.3f}",
-        f"{fmean(run.seconds for run in runs):.0f}",
-        differences(row.cell, [other.cell for other in rows]),
-    ]
+def rows_of(comparison: Comparison) -> list[tuple[Row, str]]:
+    """All rows, with a remark on the one that was chosen, and on it again on the seeds of the verdict."""
+    rows = [(row, "best" if row is comparison.best else "") for row in comparison.rows]
+    return rows + ([(comparison.confirmed, "best, on new seeds")] if comparison.confirmed else [])
+
+
+def texts_of(comparison: Comparison) -> list[list[str]]:
+    """Each row's texts, in the order of `COLUMNS`, then where it differs from the others."""
+    rows = rows_of(comparison)
+    differing = differences([row.cell for row, _ in rows])
+    texts = []
+    for (row, remark), where in zip(rows, differing, strict=True):
+        params = row.cell.first.params
+        runs = row.cell.runs.values()
+        texts.append(
+            [
+                params["model.name"],
+                params["dataset.name"],
+                row.cell.stage,
+                row.cell.loss + (f" ← {remark}" if remark else ""),
+                str(len(row.cell.runs)),
+                params["train.epochs"],
+                with_interval(row.validation),
+                with_interval(row.test),
+                with_interval(row.gain, "+") if row.cell.stage == "distill" else "",
+                f"{fmean(run.metrics.get('model/size_mb', math.nan) for run in runs):.3f}",
+                f"{fmean(run.seconds for run in runs):.0f}",
+                where,
+            ]
+        )
+    return texts
 
 
 def as_table(comparison: Comparison) -> str:
     """For a terminal: the rows, the verdict, and what it rests on."""
     table = Table(box=SIMPLE_HEAD)
-    texts = [cell_texts(row, comparison.rows, comparison.best) for row in comparison.rows]
+    texts = texts_of(comparison)
     differing = any(line[-1] for line in texts)
     for title in COLUMNS:
         table.add_column(title, justify="right" if title in RIGHT else "left")
@@ -97,7 +110,8 @@ def student_and_teacher(comparison: Comparison) -> str:
 def as_records(comparison: Comparison) -> list[dict[str, Any]]:
     """The rows as plain values; accuracies and gains are fractions."""
     records = []
-    for row in comparison.rows:
+    rows = rows_of(comparison)
+    for (row, remark), where in zip(rows, differences([row.cell for row, _ in rows]), strict=True):
         params = row.cell.first.params
         record: dict[str, Any] = {
             "model": params["model.name"],
@@ -108,8 +122,8 @@ def as_records(comparison: Comparison) -> list[dict[str, Any]]:
             "teacher_run": row.cell.teacher_run or None,
             "epochs": int(params["train.epochs"]),
             "seeds": list(row.cell.runs),
-            "best": row is comparison.best,
-            "where_rows_differ": differences(row.cell, [other.cell for other in comparison.rows]),
+            "remark": remark,
+            "where_rows_differ": where,
             "size_mb": row.cell.first.metrics.get("model/size_mb"),
             "seconds": fmean(run.seconds for run in row.cell.runs.values()),
         }
@@ -146,7 +160,7 @@ def as_json(comparisons: Sequence[Comparison]) -> str:
                 "sentence": comparison.verdict,
                 "notes": comparison.notes,
                 "confirmed_on": list(comparison.confirmed.cell.runs) if comparison.confirmed else [],
-                **_bounds("gain", (comparison.confirmed or comparison.best or _NOTHING).gain),
+                **_bounds("gain", decisive.gain if (decisive := comparison.confirmed or comparison.best) else None),
                 "rows": as_records(comparison),
             }
             for comparison in comparisons
@@ -203,7 +217,8 @@ def as_html(title: str, comparisons: Sequence[Comparison], pictures: Sequence[Ma
             "notes": comparison.notes,
             "pictures": {name: base64.b64encode(content).decode() for name, content in found.items()},
             "rows": [
-                (row is comparison.best, cell_texts(row, comparison.rows, comparison.best)) for row in comparison.rows
+                (bool(remark), texts)
+                for (_, remark), texts in zip(rows_of(comparison), texts_of(comparison), strict=True)
             ],
         }
         for comparison, found in zip(comparisons, pictures, strict=True)
@@ -212,15 +227,32 @@ def as_html(title: str, comparisons: Sequence[Comparison], pictures: Sequence[Ma
     return page.render(title=title, parts=parts, columns=[*COLUMNS, "where rows differ"], right=RIGHT)
 
 
-def as_markdown(comparison: Comparison) -> str:
-    """For the description of a run in MLflow's UI."""
-    header = [title for title in COLUMNS if title not in ("network", "data set", "epochs", "MB", "seconds")]
-    lines = [f"**{comparison.verdict}**", "", *(f"- {note}" for note in comparison.notes), ""]
-    lines += [" | ".join(["", *header, ""]).strip(), " | ".join(["", *["---"] * len(header), ""]).strip()]
-    for row in comparison.rows:
-        texts = dict(zip(COLUMNS, cell_texts(row, comparison.rows, comparison.best), strict=False))
-        lines.append(" | ".join(["", *(texts[title] for title in header), ""]).strip())
+def as_markdown(comparisons: Sequence[Comparison]) -> str:
+    """For the description of a run in MLflow's UI, which keeps 8,000 characters."""
+    titles = [title for title in COLUMNS if title not in ("network", "data set", "epochs", "MB", "seconds")]
+    lines = []
+    for comparison in comparisons:
+        lines += [f"**{comparison.verdict}**", "", *(f"- {note}" for note in comparison.notes), ""]
+        lines += [_markdown_row(titles), _markdown_row(["---"] * len(titles))]
+        for texts in texts_of(comparison):
+            lines.append(_markdown_row([text for title, text in zip(COLUMNS, texts, strict=False) if title in titles]))
+        lines.append("")
+    while len("\n".join(lines)) > 7800:
+        lines = [*lines[:-2], "the rest is in comparison.txt among the artifacts"]
     return "\n".join(lines)
+
+
+def numbered(pictures: Sequence[Mapping[str, bytes]]) -> dict[str, bytes]:
+    """The pictures of all comparisons by file name: heatmap.png, or 1_heatmap.png where there are several."""
+    return {
+        f"{number}_{name}" if len(pictures) > 1 else name: content
+        for number, drawn in enumerate(pictures, start=1)
+        for name, content in drawn.items()
+    }
+
+
+def _markdown_row(texts: Sequence[str]) -> str:
+    return f"| {' | '.join(texts)} |"
 
 
 def best_metrics(comparison: Comparison) -> dict[str, float]:
@@ -252,6 +284,3 @@ def _number(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
-
-
-_NOTHING = Row(None, None, None, None, None, None)  # type: ignore[arg-type]

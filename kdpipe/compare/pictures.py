@@ -17,6 +17,7 @@ from kdpipe.compare.comparison import Comparison, Row
 from kdpipe.compare.statistics import Interval, interval, signed
 
 ALONE, DISTILLED, TEACHER = "#D55E00", "#0072B2", "#555555"
+LINES = {"student alone": (ALONE, "--"), "student distilled": (DISTILLED, "-")}
 Curves = Mapping[int, Sequence[tuple[int, float]]]  # by seed: epochs and validation accuracies
 
 
@@ -100,10 +101,12 @@ def _besides(cell: Cell) -> dict[str, str]:
 
 
 def curves(named: Mapping[str, Curves]) -> Figure | None:
-    """Validation accuracy by epoch: the mean over seeds with its 95 % interval. None where nothing was measured."""
+    """Validation accuracy by epoch of "student alone" and "student distilled": the mean over seeds with its 95 %
+    interval. None where nothing was measured."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axis = figure.subplots()
-    for (name, runs), color, style in zip(named.items(), (ALONE, DISTILLED), ("--", "-"), strict=False):
+    for name, runs in named.items():
+        color, style = LINES[name]
         epochs = sorted(set.intersection(*(({epoch for epoch, _ in run}) for run in runs.values())) if runs else set())
         if not epochs:
             continue

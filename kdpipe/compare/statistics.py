@@ -54,7 +54,8 @@ def verdict(gain: Interval | None) -> str:
     word = HELPED if gain.low > 0 else HURT if gain.high < 0 else NO_EVIDENCE
     text = f"{word}: {points} (95 % interval {plain(gain.low)} to {plain(gain.high)}, {gain.number} seeds)"
     if word == NO_EVIDENCE:
-        text += f"; from {gain.number} seeds that vary so much, a gain shows from {100 * gain.half_width:.1f} points"
+        least = 100 * gain.half_width
+        text += f"; with {gain.number} seeds that vary so much, a mean gain counts from {least:.1f} points on"
     return text
 
 

@@ -5,7 +5,7 @@ from functools import cache
 
 from kdpipe.compare import pictures
 from kdpipe.compare.cells import Cell, make_cells
-from kdpipe.compare.comparison import Comparison, check_comparable, compare, families
+from kdpipe.compare.comparison import Comparison, GetRun, check_comparable, compare, families
 from kdpipe.tracking import RunRecord, Tracker
 
 
@@ -19,21 +19,21 @@ def compare_experiment(tracker: Tracker, where: Mapping[str, str], mixed: bool) 
     Raises:
         ValueError: no finished run, or runs that cannot be compared.
     """
-    records = tracker.finished_runs()
-    check_where(where, records, tracker)
-    cells = [cell for cell in make_cells(records) if _fits(cell, where)]
+    cells = make_cells(tracker.finished_runs())
     if not cells:
         raise ValueError(
             f"tracking.experiment={tracker.experiment}: no finished run yet in {tracker.uri}; make demo trains three"
         )
+    cells = those(cells, where)
     if mixed:
-        return [compare(family, run_finder(tracker)) for family in families(cells)]
+        return [compare(family, run_finder(tracker)) for family in families(cells, one_teacher=True)]
     check_comparable(cells)
     return [compare(cells, run_finder(tracker))]
 
 
-def compare_sweep(tracker: Tracker, sweep_id: str) -> Comparison:
-    """The comparison of a sweep's finished runs; students alone of the same experiment serve as controls.
+def compare_sweep(tracker: Tracker, sweep_id: str, where: Mapping[str, str] | None = None) -> list[Comparison]:
+    """The comparison of a sweep's finished runs, one for each data set and budget in its grid; students alone of the
+    same experiment serve as controls.
 
     Raises:
         ValueError: no such sweep, or none of its runs is finished.
@@ -49,10 +49,25 @@ def compare_sweep(tracker: Tracker, sweep_id: str) -> Comparison:
         raise ValueError(f"--sweep {sweep_id}: no finished run yet")
     find = run_finder(tracker)
     teachers = [find(run_id) for run_id in sorted({record.tags.get("kdpipe.teacher_run", "") for record in mine})]
-    others = [record for record in records if record not in mine]
-    confirm = map(int, parent.tags.get("kdpipe.confirm_seeds", "").split())
-    cells = make_cells([*mine, *(teacher for teacher in teachers if teacher)])
-    return compare(cells, find, controls=make_cells(others), confirm=confirm)
+    controls = make_cells(record for record in records if record not in mine)
+    confirm = [int(seed) for seed in parent.tags.get("kdpipe.confirm_seeds", "").split()]
+    cells = those(make_cells([*mine, *(teacher for teacher in teachers if teacher)]), where or {})
+    found = families(cells, one_teacher=False)
+    return [compare(family, find, controls, confirm) for family in found]
+
+
+def those(cells: list[Cell], where: Mapping[str, str]) -> list[Cell]:
+    """The cells that have no other values than these.
+
+    Raises:
+        ValueError: for a setting, or a value of one, that no run has.
+    """
+    for key, value in where.items():
+        values = {dict(cell.settings)[key] for cell in cells if key in dict(cell.settings)}
+        if value not in values:
+            there = f"there is {', '.join(sorted(values))}" if values else "no run has this setting"
+            raise ValueError(f"--where {key}={value}: no finished run has this value; {there}")
+    return [cell for cell in cells if all(dict(cell.settings).get(key, value) == value for key, value in where.items())]
 
 
 def pictures_of(comparison: Comparison, tracker: Tracker) -> dict[str, bytes]:
@@ -60,7 +75,7 @@ def pictures_of(comparison: Comparison, tracker: Tracker) -> dict[str, bytes]:
     decisive = comparison.confirmed or comparison.best
     curves = None
     if decisive:
-        shown = {"distilled": decisive.cell}
+        shown = {"student distilled": decisive.cell}
         if decisive.control:
             shown = {"student alone": decisive.control.only(decisive.cell.runs), **shown}
         curves = pictures.curves(
@@ -73,7 +88,7 @@ def pictures_of(comparison: Comparison, tracker: Tracker) -> dict[str, bytes]:
     return {f"{name}.png": pictures.to_png(figure) for name, figure in drawn.items() if figure}
 
 
-def run_finder(tracker: Tracker):  # type: ignore[no-untyped-def]
+def run_finder(tracker: Tracker) -> GetRun:
     """`tracker.get_run`, which asks the store once for each run."""
 
     @cache
@@ -81,16 +96,3 @@ def run_finder(tracker: Tracker):  # type: ignore[no-untyped-def]
         return tracker.get_run(run_id) if run_id else None
 
     return find
-
-
-def check_where(where: Mapping[str, str], records: list[RunRecord], tracker: Tracker) -> None:
-    """Raise ValueError for a setting, or a value of one, that no run has."""
-    for key, value in where.items():
-        values = {record.params[key] for record in records if key in record.params}
-        if value not in values:
-            there = f"{', '.join(sorted(values))}" if values else "no run has this setting"
-            raise ValueError(f"--where {key}={value}: no finished run of {tracker.experiment} has it; there is {there}")
-
-
-def _fits(cell: Cell, where: Mapping[str, str]) -> bool:
-    return all(cell.first.params.get(key, value) == value for key, value in where.items())
