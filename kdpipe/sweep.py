@@ -16,7 +16,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobStatus
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from kdpipe import config as settings
 from kdpipe.build import KnownTeachers, build_parts, check_values, use_device
@@ -183,13 +183,18 @@ def name_of(axes: Axes, overrides: Sequence[str], config: DictConfig) -> str:
         key, _, chosen = override.partition("=")
         target = key.lstrip("+").rpartition("@")[2]  # model@teacher is a group whose keys stand under teacher
         if key in axes and target in effective:
-            # MLflow's ids of runs are long, and their first digits tell them apart.
-            value = re.sub(r"runs:/(\w{8})\w+", r"\1", str(effective[target]))
-            parts.append(SHORT.get(target, target.rpartition(".")[2]) + value)
+            parts.append(SHORT.get(target, target.rpartition(".")[2]) + _written(config, target))
         elif key in axes and any(known.startswith(f"{target}.") for known in effective):
             parts.append(chosen)
-    parts += [f"{short}{effective[key]:g}" for key, short in SHORT.items() if key not in axes and key in effective]
+    parts += [short + _written(config, key) for key, short in SHORT.items() if key not in axes and key in effective]
     return "_".join(parts)
+
+
+def _written(config: DictConfig, key: str) -> str:
+    value = OmegaConf.select(config, key)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return re.sub(r"runs:/(\w{8})\w+", r"\1", str(value))  # MLflow's ids differ in their first digits
 
 
 def identity_of(planned: Sequence[Planned]) -> str:

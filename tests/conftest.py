@@ -2,8 +2,14 @@
 
 import os
 import shutil
+import signal
+import socket
+import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,3 +122,57 @@ def kdpipe(
         return Outcome(status, captured.out, captured.err)
 
     return command
+
+
+@pytest.fixture(scope="session")
+def database() -> Iterator[str]:
+    """PostgreSQL where it is installed, with a database of its own for these tests; else a sqlite file."""
+    found = shutil.which("initdb") or next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None)
+    folder = Path(tempfile.mkdtemp(prefix="kdpipe-database-"))
+    if found is None:
+        yield f"sqlite:///{folder / 'mlflow.db'}"
+        shutil.rmtree(folder)
+        return
+    as_user = []
+    if os.getuid() == 0:  # PostgreSQL refuses to run as root
+        as_user = ["runuser", "-u", "postgres", "--"]
+        shutil.chown(folder, "postgres")
+    programs = Path(found).resolve().parent
+    cluster = folder / "cluster"
+    quiet = {"check": True, "stdout": subprocess.DEVNULL, "cwd": folder}
+    subprocess.run([*as_user, programs / "initdb", "--auth=trust", "--username=mlflow", f"--pgdata={cluster}"], **quiet)
+    control = [*as_user, programs / "pg_ctl", f"--pgdata={cluster}", f"--log={folder / 'log'}", "--wait"]
+    port = free_port()
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
+    subprocess.run([*control, "start", f"--options={options}"], **quiet)
+    yield f"postgresql://mlflow@127.0.0.1:{port}/postgres"
+    subprocess.run([*control, "--mode=immediate", "stop"], **quiet)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, database: str) -> Iterator[str]:
+    """A real tracking server with a store of its own."""
+    folder = tmp_path_factory.mktemp("server")
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", database, "--artifacts-destination", str(folder)]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+    uri = f"http://127.0.0.1:{port}"
+    for _ in range(240):
+        try:
+            urllib.request.urlopen(f"{uri}/health", timeout=1).close()
+            break
+        except OSError:
+            assert process.poll() is None, (folder / "log").read_text()
+            time.sleep(0.5)
+    yield uri
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import free_port
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
@@ -27,9 +28,9 @@ SWEEP = ["experiment=sweep", *SMALL, *STUDENT, "loss.alpha=0,0.5", "loss.tempera
 NAMES = ["a0_s0", "a0_s1", "a0.5_T2_s0", "a0.5_T2_s1", "a0.5_T4_s0", "a0.5_T4_s1"]
 
 
-def runs() -> dict[str, list[Run]]:
-    """The runs of the present folder's store by name, the oldest first."""
-    client = MlflowClient(f"sqlite:///{Path('outputs/mlflow.db').resolve()}")
+def runs(uri: str = "") -> dict[str, list[Run]]:
+    """The runs of a store by name, the oldest first; of the present folder's, unless another is named."""
+    client = MlflowClient(uri or f"sqlite:///{Path('outputs/mlflow.db').resolve()}")
     experiment = client.get_experiment_by_name("kdpipe").experiment_id
     found: dict[str, list[Run]] = {}
     for run in client.search_runs([experiment], order_by=["attributes.start_time ASC"]):
@@ -42,11 +43,11 @@ def artifacts(run: Run) -> set[str]:
     return {file.path for file in client.list_artifacts(run.info.run_id)}
 
 
-def results() -> dict[str, dict[str, float]]:
+def results(uri: str = "") -> dict[str, dict[str, float]]:
     """The metrics of each run of a sweep by its name, without those that depend on the clock."""
     return {
         name: {key: value for key, value in found[-1].data.metrics.items() if key != "train/images_per_second"}
-        for name, found in runs().items()
+        for name, found in runs(uri).items()
         if name in NAMES
     }
 
@@ -355,11 +356,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
         pytest.skip("Slurm is not installed (apt install slurm-wlm)")
     folder = tmp_path_factory.mktemp("slurm")
     host, user = socket.gethostname().partition(".")[0], pwd.getpwuid(os.getuid()).pw_name
-    ports = []
-    for _ in range(2):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            ports.append(probe.getsockname()[1])
+    ports = [free_port(), free_port()]
     (folder / "slurm.conf").write_text(f"""
         ClusterName=one
         SlurmctldHost={host}(127.0.0.1)
@@ -401,15 +398,18 @@ def slurm(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
             daemon.wait()
 
 
-def test_slurm_gives_the_same_numbers_as_one_process(kdpipe: Callable, teacher: Run, slurm: None) -> None:
-    few = [*SWEEP, "loss.temperature=2", "seed=0"]
+def test_slurm_and_a_server_give_the_same_numbers_as_one_process(kdpipe: Callable, slurm: None, server: str) -> None:
+    store = f"tracking.uri={server}"
+    kdpipe(*TEACHER, store)
+    few = [*SWEEP, "loss.temperature=2", "seed=0", store]
     kdpipe(*few)
-    sequential = results()
+    sequential = results(server)
     on_cluster = [*few, "sweep.rerun=true", "hydra/launcher=submitit_slurm", "hydra.launcher.cpus_per_task=1"]
     done = subprocess.run(command(*on_cluster), check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert all(len(runs()[name]) == 2 for name in ("a0_s0", "a0.5_T2_s0"))
-    assert results() == sequential
+    assert all(len(runs(server)[name]) == 2 for name in ("a0_s0", "a0.5_T2_s0"))
+    assert results(server) == sequential
+    assert f"{server}/#/compare-runs?runs=" in done.stdout
 
 
 def test_a_job_override_survives_hydra_s_grammar(kdpipe: Callable, teacher: Run) -> None:
