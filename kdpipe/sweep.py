@@ -198,8 +198,8 @@ def _written(config: DictConfig, key: str) -> str:
 
 
 def identity_of(planned: Sequence[Planned]) -> str:
-    """The sweep's 12 hex digits: a hash of its cells' identities and of the teachers that they found."""
-    text = json.dumps(sorted((run.tags["kdpipe.identity"], run.teacher) for run in planned))
+    """The sweep's 12 hex digits: a hash of its cells' identities, and of the images and teachers that they found."""
+    text = json.dumps(sorted((run.identity, run.tags["kdpipe.inputs"]) for run in planned))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -293,21 +293,24 @@ def plan_confirmation(sweep: Sweep, planned: Sequence[Planned]) -> list[Planned]
     from kdpipe.compare.store import compare_sweep
 
     first = 1 + max(run.config.seed for run in planned)
-    seeds = [str(seed) for seed in range(first, first + sweep.config.sweep.confirm_seeds)]
+    numbers = [str(seed) for seed in range(first, first + sweep.config.sweep.confirm_seeds)]
+    seeds = [f"seed={number}" for number in numbers]
     # Seeds that were confirmed before stay out of the choice, however few are asked for now.
     before = sweep.tracker.get_run(sweep.parent).tags.get("kdpipe.confirm_seeds", "").split()
-    sweep.tracker.set_tag(sweep.parent, "kdpipe.confirm_seeds", " ".join(sorted({*before, *seeds}, key=int)))
-    changes = []
+    sweep.tracker.set_tag(sweep.parent, "kdpipe.confirm_seeds", " ".join(sorted({*before, *numbers}, key=int)))
+    grid: list[list[str]] = []
     for comparison in compare_sweep(sweep.tracker, sweep.id):
         if comparison.best:
             ids = {run.id for run in comparison.best.cell.runs.values()}
             chosen = next(run for run in planned if sweep.finished[run.identity].id in ids)
-            log.info("best is %s: it and the student alone on seeds %s", comparison.best.cell.title, ", ".join(seeds))
-            own = dict(override.split("=", 1) for override in chosen.overrides)
-            changes += [own | {"loss.alpha": "0", "seed": seed} for seed in seeds]
-            changes += [own | {"seed": seed} for seed in seeds]
-    grid = [[f"{key}={value}" for key, value in changed.items()] for changed in changes]
+            log.info("best is %s: it and the student alone on seeds %s", comparison.best.cell.title, ", ".join(numbers))
+            grid += [[*_without(chosen.overrides, "seed", "loss.alpha"), "loss.alpha=0", seed] for seed in seeds]
+            grid += [[*_without(chosen.overrides, "seed"), seed] for seed in seeds]
     return plan(sweep, grid, [compose(sweep.sweeper, overrides) for overrides in grid])
+
+
+def _without(overrides: Sequence[str], *keys: str) -> list[str]:
+    return [override for override in overrides if override.partition("=")[0] not in keys]
 
 
 def summarise(sweep: Sweep) -> None:
