@@ -166,7 +166,7 @@ ROOMS = {
     "randomness": set(),
     "schedulers": {"checks"},
 }
-HYDRA_ROOMS = {"main", "build", "config", "errors", "sweep"}
+HYDRA_ROOMS = {"main", "build", "config", "errors", "grid", "sweep"}
 ONLY_IN = {"mlflow": {"tracking"}, "hydra": HYDRA_ROOMS, "omegaconf": HYDRA_ROOMS}
 
 

@@ -1,0 +1,143 @@
+"""The cells of a sweep: from the values on the command line to the runs that are to be trained."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from kdpipe import config as settings
+from kdpipe.build import KnownTeachers, build_parts
+from kdpipe.identity import canonical
+
+# In the names of runs; the order is theirs there too.
+SHORT = {"loss.alpha": "a", "loss.temperature": "T", "seed": "s"}
+Axes = dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of a sweep.
+
+    Attributes:
+        name: what it differs in from the others, such as a0.5_T4_s0.
+        overrides: of Hydra, that compose its config.
+        tags: what it is found by when it is finished.
+        teacher: the run or file that its teacher's weights are from; "" where it has none.
+    """
+
+    name: str
+    overrides: tuple[str, ...]
+    config: DictConfig
+    tags: dict[str, str]
+    teacher: str
+
+    @property
+    def identity(self) -> str:
+        return self.tags["kdpipe.identity"]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir) / "runs" / self.identity
+
+
+def expand(sweeper: BasicSweeper, arguments: Sequence[str]) -> tuple[Axes, list[list[str]]]:
+    """The grid's axes, key by key, and the overrides of each of its cells.
+
+    Raises:
+        ValueError: an empty grid, or a value that an axis has twice.
+    """
+    assert sweeper.hydra_context
+    parser = OverridesParser.create(config_loader=sweeper.hydra_context.config_loader)
+    overrides = parser.parse_overrides(list(arguments))
+    axes: Axes = {}
+    for override in overrides:
+        key = override.get_key_element()
+        axes.pop(key, None)  # the last one counts
+        if override.is_discrete_sweep():
+            axes[key] = list(override.sweep_string_iterator())
+            values = canonical(list(override.sweep_iterator()))
+            if not values:
+                raise ValueError(f"{override.input_line}: the grid is empty; at least one value is accepted")
+            if twice := [text for n, text in enumerate(axes[key]) if values[n] in values[:n]]:
+                raise ValueError(f"{key}={twice[0]}: in the grid twice; each value once is accepted")
+        elif override.is_sweep_override():
+            raise ValueError(f"{override.input_line}: a list is accepted, {key}=1,2 or {key}=range(1,3)")
+    return axes, sweeper.split_arguments(overrides, None)[0]
+
+
+def compose(sweeper: BasicSweeper, overrides: Sequence[str]) -> DictConfig:
+    """The config of one cell, Hydra's own part included."""
+    assert sweeper.hydra_context and sweeper.config
+    return sweeper.hydra_context.config_loader.load_sweep_config(sweeper.config, list(overrides))
+
+
+def check_shared(configs: Sequence[DictConfig]) -> None:
+    """Raise ValueError where the cells do not go to one place."""
+    for group, key in (("tracking", "uri"), ("tracking", "experiment"), (None, "output_dir"), ("sweep", "rerun")):
+        values = {str(config[group][key] if group else config[key]) for config in configs}
+        if len(values) > 1:
+            name = f"{group}.{key}" if group else key
+            raise ValueError(f"{name}={','.join(sorted(values))}: one value for the whole sweep is accepted")
+
+
+def plan(
+    axes: Axes,
+    grid: Sequence[Sequence[str]],
+    configs: Sequence[DictConfig],
+    tracker: Any,
+    teachers: KnownTeachers,
+) -> list[Planned]:
+    """The runs of a grid; cells that are the same run (at alpha 0, whatever the temperature) are planned once. Data,
+    teachers and networks are built here, so that what is wrong with them is known before anything trains."""
+    planned: dict[str, Planned] = {}
+    for overrides, config in zip(grid, configs, strict=True):
+        identity = settings.run_identity(config)
+        if identity in planned:
+            continue
+        HydraConfig.instance().set_config(config)  # messages name the command
+        parts = build_parts(config, tracker, teachers)
+        name = name_of(axes, overrides, config)
+        planned[identity] = Planned(name, tuple(overrides), config, parts.tags, parts.teacher_source)
+    return list(planned.values())
+
+
+def name_of(axes: Axes, overrides: Sequence[str], config: DictConfig) -> str:
+    """What a cell differs in from the others, then alpha, temperature and seed, without what has no effect on it:
+    a0.5_T4_s0, a0_s0, lr0.01_a0.5_T4_s0."""
+    effective = settings.effective_settings(config)
+    parts = []
+    for override in overrides:
+        key, _, chosen = override.partition("=")
+        target = key.lstrip("+").rpartition("@")[2]  # model@teacher is a group whose keys stand under teacher
+        if key in axes and target in effective:
+            parts.append(SHORT.get(target, target.rpartition(".")[2]) + _written(config, target))
+        elif key in axes and any(known.startswith(f"{target}.") for known in effective):
+            parts.append(chosen)
+    parts += [short + _written(config, key) for key, short in SHORT.items() if key not in axes and key in effective]
+    return "_".join(parts)
+
+
+def _written(config: DictConfig, key: str) -> str:
+    value = OmegaConf.select(config, key)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return re.sub(r"runs:/(\w{8})\w+", r"\1", str(value))  # MLflow's ids differ in their first digits
+
+
+def identity_of(planned: Sequence[Planned]) -> str:
+    """The sweep's 12 hex digits: a hash of its cells' identities, and of the images and teachers that they found."""
+    text = json.dumps(sorted((run.identity, run.tags["kdpipe.inputs"]) for run in planned))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def describe(axes: Axes) -> str:
+    """The grid in one line."""
+    return " × ".join(f"{key}={','.join(values)}" for key, values in axes.items()) or "one cell"
