@@ -80,12 +80,18 @@ def compose(sweeper: BasicSweeper, overrides: Sequence[str]) -> DictConfig:
 
 
 def check_shared(configs: Sequence[DictConfig]) -> None:
-    """Raise ValueError where the cells do not go to one place."""
-    for group, key in (("tracking", "uri"), ("tracking", "experiment"), (None, "output_dir"), ("sweep", "rerun")):
-        values = {str(config[group][key] if group else config[key]) for config in configs}
+    """Raise ValueError where cells differ in what is the whole sweep's."""
+    for key in (
+        "tracking.uri",
+        "tracking.experiment",
+        "output_dir",
+        "sweep.confirm_seeds",
+        "sweep.rerun",
+        "train.resume",
+    ):
+        values = {str(OmegaConf.select(config, key)) for config in configs}
         if len(values) > 1:
-            name = f"{group}.{key}" if group else key
-            raise ValueError(f"{name}={','.join(sorted(values))}: one value for the whole sweep is accepted")
+            raise ValueError(f"{key}={','.join(sorted(values))}: one value for the whole sweep is accepted")
 
 
 def plan(
@@ -117,12 +123,13 @@ def name_of(axes: Axes, overrides: Sequence[str], config: DictConfig) -> str:
     for override in overrides:
         key, _, chosen = override.partition("=")
         target = key.lstrip("+").rpartition("@")[2]  # model@teacher is a group whose keys stand under teacher
-        if key in axes and target in effective:
-            parts.append(SHORT.get(target, target.rpartition(".")[2]) + _written(config, target))
-        elif key in axes and any(known.startswith(f"{target}.") for known in effective):
+        if key not in axes or key in SHORT:
+            continue
+        if target in effective:
+            parts.append(target.rpartition(".")[2] + _written(config, target))
+        elif any(known.startswith(f"{target}.") for known in effective):
             parts.append(chosen)
-    parts += [short + _written(config, key) for key, short in SHORT.items() if key not in axes and key in effective]
-    return "_".join(parts)
+    return "_".join([*parts, *(short + _written(config, key) for key, short in SHORT.items() if key in effective)])
 
 
 def _written(config: DictConfig, key: str) -> str:

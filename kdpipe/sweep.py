@@ -45,6 +45,11 @@ class Sweep:
     finished: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
 
+    @property
+    def rerun(self) -> bool:
+        """Whether finished runs are trained anew."""
+        return bool(self.config.sweep.rerun or self.config.train.resume == "never")
+
 
 def run_sweep(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
     """Train what is missing of a grid, and say what came of it.
@@ -114,7 +119,7 @@ def train_missing(sweep: Sweep, planned: Sequence[Planned]) -> dict[str, str]:
 def take_finished(sweep: Sweep, run: Planned) -> bool:
     """Whether a run is finished; it is part of the sweep then."""
     finished = sweep.tracker.find_finished(run.tags)
-    if finished is None or (sweep.config.sweep.rerun and finished.ended < sweep.started):
+    if finished is None or (sweep.rerun and finished.ended < sweep.started):
         return False
     sweep.tracker.adopt(finished, sweep.id, sweep.parent)
     sweep.finished[run.identity] = finished
@@ -213,8 +218,7 @@ def summarise(sweep: Sweep) -> None:
     # Several data sets or budgets have no one best cell.
     metrics = formats.best_metrics(comparisons[0]) if len(comparisons) == 1 else {}
     sweep.tracker.attach(sweep.parent, files, tags, metrics)
-    for line in table.splitlines():
-        log.info(line)
+    print(f"\n{table}\n", flush=True)
     log.info("in MLflow (make ui):")
     log.info("  summary and pictures: %s", sweep.tracker.link(sweep.parent))
     log.info("  the runs as charts: %s", sweep.tracker.charts_link(sweep.id))
@@ -233,10 +237,16 @@ def _job_overrides(sweep: Sweep, run: Planned, number: int, of: int) -> list[str
         "of": of,
     }
     values = ",".join(f"{key}:{json.dumps(value, ensure_ascii=False)}" for key, value in told.items())
-    return [f"sweep.job={{{values}}}", *(["train.resume=never"] if sweep.config.sweep.rerun else [])]
+    return [f"sweep.job={{{values}}}", *(["train.resume=never"] if sweep.rerun else [])]
 
 
 def failures(failed: dict[str, str], total: int) -> str:
-    """One line on the runs that failed."""
-    named = "; ".join(f"{name} ({reason})" for name, reason in failed.items())
-    return f"{len(failed)} of {total} runs failed: {named}; the same command trains what is missing"
+    """One line on the runs that failed, those with the same reason together."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in failed.items():
+        by_reason.setdefault(reason, []).append(name)
+    told = []
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        told.append(f"{', '.join(names[:5])}{more} ({reason})")
+    return f"{len(failed)} of {total} runs failed: {'; '.join(told)}; the same command trains what is missing"

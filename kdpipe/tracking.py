@@ -195,7 +195,7 @@ class Tracker:
 
     def find_sweep(self, sweep_id: str) -> RunRecord | None:
         """The parent run of a sweep, finished or not."""
-        conditions = ["tags.`kdpipe.stage` = 'sweep'", f"tags.`kdpipe.sweep` = '{sweep_id}'"]
+        conditions = ["tags.`kdpipe.stage` = 'sweep'", f"tags.`kdpipe.sweep` = {_quoted(sweep_id)}"]
         return next(iter(self._search([self.experiment_id], conditions, finished=False, limit=1)), None)
 
     def find_teacher(self, params: Mapping[str, object], images: str) -> RunRecord | None:

@@ -252,6 +252,10 @@ def test_what_is_advised_for_runs_that_differ_can_be_done() -> None:
     check_comparable(those(cells, {"kdpipe.teacher_run": "t"}))
     with pytest.raises(ValueError, match=r"--where train\.epochs=6: no finished run has this value; there is 5"):
         those(cells, {"train.epochs": "6"})
+    with pytest.raises(ValueError, match="each row is all of its seeds"):
+        those(cells, {"seed": "0"})
+    some = those(cells, {"loss.alpha": "0.50"})
+    assert {cell.first.params.get("loss.alpha") for cell in some} == {None, "0.5"}  # the student alone stays
 
 
 def test_no_cell_is_left_out_of_the_families() -> None:
@@ -327,7 +331,7 @@ def test_pictures_are_pngs() -> None:
     for figure in (pictures.sizes(comparison), pictures.curves({"student alone": steps, "student distilled": steps})):
         assert figure is not None
         assert pictures.to_png(figure).startswith(b"\x89PNG")
-    assert pictures.curves({"student alone": {0: []}}) is None
+    assert pictures.curves({"student alone": {0: [(1, 0.5)]}}) is None
 
 
 def test_the_tutorial_s_last_section(
@@ -346,8 +350,8 @@ def test_the_tutorial_s_last_section(
 
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--format", "html", "--out", "there"])
     command.cli()
-    assert {file.name for file in Path("there").iterdir()} == {"comparison.html", "curves.png", "size.png"}
-    assert Path("there/comparison.html").read_text().count("data:image/png;base64,") == 2
+    assert {file.name for file in Path("there").iterdir()} == {"comparison.html", "size.png"}
+    assert Path("there/comparison.html").read_text().count("data:image/png;base64,") == 1
 
     kdpipe(*common, "experiment=student", "train.batch_size=50")
     monkeypatch.setattr(sys, "argv", ["kdpipe-compare", "--experiment", "three"])
@@ -369,6 +373,8 @@ def test_the_tutorial_s_last_section(
         (["--uri", "http://127.0.0.1:9"], "no tracking server answers there"),
         (["--experiment", "Default", "--sweep", "abc"], "--sweep abc: there is no such sweep in Default; it has none"),
         (["--where", "train.epochs"], "--where train.epochs: KEY=VALUE is accepted"),
+        (["--experiment", "Default", "--sweep", "a'b"], "--sweep a'b: there is no such sweep"),
+        (["--where", "train.epochs=1", "--where", "train.epochs=2"], "one value for a key is accepted"),
         (["--out", "a_file"], "--out a_file: a folder is accepted"),
     ],
 )

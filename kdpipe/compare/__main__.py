@@ -38,8 +38,11 @@ def run(arguments: argparse.Namespace) -> str:
     Raises:
         ValueError: no store, no runs, or runs that cannot be compared.
     """
-    where = dict(_pair(condition) for condition in arguments.where)
-    if arguments.sweep and arguments.mixed:
+    pairs = [_pair(condition) for condition in arguments.where]
+    where = dict(pairs)
+    if len(where) < len(pairs):
+        raise ValueError(f"--where {' --where '.join(arguments.where)}: one value for a key is accepted")
+    if arguments.sweep is not None and arguments.mixed:
         raise ValueError("--mixed: not with --sweep, which takes each data set and budget of its grid by itself anyway")
     uri = store_uri(arguments.uri, arguments.output_dir)
     check_uri(uri)
@@ -55,7 +58,7 @@ def run(arguments: argparse.Namespace) -> str:
     from kdpipe.tracking import Tracker
 
     tracker = Tracker(uri, arguments.experiment, arguments.output_dir / "mlartifacts", create=False)
-    if arguments.sweep:
+    if arguments.sweep is not None:
         comparisons = compare_sweep(tracker, arguments.sweep, where)
     else:
         comparisons = compare_experiment(tracker, where, arguments.mixed)
@@ -90,7 +93,9 @@ def _pair(condition: str) -> tuple[str, str]:
 def cli() -> None:
     """`kdpipe-compare` and `python -m kdpipe.compare`."""
     try:
-        print(run(arguments_of()))
+        print(run(arguments_of()), flush=True)
+    except BrokenPipeError:  # whoever read has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise

@@ -102,9 +102,9 @@ def paired(cell: Cell, control: Cell | None, metric: str) -> Interval | None:
 
 
 def shared_seeds(distilled: Sequence[Row]) -> tuple[int, ...]:
-    """The seeds that most cells have, the more of two that equally many have: cells are ranked on these."""
+    """The seeds that most cells have, the fewer of two that equally many have: cells are ranked on these."""
     counted = Counter(tuple(row.cell.runs) for row in distilled)
-    return max(counted, key=lambda seeds: (counted[seeds], len(seeds)))
+    return max(counted, key=lambda seeds: (counted[seeds], -len(seeds)))
 
 
 def candidates_of(distilled: Sequence[Row]) -> list[Row]:

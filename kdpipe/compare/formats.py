@@ -177,11 +177,11 @@ PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>
 <style>
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 85rem; margin: 2rem auto; padding: 0 1rem }
 .verdict { font-size: 1.25rem; border-left: .3rem solid #0072b2; padding-left: 1rem }
 .wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .7rem; text-align: left; border-bottom: 1px solid #ddd; white-space: nowrap }
+table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .5rem; text-align: left; border-bottom: 1px solid #ddd; white-space: nowrap }
 th.right, td.right { text-align: right }
 tr.best { background: #e6f1f8; font-weight: 600 }
 img { max-width: 100%; height: auto; display: block; margin: 1.5rem 0 }

@@ -76,7 +76,9 @@ def _panel(
     for (alpha, temperature), gain in gains.items():
         if gain:
             grid[alphas.index(alpha), temperatures.index(temperature)] = 100 * gain.mean
-    image = axis.imshow(grid, cmap="PuOr", norm=TwoSlopeNorm(0, -limit, limit), origin="lower", aspect="auto")
+    image = axis.imshow(
+        grid, cmap="PuOr", norm=TwoSlopeNorm(0, -1.8 * limit, 1.8 * limit), origin="lower", aspect="auto"
+    )
     for (alpha, temperature), gain in gains.items():
         row, column = alphas.index(alpha), temperatures.index(temperature)
         if gain is None:
@@ -85,8 +87,7 @@ def _panel(
             text = f"{signed(gain.mean)} ∘"
         else:
             text = f"{signed(gain.mean)} ± {100 * gain.half_width:.1f}{' ∘' if gain.includes_zero else ''}"
-        dark = gain is not None and abs(100 * gain.mean) > 0.6 * limit
-        axis.text(column, row, text, ha="center", va="center", fontsize=10, color="white" if dark else "black")
+        axis.text(column, row, text, ha="center", va="center", fontsize=10)
         if where[alpha, temperature] is best:
             frame = matplotlib.patches.Rectangle((column - 0.47, row - 0.47), 0.94, 0.94, fill=False, linewidth=2.5)
             axis.add_patch(frame)
@@ -102,21 +103,20 @@ def _besides(cell: Cell) -> dict[str, str]:
 
 def curves(named: Mapping[str, Curves]) -> Figure | None:
     """Validation accuracy by epoch of "student alone" and "student distilled": the mean over seeds with its 95 %
-    interval. None where nothing was measured."""
+    interval. None where there is no second epoch."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axis = figure.subplots()
     for name, runs in named.items():
         color, style = LINES[name]
         epochs = sorted(set.intersection(*(({epoch for epoch, _ in run}) for run in runs.values())) if runs else set())
-        if not epochs:
+        if len(epochs) < 2:
             continue
         means = [interval([dict(run)[epoch] for run in runs.values()]) for epoch in epochs]
         middle = [100 * mean.mean for mean in means if mean]
         low = [100 * (mean.mean if mean.low is None else mean.low) for mean in means if mean]
         high = [100 * (mean.mean if mean.high is None else mean.high) for mean in means if mean]
         seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
-        marker = "o" if len(epochs) == 1 else None
-        axis.plot(epochs, middle, color=color, linestyle=style, marker=marker, label=f"{name}, {seeds}")
+        axis.plot(epochs, middle, color=color, linestyle=style, label=f"{name}, {seeds}")
         axis.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
     if not axis.lines:
         return None
@@ -144,7 +144,7 @@ def sizes(comparison: Comparison) -> Figure | None:
     alone = decisive.control.only(decisive.cell.runs) if decisive.control else None
     for name, cell, color, marker in (
         ("student alone", alone, ALONE, "o"),
-        ("distilled", decisive.cell, DISTILLED, "D"),
+        ("student distilled", decisive.cell, DISTILLED, "D"),
     ):
         accuracy = interval(list(cell.values("test/accuracy").values())) if cell else None
         if cell and accuracy:
@@ -172,6 +172,7 @@ def sizes(comparison: Comparison) -> Figure | None:
     axis.set_xlim(smallest / 1.6, largest * 1.6)
     axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     axis.xaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    axis.tick_params(axis="x", which="both", length=4, pad=4)
     axis.set_xlabel("size, MB (log scale)")
     axis.set_ylabel("test accuracy, %")
     axis.margins(y=0.15)

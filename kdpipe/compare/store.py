@@ -62,12 +62,26 @@ def those(cells: list[Cell], where: Mapping[str, str]) -> list[Cell]:
     Raises:
         ValueError: for a setting, or a value of one, that no run has.
     """
-    for key, value in where.items():
-        values = {dict(cell.settings)[key] for cell in cells if key in dict(cell.settings)}
-        if value not in values:
-            there = f"there is {', '.join(sorted(values))}" if values else "no run has this setting"
-            raise ValueError(f"--where {key}={value}: no finished run has this value; {there}")
-    return [cell for cell in cells if all(dict(cell.settings).get(key, value) == value for key, value in where.items())]
+    for key, wanted in where.items():
+        if key == "seed":
+            raise ValueError(f"--where seed={wanted}: seeds are not chosen, each row is all of its seeds")
+        values = {cell.first.params.get(key, dict(cell.settings).get(key)) for cell in cells} - {None}
+        if not any(_same(value, wanted) for value in values):
+            there = f"there is {', '.join(sorted(map(str, values)))}" if values else "no run has this setting"
+            raise ValueError(f"--where {key}={wanted}: no finished run has this value; {there}")
+    return [
+        cell
+        for cell in cells
+        if all(_same(dict(cell.settings).get(key, wanted), wanted) for key, wanted in where.items())
+    ]
+
+
+def _same(one: str | None, other: str) -> bool:
+    """Whether two texts say the same, 0.5 and 0.50 too."""
+    try:
+        return float(str(one)) == float(other)
+    except ValueError:
+        return one == other
 
 
 def pictures_of(comparison: Comparison, tracker: Tracker) -> dict[str, bytes]:
