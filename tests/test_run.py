@@ -195,14 +195,6 @@ def test_a_run_that_breaks_is_marked_failed_with_its_reason(kdpipe: Callable) ->
     assert "directory" in runs()[0].data.tags["kdpipe.reason"]
 
 
-def test_a_sweep_goes_on_after_a_job_that_failed(kdpipe: Callable) -> None:
-    outcome = kdpipe("-m", *STUDENT, "train.epochs=1", "model.image_size=3,128")
-    assert outcome.status == 1
-    assert "failed: model.image_size=3: student_cnn cannot take images of this size" in outcome.output
-    assert [run.info.status for run in runs()] == ["FINISHED"]
-    assert len(list(Path("outputs/runs").glob("*/model.safetensors"))) == 1
-
-
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_an_interrupted_run_is_marked_killed(kdpipe: Callable, number: signal.Signals, status: int) -> None:
     command = [sys.executable, "-m", "kdpipe", *STUDENT, "train.epochs=1000"]

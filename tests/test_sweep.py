@@ -31,9 +31,11 @@ NAMES = ["a0_s0", "a0_s1", "a0.5_T2_s0", "a0.5_T2_s1", "a0.5_T4_s0", "a0.5_T4_s1
 def runs(uri: str = "") -> dict[str, list[Run]]:
     """The runs of a store by name, the oldest first; of the present folder's, unless another is named."""
     client = MlflowClient(uri or f"sqlite:///{Path('outputs/mlflow.db').resolve()}")
-    experiment = client.get_experiment_by_name("kdpipe").experiment_id
+    experiment = client.get_experiment_by_name("kdpipe")
+    if experiment is None:
+        return {}
     found: dict[str, list[Run]] = {}
-    for run in client.search_runs([experiment], order_by=["attributes.start_time ASC"]):
+    for run in client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"]):
         found.setdefault(run.info.run_name.partition(" ")[0], []).append(run)
     return found
 
@@ -189,14 +191,12 @@ def test_a_failing_cell_leaves_the_others_and_the_summary(kdpipe: Callable, teac
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_bad_cell_is_named_before_the_first_one_trains(
-    kdpipe: Callable, teacher: Run, overrides: list[str], said: str
-) -> None:
+def test_a_bad_cell_is_named_before_the_first_one_trains(kdpipe: Callable, overrides: list[str], said: str) -> None:
     outcome = kdpipe("-m", *SWEEP, *overrides)
     assert outcome.status == 1
     assert said in outcome.errors
     assert outcome.errors.count("\n") == 1
-    assert set(runs()) == {"resnet20_teacher_s0"}
+    assert not runs()
 
 
 def test_without_a_teacher_the_sweep_says_how_to_train_one(kdpipe: Callable) -> None:
@@ -226,7 +226,7 @@ def test_each_budget_of_a_sweep_has_a_verdict_of_its_own(kdpipe: Callable, teach
     assert outcome.status == 0, outcome.errors
     (parent,) = runs()["sweep"]
     assert outcome.output.count("verdict: ") == 2
-    assert "2_curves.png" in artifacts(parent)
+    assert {"1_size.png", "2_size.png"} <= artifacts(parent)
 
 
 def test_there_has_to_be_something_to_confirm(kdpipe: Callable) -> None:
@@ -245,9 +245,11 @@ def test_a_lost_process_does_not_end_the_sweep(kdpipe: Callable, teacher: Run) -
     while "[2/6]" not in Path("log").read_text():
         assert sweep.poll() is None, Path("log").read_text()
         time.sleep(0.05)
-    owners = [json.loads(file.read_text()) for file in Path("outputs/runs").glob("*/owner.json")]
-    running = {name: found[0] for name, found in runs().items() if found[0].info.status == "RUNNING" and name in NAMES}
-    (victim, *_) = (owner for owner in owners if owner["run"] in {run.info.run_id for run in running.values()})
+    victim = None
+    while victim is None:
+        running = {found[0].info.run_id for found in runs().values() if found[0].info.status == "RUNNING"}
+        owners = [json.loads(file.read_text() or "{}") for file in Path("outputs/runs").glob("*/owner.json")]
+        victim = next((owner for owner in owners if owner.get("run") in running), None)
     os.kill(int(victim["pid"]), signal.SIGKILL)
     assert sweep.wait(timeout=300) == 0, Path("log").read_text()
     assert "a job was lost" in Path("log").read_text()
@@ -258,7 +260,7 @@ def test_a_lost_process_does_not_end_the_sweep(kdpipe: Callable, teacher: Run) -
 
 def test_a_killed_sweep_goes_on_where_it_was(kdpipe: Callable, teacher: Run) -> None:
     """SIGKILL in the middle: what was finished stays, what was running is closed, the parent is the same."""
-    longer = [*SWEEP, "train.epochs=8"]
+    longer = [*SWEEP, "train.epochs=5"]
     with Path("log").open("w") as log:
         killed = subprocess.Popen(command(*longer), stdout=log, stderr=log, start_new_session=True)
     deadline = time.monotonic() + 120
@@ -286,7 +288,7 @@ def test_a_killed_sweep_goes_on_where_it_was(kdpipe: Callable, teacher: Run) -> 
 
 
 def test_two_processes_share_a_sweep_and_train_nothing_twice(kdpipe: Callable, teacher: Run) -> None:
-    longer = [*SWEEP, "train.epochs=4"]
+    longer = [*SWEEP, "train.epochs=3"]
     logs = [Path("log0"), Path("log1")]
     both = [subprocess.Popen(command(*longer), stdout=log.open("w"), stderr=subprocess.STDOUT) for log in logs]
     assert [process.wait(timeout=300) for process in both] == [0, 0], logs[0].read_text() + logs[1].read_text()
