@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from functools import cache
 
-from kdpipe.compare import pictures
 from kdpipe.compare.cells import Cell, make_cells
 from kdpipe.compare.comparison import Comparison, GetRun, check_comparable, compare, families
 from kdpipe.tracking import RunRecord, Tracker
@@ -86,6 +85,8 @@ def _same(one: str | None, other: str) -> bool:
 
 def pictures_of(comparison: Comparison, tracker: Tracker) -> dict[str, bytes]:
     """The pictures that there is something to draw for: PNGs by file name."""
+    from kdpipe.compare import pictures  # a second of imports, for those who want pictures
+
     decisive = comparison.confirmed or comparison.best
     curves = None
     if decisive:
