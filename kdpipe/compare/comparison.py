@@ -159,7 +159,7 @@ def notes(best: Row, confirmed: Row | None, distilled: Sequence[Row], get_run: G
 def seen_by_teacher(cell: Cell, get_run: GetRun) -> str:
     """Why the teacher may know images that the student is measured on; "" if it does not."""
     source, settings = cell.teacher_run, cell.first.params
-    images = "validation images" if "selected/accuracy" in cell.first.metrics else "test images"
+    images = "validation images" if VALIDATION in cell.first.metrics else "test images"
     seen = set()
     while source not in seen:
         seen.add(source)
@@ -167,13 +167,13 @@ def seen_by_teacher(cell: Cell, get_run: GetRun) -> str:
         if run is None:
             return f"the teacher's weights come from {source}: it may have been trained on the {images}"
         if run.tags.get("kdpipe.data") != cell.first.tags["kdpipe.data"]:
-            return f"the teacher was trained on other images than these: it may have seen the {images}, and test images"
+            return "the teacher was trained on other images than these: it may have seen validation and test images"
         for key in ("dataset.val_fraction", "dataset.test_fraction", "dataset.split_seed"):
             if run.params.get(key) != settings.get(key):
-                also = "" if key == "dataset.val_fraction" else " and test images"
+                seen_images = "validation" if key == "dataset.val_fraction" else "validation and test"
                 return (
                     f"the teacher was trained with {key}={run.params.get(key)} instead of {settings.get(key)}: "
-                    f"on some of the validation{also or ' images'}"
+                    f"on some of the {seen_images} images"
                 )
         weights = run.params.get("model.weights", "None")
         if weights in ("None", "imagenet"):
