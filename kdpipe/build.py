@@ -18,13 +18,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import distributed, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from kdpipe import config as settings
 from kdpipe.data import ImageDataset, split
 from kdpipe.data.dataset import check_fractions
 from kdpipe.errors import one_line
+from kdpipe.hardware import Hardware, keep_freed_memory
 from kdpipe.identity import canonical
 from kdpipe.models import Classifier
 from kdpipe.models.weights import check_class_names, load_imagenet, load_state, read_weights, weights_digest
@@ -60,9 +61,14 @@ def check_values(config: DictConfig) -> None:
     settings.check(config)
     loss = build_loss(config)
     augment = instantiate(config.augmentation)
-    if config.distillation.outputs == "cached" and augment is not None:
+    outputs = config.distillation.outputs
+    if outputs == "cached" and augment is not None:
         raise ValueError(
-            "distillation.outputs=cached: with augmentation each epoch has other views; auto or online is accepted"
+            "distillation.outputs=cached: augmentation gives each epoch other views; auto, online, views are accepted"
+        )
+    if outputs == "views" and augment is None:
+        raise ValueError(
+            "distillation.outputs=views: without augmentation there is but one view; auto, cached, online are accepted"
         )
     build_optimizer(config, nn.Linear(1, 1), loss, steps_per_epoch=1)
     dataset = config.dataset
@@ -88,8 +94,8 @@ def build_parts(config: DictConfig, tracker: Any, known: KnownTeachers) -> Parts
     return Parts(data, teacher, teacher_source, model, tags)
 
 
-def use_device(config: DictConfig) -> tuple[torch.device, torch.autocast]:
-    """The device, and the autocast context of the precision asked for."""
+def use_hardware(config: DictConfig) -> Hardware:
+    """The device and the precision asked for; under `torchrun` shared with its other processes."""
     train = config.train
     if train.threads is not None:
         torch.set_num_threads(train.threads)
@@ -99,6 +105,9 @@ def use_device(config: DictConfig) -> tuple[torch.device, torch.autocast]:
         there.insert(0, "mps")
     number_of_gpus = torch.cuda.device_count()
     there[:0] = [f"cuda:{number}" for number in range(number_of_gpus)]
+    together = distributed.is_torchelastic_launched()
+    if together and number_of_gpus and name in ("auto", "cuda"):
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     if name == "auto" and config.sweep.job and number_of_gpus > 1:
         name = there[own_gpu(number_of_gpus, Path(config.output_dir) / "runs")]
     if name == "auto":
@@ -108,8 +117,26 @@ def use_device(config: DictConfig) -> tuple[torch.device, torch.autocast]:
     if name not in there:
         raise ValueError(f"train.device={train.device}: one of auto, {', '.join(there)} is accepted on this machine")
     device = torch.device(name)
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=train.precision == "bfloat16")
-    return device, autocast
+    if device.type == "cpu":
+        keep_freed_memory()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # all batches but the last have one shape
+    precision = str(train.precision)
+    if precision == "auto":
+        computes_in_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bfloat16" if computes_in_it else "float32"
+    if not together:
+        return Hardware(device, precision)
+    if not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    hardware = Hardware(device, precision, distributed.get_rank(), distributed.get_world_size())
+    if train.batch_size < 2 * hardware.processes:
+        raise ValueError(
+            f"train.batch_size={train.batch_size}: shared by {hardware.processes} processes, {2 * hardware.processes} "
+            f"or more are accepted"
+        )
+    return hardware
 
 
 def own_gpu(number_of_gpus: int, folder: Path) -> int:

@@ -104,7 +104,12 @@ def check(config: DictConfig) -> None:
     check_choice("train.resume", train.resume, ["auto", "never"])
     check_choice("train.select", train.select, ["last", "best"])
     check_choice("train.test_each_epoch", train.test_each_epoch, [True, False])
-    check_choice("distillation.outputs", config.distillation.outputs, ["auto", "cached", "online"])
+    check_choice("train.compile", train.compile, ["auto", True, False])
+    check_choice("train.profile", train.profile, [True, False])
+    distillation = config.distillation
+    check_choice("distillation.outputs", distillation.outputs, ["auto", "cached", "online", "views"])
+    check_number("distillation.views", distillation.views, low=1, integer=True)
+    check_number("distillation.cache_max_gb", distillation.cache_max_gb, low=0)
     check_number("sweep.confirm_seeds", config.sweep.confirm_seeds, low=0, integer=True)
     check_choice("sweep.rerun", config.sweep.rerun, [True, False])
     if "lr" in config.optimizer:

@@ -5,28 +5,28 @@ import torch.nn.functional as F
 from torch import nn
 
 from kdpipe.data import ImageDataset
+from kdpipe.hardware import Hardware
 from kdpipe.progress import progress
 
 BATCH_SIZE = 250
 
 
 @torch.inference_mode()
-def evaluate(
-    model: nn.Module, data: ImageDataset, split: str, device: torch.device, autocast: torch.autocast
-) -> dict[str, float]:
+def evaluate(model: nn.Module, data: ImageDataset, split: str, hardware: Hardware) -> dict[str, float]:
     """`accuracy` (a fraction) and `loss` (cross-entropy with the labels), averaged over the images of a split."""
     was_training = model.training
     model.eval()
-    correct = torch.zeros((), device=device)
-    loss = torch.zeros((), device=device)
+    totals = torch.zeros(2, device=hardware.device)  # correct answers, loss
     positions = data.splits[split]
-    with progress(f"evaluating on {split}", len(positions)) as bar:
-        for batch in positions.split(BATCH_SIZE):
-            labels = data.labels[batch].to(device)
-            with autocast:
-                logits = model(data.images[batch].to(device)).float()
-            correct += (logits.argmax(dim=1) == labels).sum()
-            loss += F.cross_entropy(logits, labels, reduction="sum")
+    mine = hardware.share(positions)
+    with progress(f"evaluating on {split}", len(mine)) as bar:
+        for batch in mine.split(BATCH_SIZE):
+            labels = data.labels[batch].to(hardware.device)
+            with hardware.autocast():
+                logits = model(data.images[batch].to(hardware.device)).float()
+            totals[0] += (logits.argmax(dim=1) == labels).sum()
+            totals[1] += F.cross_entropy(logits, labels, reduction="sum")
             bar.advance(len(batch))
     model.train(was_training)
-    return {"accuracy": correct.item() / len(positions), "loss": loss.item() / len(positions)}
+    correct, loss = hardware.sum(totals).tolist()
+    return {"accuracy": correct / len(positions), "loss": loss / len(positions)}

@@ -16,7 +16,9 @@ PLACES = (
     "train.device",
     "train.threads",
     "train.resume",
-    "distillation.outputs",
+    "train.compile",
+    "train.profile",
+    "distillation.cache_max_gb",
     "sweep",
 )
 
@@ -37,7 +39,8 @@ def effective(settings: Mapping[str, Any], needs_teacher: bool) -> dict[str, Any
     flat = {key: canonical(value) for key, value in flatten(settings).items() if key != "teacher.freeze"}
     if needs_teacher:
         return flat
-    return {key: value for key, value in flat.items() if not key.startswith("teacher.") and key != "loss.temperature"}
+    without = ("teacher.", "distillation.", "loss.temperature")
+    return {key: value for key, value in flat.items() if not key.startswith(without)}
 
 
 def what_matters(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,6 +50,8 @@ def what_matters(flat: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in flat.items()
         if key not in PLACES and not key.startswith(tuple(f"{place}." for place in PLACES))
     }
+    if matters.get("distillation.outputs") != "views":  # else only where the same answers come from
+        matters = {key: value for key, value in matters.items() if not key.startswith("distillation.")}
     if str(matters.get("loss.alpha")) == "0":
         matters = {key: value for key, value in matters.items() if not key.startswith("loss.")}
         matters["loss._target_"] = "kdpipe.losses.CrossEntropy"

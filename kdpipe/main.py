@@ -6,17 +6,15 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 import hydra
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from kdpipe import config as settings
@@ -28,17 +26,20 @@ from kdpipe.build import (
     build_parts,
     check_values,
     forget_data,
-    use_device,
+    use_hardware,
 )
 from kdpipe.checkpoint import save_weights
 from kdpipe.claim import Claim, ClaimedError, claim
 from kdpipe.data import ImageDataset
 from kdpipe.errors import one_line
 from kdpipe.evaluate import evaluate
+from kdpipe.hardware import Hardware
 from kdpipe.models import Classifier, size_mb
+from kdpipe.profiling import traced, traces
 from kdpipe.report import epoch_line, result_table
+from kdpipe.shortcuts import answer_in_advance, build_features, build_views
 from kdpipe.store import WEIGHTS, check_uri, store_uri
-from kdpipe.teacher import Teacher, teach_from_cache
+from kdpipe.teacher import Teacher
 from kdpipe.train import batches, fit, named
 
 log = logging.getLogger("kdpipe")
@@ -55,7 +56,7 @@ def run(config: DictConfig) -> float:
         The objective of a search: accuracy on the validation images, or on the test images where there are none.
     """
     check_values(config)
-    device, autocast = use_device(config)
+    hardware = use_hardware(config)
     uri = store_uri(config.tracking.uri, Path(config.output_dir))
     check_uri(uri)
     build_data(config.dataset)
@@ -63,67 +64,97 @@ def run(config: DictConfig) -> float:
     from kdpipe import tracking  # imports mlflow, which takes seconds: after what can fail sooner
 
     tracker = tracking.Tracker(uri, config.tracking.experiment, Path(config.output_dir) / "mlartifacts")
+    if hardware.rank > 0:  # computes, while the first process keeps the books
+        return follow(config, build_parts(config, tracker, {}), tracker, hardware)
     with claim(Path(HydraConfig.get().runtime.output_dir)) as claimed:
         tracker.close_abandoned(claimed.last_run)
         parts = build_parts(config, tracker, {})
-        if config.train.resume == "auto" and (finished := tracker.find_finished(parts.tags)):
+        if finished := find_finished(config, parts, tracker):
             log.info("this run is finished already (train.resume=never trains anew)")
             tracker.restore(finished.id, claimed.folder)
             show_result(finished.metrics, config, tracker.link(finished.id))
             return objective(finished.metrics)
-        return train(config, parts, tracker, claimed, device, autocast)
+        return lead(config, parts, tracker, claimed, hardware)
 
 
-def train(
-    config: DictConfig, parts: Parts, tracker: Any, claimed: Claim, device: torch.device, autocast: torch.autocast
-) -> float:
-    """fit → test → cost, in a run of MLflow."""
-    data, teacher = parts.data, parts.teacher
-    loss = build_loss(config).to(device)
-    augment = instantiate(config.augmentation)
-    teacher = teacher.to(device) if teacher else None
-    model = parts.model.to(device)
-    steps_per_epoch = len(batches(data.splits["train"], config.train.batch_size))
-    optimizer, scheduler = build_optimizer(config, model, loss, steps_per_epoch)
-    folder = claimed.folder
+def find_finished(config: DictConfig, parts: Parts, tracker: Any) -> Any:
+    """The finished run that this one would repeat, if any."""
+    return tracker.find_finished(parts.tags) if config.train.resume == "auto" else None
+
+
+def lead(config: DictConfig, parts: Parts, tracker: Any, claimed: Claim, hardware: Hardware) -> float:
+    """Learn, in a run of MLflow."""
     params = settings.logged_params(config)
-    name, tags = settings.run_name(config), run_tags(config, parts)
-    with tracker.run(name, folder, params, tags, on_start=claimed.starts) as current:
-        describe_inputs(config, current, tracker, data)
-        if teacher and augment is None and config.distillation.outputs != "online" and config.train.epochs > 0:
-            precision = config.train.precision.replace("auto", "float32")
-            teach_from_cache(teacher, data, Path(config.output_dir) / "cache" / "teacher", device, autocast, precision)
-
-        metrics = fit(
-            model,
-            loss,
-            optimizer,
-            scheduler,
-            data,
-            teacher=teacher,
-            augment=augment,
-            epochs=config.train.epochs,
-            batch_size=config.train.batch_size,
-            seed=config.seed,
-            device=device,
-            autocast=autocast,
-            select_best=config.train.select == "best",
-            test_each_epoch=config.train.test_each_epoch,
-            on_epoch=partial(report_epoch, current, config.train.epochs),
-        )
-        save_weights(model.network, folder / WEIGHTS, data.class_names)
-        current.save(folder / WEIGHTS)
-
-        metrics |= named("test", evaluate(model, data, "test", device, autocast))
-        metrics |= cost(model, teacher)
+    name, tags = settings.run_name(config), run_tags(config, parts, hardware)
+    with tracker.run(name, claimed.folder, params, tags, on_start=claimed.starts) as current:
+        describe_inputs(config, current, tracker, parts.data)
+        with traced(claimed.folder, config.train.profile) as on_step:
+            metrics = learn(config, parts, hardware, partial(report_epoch, current, config.train.epochs), on_step)
+        save_weights(parts.model.network, claimed.folder / WEIGHTS, parts.data.class_names)
+        for file in (claimed.folder / WEIGHTS, *traces(claimed.folder)):
+            current.save(file)
         current.log(metrics, step=config.train.epochs)
     show_result(metrics, config, tracker.link(current.id))
     return objective(metrics)
 
 
-def run_tags(config: DictConfig, parts: Parts) -> dict[str, str]:
+def follow(config: DictConfig, parts: Parts, tracker: Any, hardware: Hardware) -> float:
+    """Learn as one of several processes."""
+    if finished := find_finished(config, parts, tracker):
+        return objective(finished.metrics)
+    return objective(learn(config, parts, hardware, lambda epoch, metrics: None, lambda: None))
+
+
+def learn(
+    config: DictConfig,
+    parts: Parts,
+    hardware: Hardware,
+    on_epoch: Callable[[int, dict[str, float]], None],
+    on_step: Callable[[], None],
+) -> dict[str, float]:
+    """optimizer → fit → test → cost; the trained weights are in `parts.model`."""
+    train, device = config.train, hardware.device
+    loss = build_loss(config).to(device)
+    model = parts.model.to(device)
+    teacher = parts.teacher.to(device) if parts.teacher else None
+    views = build_views(config, parts.data, teacher is not None)
+    if teacher and train.epochs > 0:
+        answer_in_advance(config, teacher, parts.data, views, hardware)
+    # A head on a frozen backbone trains on the backbone's features, as if they were the images.
+    features = None if views else build_features(config, model, teacher, parts.data, hardware)
+    learner, data = (model.head, features) if features else (model, parts.data)
+    data = data.near(device)
+    if teacher:
+        teacher.stay_near(data.splits["train"].device)
+    steps_per_epoch = len(batches(data.splits["train"], train.batch_size, hardware.processes))
+    optimizer, scheduler = build_optimizer(config, learner, loss, steps_per_epoch)
+    if train.compile is True:
+        learner.compile()
+
+    metrics = fit(
+        hardware.distribute(learner),
+        loss,
+        optimizer,
+        scheduler,
+        data,
+        teacher=teacher,
+        views=views,
+        epochs=train.epochs,
+        batch_size=train.batch_size,
+        seed=config.seed,
+        hardware=hardware,
+        select_best=train.select == "best",
+        test_each_epoch=train.test_each_epoch,
+        on_epoch=on_epoch,
+        on_step=on_step,
+    )
+    metrics |= named("test", evaluate(learner, data, "test", hardware))
+    return metrics | cost(model, teacher)
+
+
+def run_tags(config: DictConfig, parts: Parts, hardware: Hardware) -> dict[str, str]:
     """What a run is found by, in MLflow's UI too."""
-    tags = {**parts.tags, "kdpipe.data": parts.data.fingerprint}
+    tags = {**parts.tags, "kdpipe.data": parts.data.fingerprint, "kdpipe.hardware": hardware.described}
     if parts.teacher_source:
         tags["kdpipe.teacher_run"] = parts.teacher_source
     if config.sweep.job:
@@ -203,6 +234,9 @@ def details_to_file_only() -> None:
 def cli() -> None:
     """`kdpipe` and `python -m kdpipe`: errors as one line, exit status 1; 130 and 143 when interrupted."""
     forget_data()
+    if int(os.environ.get("RANK", 0)) > 0:  # one of several processes that torchrun started tells of their work
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+        logging.getLogger("kdpipe").setLevel(logging.ERROR)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminated)
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"

@@ -15,7 +15,7 @@ from hydra.core.utils import JobStatus
 from omegaconf import DictConfig
 
 from kdpipe import config as settings
-from kdpipe.build import KnownTeachers, check_values, use_device
+from kdpipe.build import KnownTeachers, check_values, use_hardware
 from kdpipe.claim import ClaimedError, claim, wait_until_free
 from kdpipe.errors import one_line
 from kdpipe.grid import Axes, Planned, check_shared, compose, describe, expand, identity_of, plan
@@ -65,7 +65,7 @@ def run_sweep(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
     first = configs[0]
     if "submitit" not in first.hydra.launcher._target_:  # a cluster's nodes have other devices than this machine
         for config in configs:
-            use_device(config)
+            use_hardware(config)
     uri = store_uri(first.tracking.uri, Path(first.output_dir))
     check_uri(uri)
 

@@ -12,8 +12,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from kdpipe.checkpoint import State, copy_state
 from kdpipe.data import ImageDataset
-from kdpipe.data.augmentation import Augmentation, epoch_draws
+from kdpipe.data.augmentation import Views
 from kdpipe.evaluate import evaluate
+from kdpipe.hardware import Hardware
 from kdpipe.progress import progress
 from kdpipe.randomness import derive_seed, generator
 from kdpipe.teacher import Teacher
@@ -27,20 +28,21 @@ def fit(
     data: ImageDataset,
     *,
     teacher: Teacher | None,
-    augment: Augmentation | None,
+    views: Views | None,
     epochs: int,
     batch_size: int,
     seed: int,
-    device: torch.device,
-    autocast: torch.autocast,
+    hardware: Hardware,
     select_best: bool,
     test_each_epoch: bool,
     on_epoch: Callable[[int, dict[str, float]], None],
+    on_step: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Train `model` on the training images, and call `on_epoch(epoch, metrics)` after each epoch, counted from 1.
 
     Args:
         teacher: gives the soft targets, on the views that the model sees; None where the loss needs none.
+        views: what each epoch sees; None for the images as they are stored.
         select_best: leave the model with the weights of the best validation accuracy (the first of equals) instead of
             the last ones.
         test_each_epoch: measure on the test images after each epoch but the last, which is tested by the caller.
@@ -53,7 +55,7 @@ def fit(
     has_validation = "validation" in data.splits
     selected: dict[str, float] = {"selected/epoch": 0}
     if has_validation and epochs == 0:
-        selected["selected/accuracy"] = evaluate(model, data, "validation", device, autocast)["accuracy"]
+        selected["selected/accuracy"] = evaluate(model, data, "validation", hardware)["accuracy"]
     best_state: State = {}
     for epoch in range(1, epochs + 1):
         metrics = train_epoch(
@@ -63,13 +65,13 @@ def fit(
             scheduler,
             data,
             teacher=teacher,
-            augment=augment,
+            views=views,
             epoch=epoch,
             epochs=epochs,
             batch_size=batch_size,
             seed=seed,
-            device=device,
-            autocast=autocast,
+            hardware=hardware,
+            on_step=on_step,
         )
         if not math.isfinite(metrics["train/loss"]):
             raise ValueError(
@@ -77,9 +79,9 @@ def fit(
                 f"a lower optimizer.lr than {metrics['train/learning_rate']:g} may help"
             )
         if has_validation:
-            metrics |= named("val", evaluate(model, data, "validation", device, autocast))
+            metrics |= named("val", evaluate(model, data, "validation", hardware))
         if test_each_epoch and epoch < epochs:
-            metrics |= named("test", evaluate(model, data, "test", device, autocast))
+            metrics |= named("test", evaluate(model, data, "test", hardware))
         on_epoch(epoch, metrics)
         if not select_best or metrics["val/accuracy"] > selected.get("selected/accuracy", -1):
             selected["selected/epoch"] = epoch
@@ -100,46 +102,51 @@ def train_epoch(
     data: ImageDataset,
     *,
     teacher: Teacher | None,
-    augment: Augmentation | None,
+    views: Views | None,
     epoch: int,
     epochs: int,
     batch_size: int,
     seed: int,
-    device: torch.device,
-    autocast: torch.autocast,
+    hardware: Hardware,
+    on_step: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """One pass over the training images; the loss's parts and the accuracy, averaged over them as they were seen."""
     model.train()
     started = time.perf_counter()
-    positions = data.splits["train"]
-    order = positions[torch.randperm(len(positions), generator=generator(seed, f"order/{epoch}"))]
-    draws = epoch_draws(seed, epoch, len(data.labels)) if augment else None
-    totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
+    positions = data.splits["train"]  # on the device where the images are, if they fit
+    shuffled = torch.randperm(len(positions), generator=generator(seed, f"order/{epoch}"))
+    order = positions[shuffled.to(positions.device)]
+    draws = views.draws(epoch).to(positions.device) if views else None
+    totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=hardware.device))
     learning_rate = optimizer.param_groups[0]["lr"]
     seen = 0
     with progress(f"epoch {epoch}/{epochs}", len(order)) as bar:
-        for batch in batches(order, batch_size):
-            images, labels = data.images[batch].to(device), data.labels[batch].to(device)
-            if augment and draws is not None:
-                images = augment(images, draws[batch].to(device))
-            with autocast:
-                targets = teacher(images, batch).float() if teacher else None
+        for whole_batch in batches(order, batch_size, hardware.processes):
+            batch = hardware.share(whole_batch)
+            images = data.images[batch].to(hardware.device, non_blocking=True)
+            labels = data.labels[batch].to(hardware.device, non_blocking=True)
+            if views and draws is not None:
+                images = views.augment(images, draws[batch].to(hardware.device, non_blocking=True))
+            with hardware.autocast():
+                targets = teacher(images, batch, epoch).float() if teacher else None
                 logits = model(images).float()
             parts = loss(logits, targets, labels, batch, epoch)
             optimizer.zero_grad()
-            parts["loss"].backward()
+            # Gradients are averaged over processes, whose shares of a batch may differ by an image.
+            (parts["loss"] * (len(batch) * hardware.processes / len(whole_batch))).backward()
             optimizer.step()
             scheduler.step()
+            on_step()
 
             for name, value in parts.items():
                 totals[name] += value.detach() * len(batch)
             totals["accuracy"] += (logits.argmax(dim=1) == labels).sum()
             seen += len(batch)
-            bar.advance(len(batch))
+            bar.advance(len(whole_batch))
             if bar.wants_note():
                 mean = {name: total.item() / seen for name, total in totals.items()}
                 bar.note(f"loss {mean['loss']:.4f}  accuracy {mean['accuracy']:.1%}")
-    metrics = {f"train/{name}": total.item() / len(order) for name, total in totals.items()}
+    metrics = {f"train/{name}": hardware.sum(total).item() / len(order) for name, total in totals.items()}
     return metrics | {
         "train/learning_rate": learning_rate,
         "train/images_per_second": len(order) / (time.perf_counter() - started),
@@ -151,9 +158,10 @@ def named(prefix: str, measured: dict[str, float]) -> dict[str, float]:
     return {f"{prefix}/{name}": value for name, value in measured.items()}
 
 
-def batches(order: Tensor, batch_size: int) -> list[Tensor]:
-    """`order` in pieces of `batch_size`; a last piece of one image joins the one before, BatchNorm needs two."""
+def batches(order: Tensor, batch_size: int, processes: int = 1) -> list[Tensor]:
+    """`order` in pieces of `batch_size`; a last piece of less than two images for each process joins the one before,
+    BatchNorm needs two."""
     pieces = list(order.split(batch_size))
-    if len(pieces) > 1 and len(pieces[-1]) == 1 and batch_size > 1:
+    if len(pieces) > 1 and len(pieces[-1]) < 2 * processes <= batch_size:
         pieces[-2:] = [torch.cat(pieces[-2:])]
     return pieces

@@ -7,9 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kdpipe.data.augmentation import DRAWS, CropFlip, epoch_draws
+from kdpipe.data.augmentation import DRAWS, CropFlip, Views
 
 ALMOST_ONE = 1 - 2**-24  # the largest number that torch.rand gives
+
+
+def epoch_draws(seed: int, epoch: int, num_images: int, number: int | None = None) -> torch.Tensor:
+    return Views(CropFlip(), "crop_flip", num_images, seed, number).draws(epoch)
 
 
 def as_tensor(*images) -> Tensor:
@@ -167,3 +171,11 @@ def test_the_draws_of_an_image_do_not_depend_on_how_many_images_follow():
 def test_flip_is_true_or_false(flip):
     with pytest.raises(ValueError, match=rf"augmentation\.flip={flip}: true or false is accepted"):
         CropFlip(flip)
+
+
+def test_so_many_views_are_seen_in_turn_by_all_seeds_alike() -> None:
+    first, second, third, fourth = (epoch_draws(0, epoch, 20, number=3) for epoch in (1, 2, 3, 4))
+    assert torch.equal(first, fourth)
+    assert not torch.equal(first, second) and not torch.equal(second, third)
+    assert torch.equal(first, epoch_draws(1, 1, 20, number=3))
+    assert not torch.equal(epoch_draws(0, 1, 20), epoch_draws(1, 1, 20))

@@ -150,10 +150,14 @@ def test_places_are_left_out_whole() -> None:
 ROOMS = {
     "models": {"checks"},
     "losses": {"checks"},
-    "data": {"checks", "progress", "randomness"},
-    "train": {"data", "models", "losses", "evaluate", "teacher", "checkpoint", "progress", "randomness"},
-    "evaluate": {"data", "models", "progress"},
-    "teacher": {"data", "models", "evaluate", "progress"},
+    "data": {"cache", "checks", "progress", "randomness"},
+    "train": {"data", "models", "losses", "evaluate", "teacher", "checkpoint", "hardware", "progress", "randomness"},
+    "evaluate": {"data", "models", "hardware", "progress"},
+    "teacher": {"data", "models"},
+    "outputs": {"cache", "data", "evaluate", "hardware", "models", "progress"},
+    "hardware": set(),
+    "profiling": set(),
+    "cache": set(),
     "claim": set(),
     "checkpoint": {"models"},
     "compare": {"identity", "report", "store", "tracking"},
@@ -166,7 +170,7 @@ ROOMS = {
     "randomness": set(),
     "schedulers": {"checks"},
 }
-HYDRA_ROOMS = {"main", "build", "config", "errors", "grid", "sweep"}
+HYDRA_ROOMS = {"main", "build", "shortcuts", "config", "errors", "grid", "sweep"}
 ONLY_IN = {"mlflow": {"tracking"}, "hydra": HYDRA_ROOMS, "omegaconf": HYDRA_ROOMS}
 
 

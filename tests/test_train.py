@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.data import ImageDataset, split
-from kdpipe.data.augmentation import CropFlip
+from kdpipe.data.augmentation import CropFlip, Views
 from kdpipe.data.digits import digits
+from kdpipe.hardware import Hardware
 from kdpipe.losses import KD, CrossEntropy
 from kdpipe.models import Classifier
 from kdpipe.models.resnet import ResNet
@@ -13,7 +14,7 @@ from kdpipe.schedulers import constant
 from kdpipe.teacher import Teacher
 from kdpipe.train import batches, fit
 
-CPU = torch.device("cpu")
+CPU = Hardware(torch.device("cpu"))
 
 
 def some_digits() -> ImageDataset:
@@ -24,7 +25,7 @@ def classifier() -> Classifier:
     return Classifier(ResNet(8, 10), 8, [0.5] * 3, [0.5] * 3)
 
 
-class Views(nn.Module):
+class Kept(nn.Module):
     """A loss that keeps what it is given."""
 
     def __init__(self, loss: nn.Module) -> None:
@@ -53,28 +54,27 @@ class Seen(CropFlip):
         return self.views[-1]
 
 
-def trained(loss: nn.Module, teacher: Teacher | None, seed: int = 0) -> tuple[Views, Seen]:
+def trained(loss: nn.Module, teacher: Teacher | None, seed: int = 0) -> tuple[Kept, Seen]:
     torch.manual_seed(0)
-    model, views, seen = classifier(), Views(loss), Seen()
+    model, kept, seen = classifier(), Kept(loss), Seen()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     fit(
         model,
-        views,
+        kept,
         optimizer,
         constant(optimizer, 2, 1),
         some_digits(),
         teacher=teacher,
-        augment=seen,
+        views=Views(seen, "seen", len(some_digits().labels), seed),
         epochs=2,
         batch_size=50,
         seed=seed,
-        device=CPU,
-        autocast=torch.autocast("cpu", enabled=False),
+        hardware=CPU,
         select_best=False,
         test_each_epoch=False,
         on_epoch=lambda epoch, metrics: None,
     )
-    return views, seen
+    return kept, seen
 
 
 def test_the_arms_of_one_seed_share_batches_and_views_teacher_or_not() -> None:
@@ -88,8 +88,8 @@ def test_the_arms_of_one_seed_share_batches_and_views_teacher_or_not() -> None:
 
 
 def test_each_epoch_sees_each_training_image_once_in_another_order() -> None:
-    views, _ = trained(CrossEntropy(), None)
-    first, second = torch.cat(views.indices).chunk(2)
+    kept, _ = trained(CrossEntropy(), None)
+    first, second = torch.cat(kept.indices).chunk(2)
     assert not torch.equal(first, second)
     assert first.sort().values.tolist() == second.sort().values.tolist() == some_digits().splits["train"].tolist()
 
@@ -102,7 +102,7 @@ def test_a_teacher_stays_as_it_is() -> None:
     assert not any(module.training for module in teacher.classifier.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
-    assert not teacher(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.zeros(1).long()).requires_grad
+    assert not teacher(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.zeros(1).long(), 1).requires_grad
 
 
 def test_a_last_image_by_itself_joins_the_batch_before() -> None:

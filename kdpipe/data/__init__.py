@@ -3,6 +3,6 @@
 `split` makes of it the `ImageDataset` that the engine trains and tests on.
 """
 
-from kdpipe.data.dataset import ImageDataset, Source, split
+from kdpipe.data.dataset import ImageDataset, Rows, Source, split
 
-__all__ = ["ImageDataset", "Source", "split"]
+__all__ = ["ImageDataset", "Rows", "Source", "split"]

@@ -1,11 +1,12 @@
 """Augmentation: once per view, at the stored size; what comes out is what student and teacher both see.
 
 An augmentation is called as `augment(images, draws)`: uint8 [N, C, H, W] and float [N, DRAWS] in [0, 1), the random
-numbers of each image. They depend on the seed, the epoch and the image alone (see `epoch_draws`), so that any order
-of images gives the same views.
+numbers of each image. They depend on the seed, the epoch and the image alone (see `Views`), so that any order of images
+gives the same views.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,29 @@ DRAWS = 3  # random numbers for each image: row, column, flip
 Augmentation = Callable[[Tensor, Tensor], Tensor]
 
 
-def epoch_draws(seed: int, epoch: int, num_images: int) -> Tensor:
-    """The random numbers of every image of a data set in one epoch: float [num_images, DRAWS] in [0, 1)."""
-    return torch.rand(num_images, DRAWS, generator=generator(seed, f"augmentation/{epoch}"))
+@dataclass(frozen=True)
+class Views:
+    """What an augmentation makes of the images of a data set in each epoch.
+
+    Attributes:
+        described: the augmentation and its settings, as text.
+        number: None for new views in each epoch. K for the same K views in turn, which do not depend on `seed`: what a
+            teacher says of them serves all seeds.
+    """
+
+    augment: Augmentation
+    described: str
+    num_images: int
+    seed: int
+    number: int | None = None
+
+    def draws(self, epoch: int) -> Tensor:
+        """The random numbers of every image in an epoch, counted from 1: float [num_images, DRAWS] in [0, 1)."""
+        if self.number is None:
+            stream = generator(self.seed, f"augmentation/{epoch}")
+        else:
+            stream = generator(0, f"view/{(epoch - 1) % self.number}")
+        return torch.rand(self.num_images, DRAWS, generator=stream)
 
 
 def no_augmentation() -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from sklearn.model_selection import train_test_split
@@ -44,6 +44,25 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Something known of some images of a data set, by their positions there.
+
+    Args:
+        positions: int64 [n], sorted.
+        values: [n, …].
+    """
+
+    positions: Tensor
+    values: Tensor
+
+    def __getitem__(self, positions: Tensor) -> Tensor:
+        return self.values[torch.searchsorted(self.positions, positions)]
+
+    def to(self, device: torch.device) -> "Rows":
+        return Rows(self.positions.to(device), self.values.to(device))
+
+
+@dataclass(frozen=True)
 class ImageDataset:
     """Images, labels and the positions of each split: "train", "test", and "validation" unless it is empty.
 
@@ -51,7 +70,7 @@ class ImageDataset:
     """
 
     name: str
-    images: Tensor  # uint8 [N, C, H, W]
+    images: Tensor  # uint8 [N, C, H, W], or Rows of what a frozen backbone makes of them
     labels: Tensor  # int64 [N]
     class_names: tuple[str, ...]
     splits: dict[str, Tensor]  # positions, int64 [n]
@@ -60,6 +79,17 @@ class ImageDataset:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    def near(self, device: torch.device) -> "ImageDataset":
+        """The same on a GPU, where it takes less than half of the GPU's free memory."""
+        if device.type != "cuda":
+            return self
+        values = self.images.values if isinstance(self.images, Rows) else self.images
+        free, _ = torch.cuda.mem_get_info(device)
+        if values.nbytes > free / 2:
+            return self
+        splits = {name: positions.to(device) for name, positions in self.splits.items()}
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device), splits=splits)
 
 
 def split(

@@ -5,20 +5,18 @@ import io
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from kdpipe.cache import META, keep, mapped_array, new_array
 from kdpipe.checks import check_choice, check_number
 from kdpipe.data.dataset import Source
 from kdpipe.progress import progress
@@ -78,18 +76,13 @@ def decoded_source(
     }
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     entry = Path(cache_dir) / key
-    Path(cache_dir).mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{entry}.lock"):  # two runs that start at once decode once
-        if not _is_complete(entry):
-            with _new_entry(entry) as folder:
-                _decode(files, class_names, image_size, on_bad_image, split_of, folder)
-    kept = json.loads((entry / "meta.json").read_text())
+    keep(entry, _is_complete, lambda folder: _decode(files, class_names, image_size, on_bad_image, split_of, folder))
+    kept = json.loads((entry / META).read_text())
     if kept["bad"]:
         bad = len(kept["bad"])
         log.warning("dataset.on_bad_image=skip: %d of %d files are no readable images, left out", bad, len(files))
     return Source(
-        # Copy-on-write: PyTorch wants memory that it could write to.
-        images=torch.from_numpy(np.load(entry / "images.npy", mmap_mode="c")),
+        images=mapped_array(entry / "images.npy"),
         labels=torch.from_numpy(np.load(entry / "labels.npy")),
         class_names=class_names,
         given=_given_splits(kept["names"], split_of),
@@ -128,7 +121,7 @@ def _decode(
         height = width = image_size
     other_sizes: list[str] = []
     shape = (len(files), 3, height, width)
-    images = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+    images = new_array(folder / "images.npy", shape, np.uint8)
 
     def decode_one(position: int) -> None:
         try:
@@ -170,9 +163,7 @@ def _decode(
         if label not in labels:
             raise ValueError(f"dataset.root: class {class_name} has no readable image; each class needs one")
     if bad:
-        compact = np.lib.format.open_memmap(
-            folder / "good.npy", mode="w+", dtype=np.uint8, shape=(len(good), 3, height, width)
-        )
+        compact = new_array(folder / "good.npy", (len(good), 3, height, width), np.uint8)
         for row, position in enumerate(good):
             compact[row] = images[position]
         compact.flush()
@@ -184,8 +175,9 @@ def _decode(
     if lost := {split_of(file.name) for file in files} - {split_of(name) for name in kept}:
         raise ValueError(f"dataset.root: the {lost.pop() or 'train'} folder has no readable image; it needs one")
     source = Source(torch.from_numpy(images), torch.from_numpy(labels), class_names, _given_splits(kept, split_of))
-    meta = {"names": kept, "bad": bad, "fingerprint": source.fingerprint}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    about = f"{len(good):,} images, {width}×{height}"
+    meta = {"about": about, "names": kept, "bad": bad, "fingerprint": source.fingerprint}
+    (folder / META).write_text(json.dumps(meta))
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -205,31 +197,24 @@ def _first_size(files: Sequence[ImageFile]) -> tuple[int, int]:
 def _is_complete(entry: Path) -> bool:
     """Whether an entry can be used: a torn one counts as absent."""
     try:
-        names = json.loads((entry / "meta.json").read_text())["names"]
-        images = np.load(entry / "images.npy", mmap_mode="r")
+        names = json.loads((entry / META).read_text())["names"]
+        images = np.lib.format.open_memmap(entry / "images.npy", mode="r")
         return len(names) == len(images) == len(np.load(entry / "labels.npy"))
     except (OSError, ValueError, KeyError, EOFError):
         return False
 
 
-@contextmanager
-def _new_entry(entry: Path) -> Iterator[Path]:
-    """A folder to write to, that becomes `entry` when all went well and vanishes when not."""
-    folder = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", dir=entry.parent))
-    try:
-        yield folder
-        shutil.rmtree(entry, ignore_errors=True)
-        folder.replace(entry)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def files_below(root: Path) -> list[Path]:
     """The files below `root`, sorted, without those that operating systems leave behind."""
-    return sorted(
-        path
-        for path in root.rglob("*")
-        if path.name not in ("Thumbs.db", "desktop.ini")
-        and not any(part.startswith(".") for part in path.relative_to(root).parts)
-        and path.is_file()
-    )
+    return sorted(Path(path) for path in _paths_below(root)) if root.is_dir() else []
+
+
+def _paths_below(folder: Path | str) -> Iterator[str]:
+    with os.scandir(folder) as found:  # tells files from folders without a question for each to the file system
+        for item in found:
+            if item.name.startswith(".") or item.name in ("Thumbs.db", "desktop.ini"):
+                continue
+            if item.is_dir():
+                yield from _paths_below(item.path)
+            elif item.is_file():
+                yield item.path

@@ -44,7 +44,7 @@ class Classifier(nn.Module):
         check_numbers(f"{key}.std", std, above=0)
         if len(mean) != len(std):
             raise ValueError(f"{key}.std={list(std)}: as many values as in {key}.mean={list(mean)} are accepted")
-        self.network = network
+        self.network = network.to(memory_format=torch.channels_last)
         self.image_size = image_size
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
@@ -69,14 +69,38 @@ class Classifier(nn.Module):
             raise ValueError(f"images of {images.shape[1]} channels, but the network takes {channels} (or 1)")
         pixels = images.float() / 255
         size = (self.image_size, self.image_size)
-        if pixels.shape[-2:] != size:
-            pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
+        if max(pixels.shape[-2:]) > self.image_size:
+            return self._normalise(F.interpolate(pixels, size=size, mode="bilinear", antialias=True))
+        # Enlarging: normalising first is the same and costs less, and there is nothing that could alias.
+        pixels = self._normalise(pixels)
+        return pixels if pixels.shape[-2:] == size else F.interpolate(pixels, size=size, mode="bilinear")
+
+    def _normalise(self, pixels: Tensor) -> Tensor:
         return (pixels - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, classes] of uint8 images [N, C, H, W]."""
         logits: Tensor = self.network(self.preprocess(images))
         return logits
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the head is given, float [N, …], for uint8 images [N, C, H, W]."""
+        caught: list[Tensor] = []
+        hook = self.head.register_forward_pre_hook(lambda head, inputs: caught.append(inputs[0]))
+        try:
+            self(images)
+        finally:
+            hook.remove()
+        return caught[-1]
+
+    @torch.no_grad()
+    def ends_with_head(self, images: Tensor) -> bool:
+        """Whether nothing comes after the head, so that the features are all it takes; told from a few images."""
+        was_training = self.training
+        self.eval()
+        logits, answer = self(images), self.head(self.features(images))
+        self.train(was_training)
+        return logits.shape == answer.shape and torch.allclose(logits, answer)
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

@@ -112,10 +112,12 @@ def load_imagenet(key: str, network: nn.Module, name: str) -> None:
     assert all(name.startswith(head) for name in incompatible.missing_keys), incompatible.missing_keys
 
 
-def weights_digest(network: nn.Module) -> str:
-    """16 hex digits that stand for a network's weights."""
+def weights_digest(network: nn.Module, without: str | None = None) -> str:
+    """16 hex digits that stand for a network's weights, all but those of the submodule `without`."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
+        if without is not None and name.startswith(f"{without}."):
+            continue
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

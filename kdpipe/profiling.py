@@ -1,0 +1,38 @@
+"""Where the time of a training step goes."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+TRACE = "trace.json.gz"  # for chrome://tracing or https://ui.perfetto.dev
+TABLE = "profile.txt"  # the operators that took longest
+SKIPPED, WARM_UP, RECORDED = 10, 2, 5  # steps
+
+
+@contextmanager
+def traced(folder: Path, wanted: bool) -> Iterator[Callable[[], None]]:
+    """A function to call after each training step: after a few of them, the next ones are traced into `folder`."""
+    for name in (TRACE, TABLE):
+        (folder / name).unlink(missing_ok=True)
+    if not wanted:
+        yield lambda: None
+        return
+
+    def keep(finished: profile) -> None:
+        finished.export_chrome_trace(str(folder / TRACE))
+        averages = finished.key_averages(group_by_input_shape=True)
+        by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        (folder / TABLE).write_text(f"{RECORDED} steps\n{averages.table(sort_by=by, row_limit=25)}\n")
+
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+    plan = schedule(skip_first=SKIPPED, wait=0, warmup=WARM_UP, active=RECORDED, repeat=1)
+    with profile(activities=activities, schedule=plan, on_trace_ready=keep, record_shapes=True) as running:
+        yield running.step
+
+
+def traces(folder: Path) -> list[Path]:
+    """The files that `traced` wrote."""
+    return [folder / name for name in (TRACE, TABLE) if (folder / name).exists()]
