@@ -18,10 +18,11 @@ STORE = $(or $(call given,tracking.uri),$(MLFLOW_TRACKING_URI),sqlite:///$(abspa
 DEMO := dataset=digits tracking.experiment=demo train.epochs=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test teacher student distill sweep compare reproduce ui server lint format clean
+.PHONY: help setup demo test teacher student distill sweep compare reproduce ui server bench cache-info cache-clean \
+	lint format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo '  overrides go in ARGS: make distill ARGS="loss.alpha=0.9 seed=1"'
 
 setup: $(VENV)/ready  ## make .venv with all that kdpipe needs (with uv where it is there, else with pip)
@@ -86,6 +87,15 @@ server: setup  ## an MLflow server over PostgreSQL, for many machines (HOST=0.0.
 	echo "runs go there with tracking.uri=http://$(HOST):$(PORT)"; \
 	$(BIN)/mlflow server --backend-store-uri "$$database" --artifacts-destination "$(abspath $(OUTPUTS))/mlartifacts" \
 		--host $(HOST) --port $(PORT)
+
+bench: setup  ## kdpipe beside the tutorial's loop and the compute limit (ARGS="--root cifar10-jpeg --images 5000")
+	$(BIN)/python tests/benchmarks/bench.py $(ARGS)
+
+cache-info: setup  ## what is kept of decoded images, teachers' answers and features
+	@$(BIN)/python -m kdpipe.cache info --output-dir "$(OUTPUTS)"
+
+cache-clean: setup  ## remove all of it; the next run makes what it needs
+	@$(BIN)/python -m kdpipe.cache clean --output-dir "$(OUTPUTS)"
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

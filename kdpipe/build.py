@@ -131,11 +131,9 @@ def use_hardware(config: DictConfig) -> Hardware:
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     hardware = Hardware(device, precision, distributed.get_rank(), distributed.get_world_size())
-    if train.batch_size < 2 * hardware.processes:
-        raise ValueError(
-            f"train.batch_size={train.batch_size}: shared by {hardware.processes} processes, {2 * hardware.processes} "
-            f"or more are accepted"
-        )
+    if train.batch_size < hardware.processes:
+        number = hardware.processes
+        raise ValueError(f"train.batch_size={train.batch_size}: {number} processes share it, from {number} is accepted")
     return hardware
 
 

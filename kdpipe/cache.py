@@ -7,6 +7,7 @@ import argparse
 import errno
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -37,8 +38,13 @@ def keep(entry: Path, is_whole: Callable[[Path], bool], make: Callable[[Path], N
                 log.warning("%s is damaged: it is made again", entry)
             for left in _unfinished(entry):
                 shutil.rmtree(left)
-            with _new_entry(entry) as folder:
-                make(folder)
+            try:
+                with _new_entry(entry) as folder:
+                    make(folder)
+            except OSError as error:
+                if error.filename is None:  # as when a disk is full
+                    raise OSError(error.errno, error.strerror, str(entry)) from error
+                raise
 
 
 @contextmanager
@@ -72,15 +78,14 @@ def new_array(file: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> np
         OSError: no space for it. All of it is taken at once, because a process that writes to memory-mapped pages on
             a full disk is killed without a word.
     """
-    array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
     try:
+        array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
         if hasattr(os, "posix_fallocate"):
             with file.open("r+b") as opened:
                 os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
     except OSError as error:
-        number = error.errno or 0
-        needed = f"{os.strerror(number)}, {array.nbytes / 1e9:.3g} GB are needed"
-        raise OSError(number, needed, str(file)) from error
+        gigabytes = math.prod(shape) * np.dtype(dtype).itemsize / 1e9
+        raise OSError(error.errno, f"{error.strerror}, {gigabytes:.3g} GB are needed", str(file)) from error
     return array
 
 

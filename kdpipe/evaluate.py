@@ -8,8 +8,6 @@ from kdpipe.data import ImageDataset
 from kdpipe.hardware import Hardware
 from kdpipe.progress import progress
 
-BATCH_SIZE = 250
-
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, data: ImageDataset, split: str, hardware: Hardware) -> dict[str, float]:
@@ -20,7 +18,7 @@ def evaluate(model: nn.Module, data: ImageDataset, split: str, hardware: Hardwar
     positions = data.splits[split]
     mine = hardware.share(positions)
     with progress(f"evaluating on {split}", len(mine)) as bar:
-        for batch in mine.split(BATCH_SIZE):
+        for batch in mine.split(hardware.batch_without_gradients):
             labels = data.labels[batch].to(hardware.device)
             with hardware.autocast():
                 logits = model(data.images[batch].to(hardware.device)).float()

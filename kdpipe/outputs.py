@@ -17,7 +17,6 @@ from kdpipe import __version__
 from kdpipe.cache import META, keep, mapped_array, new_array, read_meta
 from kdpipe.data import ImageDataset, Rows
 from kdpipe.data.augmentation import Views
-from kdpipe.evaluate import BATCH_SIZE
 from kdpipe.hardware import Hardware
 from kdpipe.models import Classifier
 from kdpipe.models.weights import weights_digest
@@ -133,7 +132,7 @@ def work_out(question: Question, shape: tuple[int, ...], folder: Path, hardware:
         for view in range(shape[0]):
             draws = question.views.draws(view + 1) if question.views else None
             done = 0
-            for batch in question.positions.split(BATCH_SIZE):
+            for batch in question.positions.split(hardware.batch_without_gradients):
                 images = data.images[batch].to(hardware.device)
                 if question.views and draws is not None:
                     images = question.views.augment(images, draws[batch].to(hardware.device))

@@ -13,6 +13,7 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.utils import JobStatus
 from omegaconf import DictConfig
+from torch import distributed
 
 from kdpipe import config as settings
 from kdpipe.build import KnownTeachers, check_values, use_hardware
@@ -57,6 +58,10 @@ def run_sweep(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
     Raises:
         ValueError: a bad value in any cell, before the first one trains; cells that failed, after the last one.
     """
+    if distributed.is_torchelastic_launched():
+        raise ValueError(
+            "torchrun: it shares one run between processes; sweeps take hydra/launcher=joblib, a run for each"
+        )
     axes, grid = expand(sweeper, arguments)
     configs = [compose(sweeper, overrides) for overrides in grid]
     for config in configs:

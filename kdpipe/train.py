@@ -159,9 +159,9 @@ def named(prefix: str, measured: dict[str, float]) -> dict[str, float]:
 
 
 def batches(order: Tensor, batch_size: int, processes: int = 1) -> list[Tensor]:
-    """`order` in pieces of `batch_size`; a last piece of less than two images for each process joins the one before,
-    BatchNorm needs two."""
+    """`order` in pieces of `batch_size`; a last piece that is too small for the processes, or of one image, joins the
+    one before: BatchNorm needs two."""
     pieces = list(order.split(batch_size))
-    if len(pieces) > 1 and len(pieces[-1]) < 2 * processes <= batch_size:
+    if len(pieces) > 1 and len(pieces[-1]) < max(2, processes) <= batch_size:
         pieces[-2:] = [torch.cat(pieces[-2:])]
     return pieces

@@ -154,7 +154,7 @@ ROOMS = {
     "train": {"data", "models", "losses", "evaluate", "teacher", "checkpoint", "hardware", "progress", "randomness"},
     "evaluate": {"data", "models", "hardware", "progress"},
     "teacher": {"data", "models"},
-    "outputs": {"cache", "data", "evaluate", "hardware", "models", "progress"},
+    "outputs": {"cache", "data", "hardware", "models", "progress"},
     "hardware": set(),
     "profiling": set(),
     "cache": set(),

@@ -89,6 +89,53 @@ def test_the_same_config_gives_the_same_numbers_to_the_last_digit(kdpipe: Callab
     assert epochs(runs()[0]) != lines[0]
 
 
+def test_caches_and_shortcuts_do_not_change_the_numbers(kdpipe: Callable) -> None:
+    kdpipe(*TEACHER)
+    for distilled in ([], ["model=resnet20", "model.depth=8", "model.freeze=backbone"]):
+        for outputs in ("online", "cached", "auto"):
+            kdpipe(*DISTILL, *distilled, f"distillation.outputs={outputs}", "train.resume=never")
+        kdpipe(*DISTILL, *distilled, "distillation.cache_max_gb=0", "train.resume=never")
+        online, *others = map(epochs, reversed(runs()[:4]))
+        for other in others:
+            assert other == [pytest.approx(epoch, rel=1e-4) for epoch in online]
+
+
+def test_views_whose_answers_are_cached(kdpipe: Callable) -> None:
+    kdpipe(*TEACHER)
+    views = [*DISTILL, "augmentation=crop_flip", "distillation.outputs=views", "distillation.views=2"]
+    outcome = kdpipe(*views)
+    assert outcome.status == 0, outcome.errors
+    assert ", 2 views: worked out in " in outcome.output
+    assert ", 2 views: from the cache" in kdpipe(*views, "seed=1").output
+    assert ", 3 views: worked out in " in kdpipe(*views, "distillation.views=3").output
+    outcome = kdpipe(*views, "seed=2", "distillation.cache_max_gb=0")
+    assert outcome.status == 1
+    assert "distillation.cache_max_gb=0: logits of resnet20" in outcome.errors
+
+
+def test_a_teacher_s_file_that_changed_teaches_anew(kdpipe: Callable) -> None:
+    kdpipe(*TEACHER)
+    (first,) = Path("outputs/runs").glob("*/model.safetensors")
+    kdpipe(*TEACHER, "seed=1")
+    second = next(file for file in Path("outputs/runs").glob("*/model.safetensors") if file != first)
+    file = Path("teacher.safetensors")
+    told = []
+    for weights in (first, second):
+        file.write_bytes(weights.read_bytes())
+        told.append(kdpipe(*DISTILL, f"teacher.weights={file}").output)
+    assert all("worked out in" in output for output in told)
+    assert "this run is finished already" not in told[1]
+
+
+def test_a_profile_is_kept_as_an_artifact(kdpipe: Callable) -> None:
+    kdpipe(*STUDENT, "train.profile=true")
+    (run,) = runs()
+    artifacts = {file.path for file in client().list_artifacts(run.info.run_id)}
+    assert artifacts == {"config.yaml", "model.safetensors", "profile.txt", "trace.json.gz"}
+    table = next(Path("outputs/runs").glob("*/profile.txt")).read_text()
+    assert "convolution_backward" in table
+
+
 def test_a_finished_run_is_shown_and_not_repeated(kdpipe: Callable) -> None:
     first = kdpipe(*STUDENT)
     second = kdpipe(*STUDENT, "train.device=cpu")  # where it runs is no part of what it is

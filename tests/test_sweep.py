@@ -94,11 +94,11 @@ def test_a_sweep_has_one_parent_with_its_summary_and_a_child_for_each_run(kdpipe
     assert parent.data.metrics["best/temperature"] in (2, 4)
     assert {run.data.tags["git.commit"] for run in (parent, *children)} == {commit}
     assert f"compare --experiment kdpipe --sweep {sweep}" in outcome.output
-    assert outcome.output.count("answers for 215 training images") == 0  # a run is one line
+    assert outcome.output.count("logits of resnet20 for") == 0  # a run is one line
 
     logs = "".join(file.read_text() for file in Path("outputs/runs").glob("*/kdpipe.log"))
     assert logs.count("s and kept") == 1
-    assert logs.count("training images from the cache") == 3
+    assert logs.count("images of digits: from the cache") == 3
 
 
 def test_what_is_finished_is_not_run_again_and_the_parent_is_the_same(kdpipe: Callable, teacher: Run) -> None:

@@ -70,13 +70,12 @@ class Classifier(nn.Module):
         pixels = images.float() / 255
         size = (self.image_size, self.image_size)
         if max(pixels.shape[-2:]) > self.image_size:
-            return self._normalise(F.interpolate(pixels, size=size, mode="bilinear", antialias=True))
-        # Enlarging: normalising first is the same and costs less, and there is nothing that could alias.
-        pixels = self._normalise(pixels)
-        return pixels if pixels.shape[-2:] == size else F.interpolate(pixels, size=size, mode="bilinear")
-
-    def _normalise(self, pixels: Tensor) -> Tensor:
-        return (pixels - self.mean) / self.std
+            pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
+        # Before images are enlarged it is the same, and costs less.
+        pixels = (pixels - self.mean) / self.std
+        if pixels.shape[-2:] != size:
+            pixels = enlarge(pixels, self.image_size)
+        return pixels.contiguous(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, classes] of uint8 images [N, C, H, W]."""
@@ -108,6 +107,22 @@ class Classifier(nn.Module):
             self.network.eval()
             self.head.train(mode)
         return self
+
+
+def enlarge(pixels: Tensor, size: int) -> Tensor:
+    """Bilinear interpolation of float [N, C, H, W] to [N, C, size, size], channels-last; what is enlarged cannot alias.
+
+    First the width, then the height with each row as one long vector: on a CPU that takes half of the time of both at
+    once, and gives the same but for rounding.
+    """
+    count, channels, height, _ = pixels.shape
+    wide = F.interpolate(pixels, size=(height, size), mode="bilinear")
+    row = size * channels
+    rows = wide.permute(0, 2, 3, 1).contiguous()
+    # Strides that PyTorch takes for channels-last, though a side is 1.
+    vectors = rows.as_strided((count, row, height, 1), (height * row, 1, row, row))
+    tall = F.interpolate(vectors, size=(size, 1), mode="bilinear")
+    return tall.permute(0, 2, 3, 1).reshape(count, size, size, channels).permute(0, 3, 1, 2)
 
 
 def size_mb(module: nn.Module) -> float:

@@ -1,0 +1,52 @@
+"""Several processes share the batches of one run: `torchrun --nproc-per-node 2 -m kdpipe …`, on the CPU with gloo."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+RUN = ["dataset=digits", "dataset.train_fraction=0.3", "augmentation=crop_flip", "train.epochs=2"]
+# 323 images in batches of 107: the last batch is of two images, one for each process.
+DISTILL = [*RUN, "experiment=distill", "model@teacher=resnet20", "train.batch_size=107"]
+
+
+def torchrun(*overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "kdpipe"]
+    return subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=300)
+
+
+def epochs(output_dir: str) -> list[dict[str, float]]:
+    (file,) = Path(output_dir).glob("runs/*/metrics.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
+
+
+def test_two_processes_give_the_losses_of_one(kdpipe: Callable) -> None:
+    teacher = kdpipe(*RUN, "experiment=teacher", "model=resnet20", "train.epochs=1", "output_dir=teacher")
+    assert teacher.status == 0, teacher.errors
+    (weights,) = Path("teacher/runs").glob("*/model.safetensors")
+    taught = [*DISTILL, f"teacher.weights={weights}"]
+    assert kdpipe(*taught, "output_dir=one").status == 0
+    done = torchrun(*taught, "output_dir=two")
+    assert done.returncode == 0, done.stderr
+    assert epochs("two") == [pytest.approx(epoch, rel=1e-3) for epoch in epochs("one")]
+    assert done.stdout.count("epoch 2/2") == 1  # one of them tells
+    (log,) = Path("two/runs").glob("*/kdpipe.log")
+    assert log.read_text().count("epoch 2/2") == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["experiment=student", "train.batch_size=1"], "train.batch_size=1: 2 processes share it, from 2 is accepted"),
+        (["experiment=teacher", "model=resnet20"], "BatchNorm"),
+        (["-m", "experiment=student", "seed=0,1"], "torchrun: it shares one run"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(kdpipe: Callable, overrides: list[str], said: str) -> None:
+    done = torchrun(*overrides, *RUN)
+    assert done.returncode == 1
+    assert said in done.stderr
