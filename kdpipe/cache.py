@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,8 +35,6 @@ def keep(entry: Path, is_whole: Callable[[Path], bool], make: Callable[[Path], N
         if not is_whole(entry):
             if entry.exists():
                 log.warning("%s is damaged: it is made again", entry)
-            for left in _unfinished(entry):
-                shutil.rmtree(left)
             try:
                 with _new_entry(entry) as folder:
                     make(folder)
@@ -49,8 +46,10 @@ def keep(entry: Path, is_whole: Callable[[Path], bool], make: Callable[[Path], N
 
 @contextmanager
 def _new_entry(entry: Path) -> Iterator[Path]:
-    """A folder to write to, that becomes `entry` when all went well and vanishes when not."""
-    folder = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", dir=entry.parent))
+    """A folder to write to, that becomes `entry` when all went well and vanishes when not; under the entry's lock."""
+    folder = entry.with_name(f"{entry.name}.unfinished")
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed process left
+    folder.mkdir()
     try:
         yield folder
         for file in folder.iterdir():
@@ -64,11 +63,6 @@ def _new_entry(entry: Path) -> Iterator[Path]:
 
 def lock_of(entry: Path) -> str:
     return f"{entry}.lock"
-
-
-def _unfinished(entry: Path) -> list[Path]:
-    """What killed processes left of their work on this entry."""
-    return [path for path in entry.parent.glob(f"{entry.name}.*") if path.is_dir()]
 
 
 def new_array(file: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> np.memmap:
@@ -147,9 +141,6 @@ def clean(cache: Path) -> str:
                 removed += size
         except Timeout:
             kept.append(f"{entry.parent.name}/{entry.name}")
-    for lock_file in cache.glob("*/*.lock"):
-        if not any(name.split(".")[0] == f"{lock_file.parent.name}/{lock_file.stem}" for name in kept):
-            lock_file.unlink()
     in_use = f"; left alone, because they are being made: {', '.join(kept)}" if kept else ""
     return f"{removed / 1e6:,.1f} MB removed from {cache}{in_use}"
 

@@ -36,7 +36,7 @@ def one_line(error: BaseException) -> str:
         )
     if isinstance(error, ConfigCompositionException | OmegaConfBaseException):
         return _bad_config(text)
-    if isinstance(error, MemoryError) or "out of memory" in text:
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return f"out of memory; lower train.batch_size or the images' size ({first})"
     if isinstance(error, OSError) and error.filename is not None:
         keys = "output_dir, dataset.root and dataset.cache_dir"

@@ -17,6 +17,7 @@ PLACES = (
     "train.threads",
     "train.resume",
     "train.compile",
+    "optimizer.fused",
     "train.profile",
     "distillation.cache_max_gb",
     "sweep",

@@ -16,6 +16,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from torch import distributed
 
 from kdpipe import config as settings
 from kdpipe.build import (
@@ -65,11 +66,11 @@ def run(config: DictConfig) -> float:
 
     tracker = tracking.Tracker(uri, config.tracking.experiment, Path(config.output_dir) / "mlartifacts")
     if hardware.rank > 0:  # computes, while the first process keeps the books
-        return follow(config, build_parts(config, tracker, {}), tracker, hardware)
+        return follow(config, tracker, hardware)
     with claim(Path(HydraConfig.get().runtime.output_dir)) as claimed:
         tracker.close_abandoned(claimed.last_run)
         parts = build_parts(config, tracker, {})
-        if finished := find_finished(config, parts, tracker):
+        if finished := find_finished(config, parts, tracker, hardware):
             log.info("this run is finished already (train.resume=never trains anew)")
             tracker.restore(finished.id, claimed.folder)
             show_result(finished.metrics, config, tracker.link(finished.id))
@@ -77,9 +78,11 @@ def run(config: DictConfig) -> float:
         return lead(config, parts, tracker, claimed, hardware)
 
 
-def find_finished(config: DictConfig, parts: Parts, tracker: Any) -> Any:
-    """The finished run that this one would repeat, if any."""
-    return tracker.find_finished(parts.tags) if config.train.resume == "auto" else None
+def find_finished(config: DictConfig, parts: Parts, tracker: Any, hardware: Hardware) -> Any:
+    """The finished run that this one would repeat, if any; all processes find the same."""
+    finished = tracker.find_finished(parts.tags) if config.train.resume == "auto" else None
+    hardware.check_agreement([parts.tags, parts.teacher_source, finished and finished.id])
+    return finished
 
 
 def lead(config: DictConfig, parts: Parts, tracker: Any, claimed: Claim, hardware: Hardware) -> float:
@@ -88,7 +91,7 @@ def lead(config: DictConfig, parts: Parts, tracker: Any, claimed: Claim, hardwar
     name, tags = settings.run_name(config), run_tags(config, parts, hardware)
     with tracker.run(name, claimed.folder, params, tags, on_start=claimed.starts) as current:
         describe_inputs(config, current, tracker, parts.data)
-        with traced(claimed.folder, config.train.profile) as on_step:
+        with traced(claimed.folder, config.train.profile, hardware.device) as on_step:
             metrics = learn(config, parts, hardware, partial(report_epoch, current, config.train.epochs), on_step)
         save_weights(parts.model.network, claimed.folder / WEIGHTS, parts.data.class_names)
         for file in (claimed.folder / WEIGHTS, *traces(claimed.folder)):
@@ -98,9 +101,10 @@ def lead(config: DictConfig, parts: Parts, tracker: Any, claimed: Claim, hardwar
     return objective(metrics)
 
 
-def follow(config: DictConfig, parts: Parts, tracker: Any, hardware: Hardware) -> float:
+def follow(config: DictConfig, tracker: Any, hardware: Hardware) -> float:
     """Learn as one of several processes."""
-    if finished := find_finished(config, parts, tracker):
+    parts = build_parts(config, tracker, {})
+    if finished := find_finished(config, parts, tracker, hardware):
         return objective(finished.metrics)
     return objective(learn(config, parts, hardware, lambda epoch, metrics: None, lambda: None))
 
@@ -125,14 +129,14 @@ def learn(
     learner, data = (model.head, features) if features else (model, parts.data)
     data = data.near(device)
     if teacher:
-        teacher.stay_near(data.splits["train"].device)
+        teacher.stay_near(device)
     steps_per_epoch = len(batches(data.splits["train"], train.batch_size, hardware.processes))
     optimizer, scheduler = build_optimizer(config, learner, loss, steps_per_epoch)
     if train.compile is True:
         learner.compile()
 
     metrics = fit(
-        hardware.distribute(learner),
+        hardware.distribute(learner, loss),
         loss,
         optimizer,
         scheduler,
@@ -234,7 +238,8 @@ def details_to_file_only() -> None:
 def cli() -> None:
     """`kdpipe` and `python -m kdpipe`: errors as one line, exit status 1; 130 and 143 when interrupted."""
     forget_data()
-    if int(os.environ.get("RANK", 0)) > 0:  # one of several processes that torchrun started tells of their work
+    # One of the processes that torchrun started tells of their work.
+    if distributed.is_torchelastic_launched() and os.environ["RANK"] != "0":
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
         logging.getLogger("kdpipe").setLevel(logging.ERROR)
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -251,6 +256,9 @@ def cli() -> None:
         if full_error:
             raise
         _fail(error)
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def _fail(error: Exception) -> NoReturn:

@@ -28,7 +28,7 @@ ARRAY = "outputs.npy"
 
 
 class TooLargeError(ValueError):
-    """More than the cache may hold."""
+    """More than an entry may hold."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Question:
     def number_of_views(self) -> int:
         return self.views.number or 1 if self.views else 1
 
-    def key(self, precision: str) -> str:
+    def key(self, hardware: Hardware) -> str:
         """All that the answers depend on, as 16 hex digits."""
         head = str(self.classifier.network.head_name) if self.name == "features" else None
         parts = [
@@ -68,7 +68,8 @@ class Question:
             self.data.fingerprint,
             hashlib.sha256(self.positions.numpy().tobytes()).hexdigest(),
             [self.views.described, self.views.number] if self.views else None,
-            precision,
+            hardware.device.type,
+            hardware.precision,
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -90,7 +91,7 @@ def known_outputs(question: Question, folder: Path, max_gb: float, hardware: Har
     gigabytes = 4 * np.prod(shape, dtype=float) / 1e9
     if gigabytes > max_gb:
         raise TooLargeError(f"{question.about()} would take {gigabytes:.3g} GB")
-    entry = folder / question.key(hardware.precision)
+    entry = folder / question.key(hardware)
     told = "from the cache"
 
     def make(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Where the time of a training step goes."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,13 +8,15 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+log = logging.getLogger("kdpipe")
+
 TRACE = "trace.json.gz"  # for chrome://tracing or https://ui.perfetto.dev
 TABLE = "profile.txt"  # the operators that took longest
 SKIPPED, WARM_UP, RECORDED = 10, 2, 5  # steps
 
 
 @contextmanager
-def traced(folder: Path, wanted: bool) -> Iterator[Callable[[], None]]:
+def traced(folder: Path, wanted: bool, device: torch.device) -> Iterator[Callable[[], None]]:
     """A function to call after each training step: after a few of them, the next ones are traced into `folder`."""
     for name in (TRACE, TABLE):
         (folder / name).unlink(missing_ok=True)
@@ -24,13 +27,14 @@ def traced(folder: Path, wanted: bool) -> Iterator[Callable[[], None]]:
     def keep(finished: profile) -> None:
         finished.export_chrome_trace(str(folder / TRACE))
         averages = finished.key_averages(group_by_input_shape=True)
-        by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        (folder / TABLE).write_text(f"{RECORDED} steps\n{averages.table(sort_by=by, row_limit=25)}\n")
+        (folder / TABLE).write_text(f"{averages.table(sort_by=f'self_{device.type}_time_total', row_limit=25)}\n")
 
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     plan = schedule(skip_first=SKIPPED, wait=0, warmup=WARM_UP, active=RECORDED, repeat=1)
     with profile(activities=activities, schedule=plan, on_trace_ready=keep, record_shapes=True) as running:
         yield running.step
+    if not traces(folder):
+        log.warning("train.profile=true: no trace, for the run had less than %d steps", SKIPPED + WARM_UP + RECORDED)
 
 
 def traces(folder: Path) -> list[Path]:

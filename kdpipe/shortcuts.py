@@ -56,7 +56,10 @@ def build_features(
     """The data set with a frozen backbone's features for images, which a head trains on; None where the images
     themselves are needed: by a backbone that learns, by a teacher, or because more comes after the head."""
     needed = not model.frozen_backbone or (teacher and not teacher.remembers) or config.train.epochs == 0
-    if needed or not model.ends_with_head(data.images[data.splits["train"][:2]].to(hardware.device)):
+    if needed:
+        return None
+    if not model.ends_with_head(data.images[data.splits["train"][:2]].to(hardware.device)):
+        log.info("%s: more comes after its head, so its backbone runs in each epoch", config.model.name)
         return None
     max_gb = config.distillation.cache_max_gb
     try:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from torch import distributed
 
 from kdpipe import config as settings
-from kdpipe.build import KnownTeachers, check_values, use_hardware
+from kdpipe.build import KnownTeachers, check_device, check_values
 from kdpipe.claim import ClaimedError, claim, wait_until_free
 from kdpipe.errors import one_line
 from kdpipe.grid import Axes, Planned, check_shared, compose, describe, expand, identity_of, plan
@@ -70,7 +70,7 @@ def run_sweep(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
     first = configs[0]
     if "submitit" not in first.hydra.launcher._target_:  # a cluster's nodes have other devices than this machine
         for config in configs:
-            use_hardware(config)
+            check_device(config)
     uri = store_uri(first.tracking.uri, Path(first.output_dir))
     check_uri(uri)
 

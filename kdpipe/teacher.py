@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.data import Rows
+from kdpipe.data.dataset import fits
 from kdpipe.models import Classifier
 
 
@@ -26,8 +27,9 @@ class Teacher(nn.Module):
         self._known = list(known)
 
     def stay_near(self, device: torch.device) -> None:
-        """Keep what is remembered where the images are."""
-        self._known = [rows.to(device) for rows in self._known]
+        """Keep what is remembered on a GPU, where it fits."""
+        if device.type == "cuda":
+            self._known = [rows.to(device) if fits(rows.values, device) else rows for rows in self._known]
 
     @property
     def remembers(self) -> bool:

@@ -51,7 +51,7 @@ def fit(
         `selected/epoch`, the epoch that the weights are from, and `selected/accuracy`, theirs on the validation
         images, where there are any.
     """
-    torch.manual_seed(derive_seed(seed, "dropout"))
+    torch.manual_seed(derive_seed(seed, f"dropout/{hardware.rank}" if hardware.rank else "dropout"))
     has_validation = "validation" in data.splits
     selected: dict[str, float] = {"selected/epoch": 0}
     if has_validation and epochs == 0:

@@ -4,7 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.errors import InstantiationException
+
+from kdpipe.errors import one_line
 
 
 @pytest.mark.parametrize(
@@ -108,6 +111,12 @@ def test_weights_of_another_network_are_refused(kdpipe: Callable) -> None:
     assert outcome.status == 1
     assert f"teacher.weights={weights}: weights of resnet32 with 10 classes are accepted; " in outcome.errors
     assert outcome.errors.count("\n") == 1
+
+
+def test_out_of_memory_says_what_to_lower() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(10**15)
+    assert "out of memory; lower train.batch_size or the images' size" in one_line(caught.value)
 
 
 def test_the_traceback_is_there_for_those_who_ask(kdpipe: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

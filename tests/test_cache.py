@@ -57,7 +57,7 @@ def test_what_breaks_off_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    (tmp_path / "entry.x7y8").mkdir()
+    (tmp_path / "entry.unfinished").mkdir()
     keep(tmp_path / "entry", is_there, write)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["entry"]
 
@@ -133,7 +133,6 @@ def test_info_and_clean(kdpipe: Callable, capsys: pytest.CaptureFixture[str], mo
     assert "logits of resnet20 for 108 images of digits" in listed[0]
     assert "in 1 entries of outputs/cache" in listed[1]
     assert "removed from outputs/cache" in command("clean")
-    assert not list(Path("outputs/cache").glob("*/*"))
     assert "in 0 entries" in command("info")
 
 

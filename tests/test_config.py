@@ -98,7 +98,8 @@ SAME = [
     ["tracking.experiment=another"],
     ["dataset.root=elsewhere"],
     ["train.device=cpu", "train.threads=1", "train.resume=never"],
-    ["distillation.outputs=online", "sweep.confirm_seeds=5"],
+    ["distillation.outputs=online", "distillation.cache_max_gb=1", "distillation.views=5", "sweep.confirm_seeds=5"],
+    ["train.compile=true", "train.profile=true", "optimizer.fused=false"],
     ["experiment=distill"],
 ]
 OTHER = [
@@ -114,6 +115,7 @@ OTHER = [
     ["augmentation=crop_flip"],
     ["loss=kd_tutorial"],
     ["loss.alpha=0"],
+    ["distillation.outputs=views"],
 ]
 
 
@@ -134,6 +136,12 @@ def test_at_alpha_0_teacher_and_temperature_do_not_matter(composed: Callable[...
     assert control == settings.run_identity(composed("loss.alpha=0.0", "loss.temperature=2", "model@teacher=resnet20"))
     assert control == settings.run_identity(composed("loss=kd_tutorial", "loss.alpha=0"))
     assert control == settings.run_identity(composed("experiment=student"))
+    assert control == settings.run_identity(composed("loss.alpha=0", "distillation.outputs=views"))
+
+
+def test_the_number_of_views_matters_where_views_are_taken(composed: Callable[..., DictConfig]) -> None:
+    five, ten = (composed("distillation.outputs=views", f"distillation.views={number}") for number in (5, 10))
+    assert settings.run_identity(five) != settings.run_identity(ten)
 
 
 @settings_of_test(deadline=None)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from kdpipe.checkpoint import copy_state
 from kdpipe.checks import as_typed
 from kdpipe.models import Classifier, size_mb
+from kdpipe.models.classifier import enlarge
 from kdpipe.models.densenet import densenet121
 from kdpipe.models.resnet import Block, ResNet
 from kdpipe.models.student_cnn import StudentCNN
@@ -566,3 +568,14 @@ def test_a_bad_mean_or_std_is_refused_by_name(setting: str, value: object) -> No
         Classifier(ResNet(8, 2), **{"image_size": 32, **IMAGENET, setting: value})
     assert str(error.value).startswith(f"model.{setting}=")
     assert str(error.value).endswith("accepted")
+
+
+@given(
+    shape=st.tuples(*[st.integers(1, 4)] * 2, *[st.integers(1, 20)] * 2),
+    larger=st.integers(0, 30),
+)
+def test_enlarging_is_bilinear_interpolation(shape: tuple[int, int, int, int], larger: int) -> None:
+    pixels = torch.rand(shape, generator=torch.manual_seed(0))
+    size = max(shape[2:]) + larger
+    expected = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
+    torch.testing.assert_close(enlarge(pixels, size), expected, rtol=1e-4, atol=1e-5)

@@ -145,10 +145,13 @@ def test_whatever_an_answer_depends_on_gives_another_entry() -> None:
         question(views=replace(crops(2), described="another augmentation")),
         replace(question(), name="features"),
     ]
-    keys = [asked.key("float32") for asked in questions] + [question().key("bfloat16")]
+    keys = [asked.key(CPU) for asked in questions] + [
+        question().key(replace(CPU, precision="bfloat16")),
+        question().key(Hardware(torch.device("cuda"))),
+    ]
     assert len(set(keys)) == len(keys)
-    assert question().key("float32") == keys[0]
-    assert question(views=crops(2, seed=1)).key("float32") == question(views=crops(2)).key("float32")
+    assert question().key(CPU) == keys[0]
+    assert question(views=crops(2, seed=1)).key(CPU) == question(views=crops(2)).key(CPU)
 
 
 def test_an_entry_of_another_version_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

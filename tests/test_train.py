@@ -1,6 +1,10 @@
 """The training loop by itself: what the arms of one seed share, and what a teacher cannot do."""
 
+import copy
+
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdpipe.data import ImageDataset, split
@@ -110,3 +114,39 @@ def test_a_last_image_by_itself_joins_the_batch_before() -> None:
     assert [len(batch) for batch in batches(torch.arange(402), 100)] == [100, 100, 100, 100, 2]
     assert [len(batch) for batch in batches(torch.arange(3), 1)] == [1, 1, 1]
     assert [len(batch) for batch in batches(torch.arange(1), 100)] == [1]
+
+
+def test_the_fast_step_is_the_plain_one_but_for_rounding() -> None:
+    """Against a loop as anybody would write it: images resized by one call, no channels-last, no fused kernels."""
+    data, size = some_digits(), 20
+    fast = Classifier(ResNet(8, 10), size, [0.5] * 3, [0.25] * 3)
+    plain = copy.deepcopy(fast.network).to(memory_format=torch.contiguous_format)
+    optimizer = torch.optim.Adam(fast.parameters(), lr=1e-3, fused=True)
+    told: list[dict[str, float]] = []
+    fit(
+        fast,
+        kept := Kept(CrossEntropy()),
+        optimizer,
+        constant(optimizer, 1, 1),
+        data,
+        teacher=None,
+        views=None,
+        epochs=1,
+        batch_size=50,
+        seed=0,
+        hardware=CPU,
+        select_best=False,
+        test_each_epoch=False,
+        on_epoch=lambda epoch, metrics: told.append(metrics),
+    )
+    optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3, fused=False)
+    plain.train()
+    total = 0.0
+    for batch in kept.indices:
+        pixels = F.interpolate(data.images[batch].float() / 255, size=(size, size), mode="bilinear", antialias=True)
+        loss = F.cross_entropy(plain((pixels.expand(-1, 3, -1, -1) - 0.5) / 0.25), data.labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.item() * len(batch)
+    assert told[0]["train/loss"] == pytest.approx(total / len(torch.cat(kept.indices)), rel=1e-4)

@@ -56,7 +56,7 @@ class Rows:
     values: Tensor
 
     def __getitem__(self, positions: Tensor) -> Tensor:
-        return self.values[torch.searchsorted(self.positions, positions)]
+        return self.values[torch.searchsorted(self.positions, positions.to(self.positions.device))]
 
     def to(self, device: torch.device) -> "Rows":
         return Rows(self.positions.to(device), self.values.to(device))
@@ -85,11 +85,17 @@ class ImageDataset:
         if device.type != "cuda":
             return self
         values = self.images.values if isinstance(self.images, Rows) else self.images
-        free, _ = torch.cuda.mem_get_info(device)
-        if values.nbytes > free / 2:
+        if not fits(values, device):
             return self
         splits = {name: positions.to(device) for name, positions in self.splits.items()}
         return replace(self, images=self.images.to(device), labels=self.labels.to(device), splits=splits)
+
+
+def fits(values: Tensor, device: torch.device) -> bool:
+    """Whether a tensor takes less than half of what is free on a GPU."""
+    free, _ = torch.cuda.mem_get_info(device)
+    kept_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return bool(values.nbytes < (free + kept_by_torch) / 2)
 
 
 def split(

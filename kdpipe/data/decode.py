@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +39,16 @@ class ImageFile:
     read: Callable[[], bytes]
 
 
-def image_file(path: Path, root: Path, label: int) -> ImageFile:
-    """An `ImageFile` for a file on disk."""
-    status = path.stat()
+def image_file(path: str, root: Path, label: int) -> ImageFile:
+    """An `ImageFile` for a file on disk, below `root`."""
+    status = os.stat(path)  # noqa: PTH116 - there are many files, and a Path of each takes longer than its status
     # Not the time of modification alone: it can be set, and is by programs that unpack archives.
     stamp = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-    return ImageFile(path.relative_to(root).as_posix(), label, stamp, path.read_bytes)
+    return ImageFile(path.removeprefix(f"{root}{os.sep}").replace(os.sep, "/"), label, stamp, partial(_content, path))
+
+
+def _content(path: str) -> bytes:
+    return Path(path).read_bytes()
 
 
 def decoded_source(
@@ -204,9 +209,11 @@ def _is_complete(entry: Path) -> bool:
         return False
 
 
-def files_below(root: Path) -> list[Path]:
+def files_below(root: Path) -> list[str]:
     """The files below `root`, sorted, without those that operating systems leave behind."""
-    return sorted(Path(path) for path in _paths_below(root)) if root.is_dir() else []
+    if not root.is_dir():
+        return []
+    return sorted(_paths_below(root), key=lambda path: path.split(os.sep))  # noqa: PTH206 - strings for speed
 
 
 def _paths_below(folder: Path | str) -> Iterator[str]:

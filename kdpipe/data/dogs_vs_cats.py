@@ -32,7 +32,7 @@ def dogs_vs_cats(root: str, image_size: int, on_bad_image: str, cache_dir: str) 
     files: list[ImageFile] = []
     if path.is_dir():
         folder = path / "train" if (path / "train").is_dir() else path
-        named = [(file, NAME.fullmatch(file.name)) for file in files_below(folder)]
+        named = [(file, NAME.fullmatch(Path(file).name)) for file in files_below(folder)]
         files = [image_file(file, path, CLASS_NAMES.index(match[1])) for file, match in named if match]
     for archive in archives:
         if not files and archive.is_file():
