@@ -56,7 +56,8 @@ def test_what_cannot_be_shared_is_refused(
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "as torchrun sets it")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    outcome = kdpipe(*RUN, *overrides)
+    monkeypatch.setenv("RANK", "0")
+    outcome = kdpipe(*overrides, *RUN)
     assert outcome.status == 1
     assert said in outcome.errors
 

@@ -433,9 +433,11 @@ def start_lines(bench: Bench) -> list[dict[str, Any]]:
             ours.append(total - imports)
         else:
             totals.append(total)
+    total, own = statistics.median(totals), statistics.median(ours)
+    imports = f"{total - own:.1f} s of it imports: PyTorch, the compiler that its optimizers load, MLflow, scikit-learn"
     return [
-        line("start to first step on a warm cache, s", statistics.median(totals), "<=", 10, "imports: see README"),
-        line("of which ours, s", statistics.median(ours), "<=", 2, "all but imports"),
+        line("start to first step on a warm cache, s", total, "<=", 10, imports),
+        line("of which ours, s", own, "<=", 2, "all but imports"),
     ]
 
 
