@@ -31,7 +31,7 @@ $(VENV)/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "make: $$($(PYTHON) --version) is too old, kdpipe needs 3.11 or newer: make setup PYTHON=python3.12"; exit 1; }
 	@if command -v uv >/dev/null; then \
-		uv venv --quiet --clear --python $(PYTHON) $(VENV) && uv pip install --python $(BIN)/python -e '.[dev]'; \
+		uv venv --quiet --clear --python $(PYTHON) $(VENV) && uv pip install --compile-bytecode --python $(BIN)/python -e '.[dev]'; \
 	else \
 		$(PYTHON) -m venv --clear $(VENV) && $(BIN)/python -m pip install -e '.[dev]'; \
 	fi
