@@ -15,13 +15,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
 from sklearn.datasets import load_sample_image
+from torch import nn
 
 from kdpipe import config as settings
 from kdpipe import main
+from kdpipe.data import ImageDataset
+from kdpipe.data.augmentation import Views
+from kdpipe.hardware import Hardware
+from kdpipe.schedulers import constant
+from kdpipe.teacher import Teacher
+from kdpipe.train import fit
 
 SHARED_DATA = Path(os.environ.get("KDPIPE_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
@@ -176,3 +184,37 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def fit_for_test(
+    learner: nn.Module,
+    data: ImageDataset,
+    loss: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    epochs: int,
+    teacher: Teacher | None = None,
+    views: Views | None = None,
+    seed: int = 0,
+) -> list[dict[str, float]]:
+    """The metrics of each epoch of a training on the CPU, without those that depend on the clock."""
+    told: list[dict[str, float]] = []
+    fit(
+        learner,
+        loss,
+        optimizer,
+        constant(optimizer, epochs, 1),
+        data,
+        teacher=teacher,
+        views=views,
+        epochs=epochs,
+        batch_size=50,
+        seed=seed,
+        hardware=Hardware(torch.device("cpu")),
+        select_best=False,
+        test_each_epoch=False,
+        on_epoch=lambda epoch, metrics: told.append(
+            {name: value for name, value in metrics.items() if "second" not in name}
+        ),
+    )
+    return told

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import fit_for_test
 from torch import Tensor, nn
 
 from kdpipe.data import ImageDataset, Rows, split
@@ -19,9 +20,7 @@ from kdpipe.models import Classifier
 from kdpipe.models.resnet import ResNet
 from kdpipe.models.torchvision import classifier as torchvision_classifier
 from kdpipe.outputs import Question, TooLargeError, features_of, is_whole, known_outputs
-from kdpipe.schedulers import constant
 from kdpipe.teacher import Teacher
-from kdpipe.train import fit
 
 CPU = Hardware(torch.device("cpu"))
 
@@ -65,26 +64,7 @@ def train_on(
 ) -> list[dict[str, float]]:
     """The metrics of three epochs."""
     optimizer = torch.optim.SGD([weight for weight in learner.parameters() if weight.requires_grad], lr=0.05)
-    epochs: list[dict[str, float]] = []
-    fit(
-        learner,
-        loss,
-        optimizer,
-        constant(optimizer, 3, 1),
-        data,
-        teacher=teacher,
-        views=views,
-        epochs=3,
-        batch_size=50,
-        seed=0,
-        hardware=CPU,
-        select_best=False,
-        test_each_epoch=False,
-        on_epoch=lambda epoch, metrics: epochs.append(
-            {name: value for name, value in metrics.items() if "second" not in name}
-        ),
-    )
-    return epochs
+    return fit_for_test(learner, data, loss, optimizer, epochs=3, teacher=teacher, views=views)
 
 
 def test_cached_answers_are_those_of_the_network(tmp_path: Path) -> None:

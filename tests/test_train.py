@@ -5,20 +5,17 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import fit_for_test
 from torch import Tensor, nn
 
 from kdpipe.data import ImageDataset, split
 from kdpipe.data.augmentation import CropFlip, Views
 from kdpipe.data.digits import digits
-from kdpipe.hardware import Hardware
 from kdpipe.losses import KD, CrossEntropy
 from kdpipe.models import Classifier
 from kdpipe.models.resnet import ResNet
-from kdpipe.schedulers import constant
 from kdpipe.teacher import Teacher
-from kdpipe.train import batches, fit
-
-CPU = Hardware(torch.device("cpu"))
+from kdpipe.train import batches
 
 
 def some_digits() -> ImageDataset:
@@ -62,22 +59,8 @@ def trained(loss: nn.Module, teacher: Teacher | None, seed: int = 0) -> tuple[Ke
     torch.manual_seed(0)
     model, kept, seen = classifier(), Kept(loss), Seen()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    fit(
-        model,
-        kept,
-        optimizer,
-        constant(optimizer, 2, 1),
-        some_digits(),
-        teacher=teacher,
-        views=Views(seen, "seen", len(some_digits().labels), seed),
-        epochs=2,
-        batch_size=50,
-        seed=seed,
-        hardware=CPU,
-        select_best=False,
-        test_each_epoch=False,
-        on_epoch=lambda epoch, metrics: None,
-    )
+    views = Views(seen, "seen", len(some_digits().labels), seed)
+    fit_for_test(model, some_digits(), kept, optimizer, epochs=2, teacher=teacher, views=views, seed=seed)
     return kept, seen
 
 
@@ -122,23 +105,8 @@ def test_the_fast_step_is_the_plain_one_but_for_rounding() -> None:
     fast = Classifier(ResNet(8, 10), size, [0.5] * 3, [0.25] * 3)
     plain = copy.deepcopy(fast.network).to(memory_format=torch.contiguous_format)
     optimizer = torch.optim.Adam(fast.parameters(), lr=1e-3, fused=True)
-    told: list[dict[str, float]] = []
-    fit(
-        fast,
-        kept := Kept(CrossEntropy()),
-        optimizer,
-        constant(optimizer, 1, 1),
-        data,
-        teacher=None,
-        views=None,
-        epochs=1,
-        batch_size=50,
-        seed=0,
-        hardware=CPU,
-        select_best=False,
-        test_each_epoch=False,
-        on_epoch=lambda epoch, metrics: told.append(metrics),
-    )
+    kept = Kept(CrossEntropy())
+    (told,) = fit_for_test(fast, data, kept, optimizer, epochs=1)
     optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3, fused=False)
     plain.train()
     total = 0.0
@@ -149,4 +117,4 @@ def test_the_fast_step_is_the_plain_one_but_for_rounding() -> None:
         loss.backward()
         optimizer.step()
         total += loss.item() * len(batch)
-    assert told[0]["train/loss"] == pytest.approx(total / len(torch.cat(kept.indices)), rel=1e-4)
+    assert told["train/loss"] == pytest.approx(total / len(torch.cat(kept.indices)), rel=1e-4)

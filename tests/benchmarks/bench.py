@@ -121,7 +121,6 @@ class Bench:
         batch = self.data.splits["train"][: tutorial.BATCH_SIZE]
         with torch.no_grad():
             pixels = model.preprocess(self.data.images[batch].to(self.hardware.device))
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
         labels = self.data.labels[batch].to(self.hardware.device)
         model.train()
 
