@@ -6,35 +6,25 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
+
+from kdpipe.files import write_whole
 
 # The operating system gives the lock back when its process dies, whatever it dies of.
 LOCK = ".claim"
 OWNER = "owner.json"
+SETTLING = 20  # seconds, in which another process puts right what a dead one left
 
 
 class ClaimedError(ValueError):
     """Another process has this run in progress."""
 
 
-class Claim:
-    """A run's folder while it is ours."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.last_run: str | None = _owner(folder).get("run")  # MLflow's id of what was last started here
-        self.starts(self.last_run)
-
-    def starts(self, run_id: str | None) -> None:
-        """Keep the MLflow id of the run that starts now."""
-        owner = {"pid": os.getpid(), "host": socket.gethostname(), "run": run_id}
-        (self.folder / OWNER).write_text(json.dumps(owner))
-
-
 @contextmanager
-def claim(folder: Path) -> Iterator[Claim]:
-    """Have a run's folder to oneself.
+def claim(folder: Path) -> Iterator[None]:
+    """Have a run's folder to oneself, as the one who trains it.
 
     Raises:
         ClaimedError: another living process has it.
@@ -42,15 +32,40 @@ def claim(folder: Path) -> Iterator[Claim]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=0)
+        # The lock without a living owner is that of somebody who only tidies up.
+        lock.acquire(timeout=0 if _lives(_owner(folder)) else SETTLING)
     except Timeout:
         owner = _owner(folder)
         who = f"process {owner['pid']} on {owner['host']}" if "pid" in owner else "another process"
         raise ClaimedError(f"{who} has this run in progress ({folder})") from None
     try:
-        yield Claim(folder)
+        write_whole(folder / OWNER, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+        yield
     finally:
+        (folder / OWNER).unlink(missing_ok=True)
         lock.release()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Have a run's folder to oneself, without training it.
+
+    Raises:
+        TimeoutError: another process has it.
+    """
+    with FileLock(folder / LOCK).acquire(timeout=0):
+        yield
+
+
+def is_of_this_machine(folder: Path) -> bool:
+    """Whether the last process that had the run was of this machine, whose locks tell that it is gone."""
+    return _owner(folder).get("host", socket.gethostname()) == socket.gethostname()
+
+
+def owner_here(folder: Path) -> int | None:
+    """The number of the process of this machine that has the run now, if one has."""
+    owner = _owner(folder)
+    return int(owner["pid"]) if _lives(owner) and owner["host"] == socket.gethostname() else None
 
 
 def wait_until_free(folder: Path) -> None:
@@ -60,7 +75,22 @@ def wait_until_free(folder: Path) -> None:
             pass
 
 
-def _owner(folder: Path) -> dict[str, str]:
+def _lives(owner: dict[str, Any]) -> bool:
+    """Whether the process may be there: of another machine it is not known."""
+    if not isinstance(owner.get("pid"), int):
+        return False
+    if owner.get("host") != socket.gethostname():
+        return True
+    try:
+        os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True
+
+
+def _owner(folder: Path) -> dict[str, Any]:
     try:
         owner = json.loads((folder / OWNER).read_text())
     except (OSError, ValueError):  # nobody, or killed while writing

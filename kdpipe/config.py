@@ -102,6 +102,9 @@ def check(config: DictConfig) -> None:
         raise ValueError(f"train.device={train.device}: auto, cpu, cuda, cuda:<number> or mps is accepted")
     check_choice("train.precision", train.precision, ["auto", "float32", "bfloat16"])
     check_choice("train.resume", train.resume, ["auto", "never"])
+    for key in ("checkpoint_minutes", "clip_norm"):
+        if train[key] is not None:
+            check_number(f"train.{key}", train[key], above=0)
     check_choice("train.select", train.select, ["last", "best"])
     check_choice("train.test_each_epoch", train.test_each_epoch, [True, False])
     check_choice("train.compile", train.compile, ["auto", True, False])

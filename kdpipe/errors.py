@@ -1,6 +1,7 @@
 """Any error as one line that names the key, the value and what would be accepted."""
 
 import difflib
+import errno
 import re
 import sys
 from collections.abc import Sequence
@@ -38,6 +39,12 @@ def one_line(error: BaseException) -> str:
         return _bad_config(text)
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return f"out of memory; lower train.batch_size or the images' size ({first})"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f"{error.filename}: " if error.filename else ""
+        return (
+            f"{where}{error.strerror}; what was there before is intact, and with more space, or another output_dir or "
+            f"dataset.cache_dir, the same command goes on"
+        )
     if isinstance(error, OSError) and error.filename is not None:
         keys = "output_dir, dataset.root and dataset.cache_dir"
         return f"{error.filename}: {error.strerror}; {keys} say where kdpipe reads and writes"

@@ -4,6 +4,7 @@ import ctypes
 import sys
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -52,14 +53,22 @@ class Hardware:
 
     def check_agreement(self, mine: object) -> None:
         """Raise ValueError unless all processes have the same."""
-        found: list[object] = [None] * self.processes
+        if any(other != mine for other in self.gather(mine)):
+            raise ValueError(
+                "torchrun: its processes found different images, weights or finished runs; a folder that all share "
+                "(output_dir) or a server (tracking.uri) is accepted"
+            )
+
+    def gather(self, mine: Any) -> list[Any]:
+        """What each process has, in their order."""
+        found: list[Any] = [mine] * self.processes
         if self.processes > 1:
             distributed.all_gather_object(found, mine)
-            if any(other != mine for other in found):
-                raise ValueError(
-                    "torchrun: its processes found different images, weights or finished runs; a folder that all share "
-                    "(output_dir) or a server (tracking.uri) is accepted"
-                )
+        return found
+
+    def of_the_first(self, mine: Any) -> Any:
+        """What the first process has."""
+        return self.gather(mine)[0]
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of `values` over all processes."""

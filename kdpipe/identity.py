@@ -16,6 +16,7 @@ PLACES = (
     "train.device",
     "train.threads",
     "train.resume",
+    "train.checkpoint_minutes",
     "train.compile",
     "optimizer.fused",
     "train.profile",
@@ -51,6 +52,8 @@ def what_matters(flat: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in flat.items()
         if key not in PLACES and not key.startswith(tuple(f"{place}." for place in PLACES))
     }
+    if matters.get("train.clip_norm") is None:  # as in versions that did not have it
+        matters.pop("train.clip_norm", None)
     if matters.get("distillation.outputs") != "views":  # else only where the same answers come from
         matters = {key: value for key, value in matters.items() if not key.startswith("distillation.")}
     if str(matters.get("loss.alpha")) == "0":

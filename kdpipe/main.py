@@ -2,14 +2,13 @@
 
 import logging
 import os
-import signal
+import shlex
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import hydra
@@ -19,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import distributed
 
 from kdpipe import config as settings
+from kdpipe import interruption
 from kdpipe.build import (
     Parts,
     build_data,
@@ -29,21 +29,24 @@ from kdpipe.build import (
     forget_data,
     use_hardware,
 )
-from kdpipe.checkpoint import save_weights
-from kdpipe.claim import Claim, ClaimedError, claim
+from kdpipe.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint, save_weights
+from kdpipe.claim import ClaimedError, claim
 from kdpipe.data import ImageDataset
 from kdpipe.errors import one_line
 from kdpipe.evaluate import evaluate
 from kdpipe.hardware import Hardware
+from kdpipe.interruption import Interrupted, InterruptedJobError
+from kdpipe.journal import CHECKPOINTS, Journal, rows_since
 from kdpipe.models import Classifier, size_mb
 from kdpipe.profiling import traced, traces
 from kdpipe.report import epoch_line, result_table
 from kdpipe.shortcuts import answer_in_advance, build_features, build_views
-from kdpipe.store import WEIGHTS, check_uri, store_uri
+from kdpipe.store import WEIGHTS, store_uri, wait_for_store
 from kdpipe.teacher import Teacher
-from kdpipe.train import batches, fit, named
+from kdpipe.train import Training, batches, fit, named
 
 log = logging.getLogger("kdpipe")
+PATIENCE = 300  # seconds that a sweep's run waits for a store that was there when the sweep began
 # Not in `cli`: the workers of a sweep import this module and call `job`.
 settings.register_resolvers()
 # conf/hydra/launcher/ has the plugins' own names on purpose: hydra/launcher=joblib is what people write.
@@ -59,7 +62,7 @@ def run(config: DictConfig) -> float:
     check_values(config)
     hardware = use_hardware(config)
     uri = store_uri(config.tracking.uri, Path(config.output_dir))
-    check_uri(uri)
+    wait_for_store(uri, PATIENCE if config.sweep.job else 0)
     build_data(config.dataset)
 
     from kdpipe import tracking  # imports mlflow, which takes seconds: after what can fail sooner
@@ -67,15 +70,18 @@ def run(config: DictConfig) -> float:
     tracker = tracking.Tracker(uri, config.tracking.experiment, Path(config.output_dir) / "mlartifacts")
     if hardware.rank > 0:  # computes, while the first process keeps the books
         return follow(config, tracker, hardware)
-    with claim(Path(HydraConfig.get().runtime.output_dir)) as claimed:
-        tracker.close_abandoned(claimed.last_run)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if not config.sweep.job:
+        tracker.settle_all(folder.parent)
+    with claim(folder):
+        tracker.settle(folder)
         parts = build_parts(config, tracker, {})
         if finished := find_finished(config, parts, tracker, hardware):
             log.info("this run is finished already (train.resume=never trains anew)")
-            tracker.restore(finished.id, claimed.folder)
+            tracker.restore(finished.id, folder)
             show_result(finished.metrics, config, tracker.link(finished.id))
             return objective(finished.metrics)
-        return lead(config, parts, tracker, claimed, hardware)
+        return lead(config, parts, tracker, folder, hardware)
 
 
 def find_finished(config: DictConfig, parts: Parts, tracker: Any, hardware: Hardware) -> Any:
@@ -85,20 +91,54 @@ def find_finished(config: DictConfig, parts: Parts, tracker: Any, hardware: Hard
     return finished
 
 
-def lead(config: DictConfig, parts: Parts, tracker: Any, claimed: Claim, hardware: Hardware) -> float:
+def lead(config: DictConfig, parts: Parts, tracker: Any, folder: Path, hardware: Hardware) -> float:
     """Learn, in a run of MLflow."""
+    begun, start = what_is_begun(config, parts, folder)
     params = settings.logged_params(config)
     name, tags = settings.run_name(config), run_tags(config, parts, hardware)
-    with tracker.run(name, claimed.folder, params, tags, on_start=claimed.starts) as current:
+    history = rows_since(folder, start["history"]) if start else []
+    seconds = start["seconds"] if start else 0.0
+    with tracker.run(name, folder, params, tags, begun, history, seconds) as current:
         describe_inputs(config, current, tracker, parts.data)
-        with traced(claimed.folder, config.train.profile, hardware.device) as on_step:
-            metrics = learn(config, parts, hardware, partial(report_epoch, current, config.train.epochs), on_step)
-        save_weights(parts.model.network, claimed.folder / WEIGHTS, parts.data.class_names)
-        for file in (claimed.folder / WEIGHTS, *traces(claimed.folder)):
+
+        def keep(state: dict[str, Any]) -> None:
+            about = {"tags": parts.tags, "run": current.id, "history": current.rows, "seconds": current.seconds}
+            save_checkpoint(folder / CHECKPOINTS, {**about, "training": state})
+            current.deliver()
+
+        on_epoch = partial(report_epoch, current, config.train.epochs)
+        with traced(folder, config.train.profile, hardware.device) as on_step:
+            metrics = learn(config, parts, hardware, start["training"] if start else None, on_epoch, keep, on_step)
+        save_weights(parts.model.network, folder / WEIGHTS, parts.data.class_names)
+        for file in (folder / WEIGHTS, *traces(folder)):
             current.save(file)
         current.log(metrics, step=config.train.epochs)
     show_result(metrics, config, tracker.link(current.id))
     return objective(metrics)
+
+
+def what_is_begun(config: DictConfig, parts: Parts, folder: Path) -> tuple[str | None, dict[str, Any] | None]:
+    """The MLflow run that a process began in the folder and did not finish, and its newest checkpoint.
+
+    Raises:
+        ValueError: another run is in the folder (of other images, or another teacher) whose results would be lost.
+    """
+    if config.train.resume == "never":
+        remove_checkpoints(folder / CHECKPOINTS)
+        return None, None
+    journal, start = Journal.read(folder), load_checkpoint(folder / CHECKPOINTS)
+    if journal and not parts.tags.items() <= journal.tags.items():
+        if not journal.delivered:
+            raise ValueError(
+                f"{folder} has a run of another teacher or other images, of which {journal.uri} has not got all; "
+                f"python -m kdpipe.sync delivers it, train.resume=never drops it"
+            )
+        journal = None
+    if start and start["tags"] != parts.tags:
+        log.warning("the run that was begun here is another one, of other images or another teacher: this one is new")
+        remove_checkpoints(folder / CHECKPOINTS)
+        start = None
+    return journal.run_id if journal else start["run"] if start else None, start
 
 
 def follow(config: DictConfig, tracker: Any, hardware: Hardware) -> float:
@@ -106,17 +146,24 @@ def follow(config: DictConfig, tracker: Any, hardware: Hardware) -> float:
     parts = build_parts(config, tracker, {})
     if finished := find_finished(config, parts, tracker, hardware):
         return objective(finished.metrics)
-    return objective(learn(config, parts, hardware, lambda epoch, metrics: None, lambda: None))
+    return objective(learn(config, parts, hardware, None, lambda *_: None, lambda state: None, lambda: None))
 
 
 def learn(
     config: DictConfig,
     parts: Parts,
     hardware: Hardware,
+    start: dict[str, Any] | None,
     on_epoch: Callable[[int, dict[str, float]], None],
+    keep: Callable[[dict[str, Any]], None],
     on_step: Callable[[], None],
 ) -> dict[str, float]:
-    """optimizer → fit → test → cost; the trained weights are in `parts.model`."""
+    """optimizer → fit → test → cost; the trained weights are in `parts.model`.
+
+    Args:
+        start: the state of the training to go on from; None for a new one.
+        keep: takes the state in which the training can go on, now and then.
+    """
     train, device = config.train, hardware.device
     loss = build_loss(config).to(device)
     model = parts.model.to(device)
@@ -135,25 +182,54 @@ def learn(
     if train.compile is True:
         learner.compile()
 
-    metrics = fit(
-        hardware.distribute(learner, loss),
-        loss,
-        optimizer,
-        scheduler,
-        data,
-        teacher=teacher,
-        views=views,
-        epochs=train.epochs,
-        batch_size=train.batch_size,
-        seed=config.seed,
-        hardware=hardware,
-        select_best=train.select == "best",
-        test_each_epoch=train.test_each_epoch,
-        on_epoch=on_epoch,
-        on_step=on_step,
-    )
-    metrics |= named("test", evaluate(learner, data, "test", hardware))
+    training = Training(hardware.distribute(learner, loss), loss, optimizer, scheduler, hardware, learner)
+    if start := hardware.of_the_first(start):
+        training.restore(start)
+        log.info("goes on at epoch %d of %d, step %d", training.epoch, train.epochs, training.steps + 1)
+    is_due = every(train.checkpoint_minutes, hardware)
+
+    def after_step() -> None:
+        on_step()
+        if is_due():
+            keep(training.state())
+
+    try:
+        metrics = fit(
+            training,
+            data,
+            teacher=teacher,
+            views=views,
+            epochs=train.epochs,
+            batch_size=train.batch_size,
+            seed=config.seed,
+            select_best=train.select == "best",
+            test_each_epoch=train.test_each_epoch,
+            clip_norm=train.clip_norm,
+            on_epoch=on_epoch,
+            on_step=after_step,
+            on_checkpoint=lambda: keep(training.state()),
+        )
+        metrics = metrics | named("test", evaluate(learner, data, "test", hardware))
+    except Interrupted:
+        if hardware.processes == 1:  # several may have been interrupted at different steps
+            keep(training.state())
+        raise
     return metrics | cost(model, teacher)
+
+
+def every(minutes: float | None, hardware: Hardware) -> Callable[[], bool]:
+    """A function that says whether so much time has passed since it last said so; never where several processes would
+    have to agree on it."""
+    last = time.monotonic()
+
+    def is_due() -> bool:
+        nonlocal last
+        if minutes is None or hardware.processes > 1 or time.monotonic() - last < 60 * minutes:
+            return False
+        last = time.monotonic()
+        return True
+
+    return is_due
 
 
 def run_tags(config: DictConfig, parts: Parts, hardware: Hardware) -> dict[str, str]:
@@ -205,6 +281,7 @@ def show_result(metrics: Mapping[str, float], config: DictConfig, link: str) -> 
 
 def job(config: DictConfig) -> float:
     """`run`, with its error as one line; in a sweep each run is one line, and the others go on after an error."""
+    interruption.handle_signals(worker=True)  # where `cli` has not
     if HydraConfig.get().mode != RunMode.MULTIRUN:
         try:
             return run(config)
@@ -217,7 +294,14 @@ def job(config: DictConfig) -> float:
         place = f"[{config.sweep.job.number}/{config.sweep.job.of}] {config.sweep.job.name}"
     started = time.monotonic()
     try:
+        interruption.check()
         accuracy = run(config)
+    except Interrupted as stopped:
+        if queue_again := interruption.handler_before(stopped.number):
+            queue_again(stopped.number, None)  # submitit's, in a job of Slurm
+        if interruption.in_worker() and "SLURM_JOB_ID" not in os.environ:
+            raise InterruptedJobError(f"interrupted by {stopped}") from None
+        raise
     except ClaimedError as error:
         told.info("%s: left alone, %s", place, error)
         raise
@@ -242,29 +326,35 @@ def cli() -> None:
     if distributed.is_torchelastic_launched() and os.environ["RANK"] != "0":
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
         logging.getLogger("kdpipe").setLevel(logging.ERROR)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _terminated)
+    interruption.handle_signals()
+    logging.raiseExceptions = False  # a log file on a full disk is no reason for tracebacks
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on to us instead of printing them
     start = hydra.main(version_base="1.3", config_path=str(settings.CONF), config_name="config")
     try:
         start(run if full_error else job)()
+    except Interrupted as stopped:
+        print(f"kdpipe: interrupted by {stopped}; this goes on from there: {resume_command()}", file=sys.stderr)
+        raise
     except KeyboardInterrupt:
-        print("kdpipe: interrupted", file=sys.stderr)
+        print(f"kdpipe: stopped; this goes on from the last checkpoint: {resume_command()}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if full_error:
             raise
         _fail(error)
     finally:
+        interruption.hand_back_signals()
         if distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+def resume_command() -> str:
+    """The command that goes on with what this one began."""
+    anew = ("train.resume=never", "sweep.rerun=true")
+    return shlex.join(["python", "-m", "kdpipe", *(word for word in sys.argv[1:] if word.lower() not in anew)])
 
 
 def _fail(error: Exception) -> NoReturn:
     print(f"kdpipe: {one_line(error)}", file=sys.stderr)
     sys.exit(1)
-
-
-def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + signum)

@@ -1,9 +1,13 @@
 """Which MLflow store a run goes to, and whether it can be reached: known before mlflow, slow to import, is."""
 
+import logging
 import os
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+
+log = logging.getLogger("kdpipe")
 
 WEIGHTS = "model.safetensors"  # a run's weights, in its folder and among its artifacts
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -12,6 +16,19 @@ DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 def store_uri(configured: str | None, output_dir: Path) -> str:
     """Which store: what is configured, else MLFLOW_TRACKING_URI, else a sqlite file in the output folder."""
     return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output_dir.resolve() / 'mlflow.db'}"
+
+
+def wait_for_store(uri: str, seconds: float) -> None:
+    """`check_uri` for a store that was there before: it may be back within some time."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return check_uri(uri)
+        except ValueError as error:
+            if time.monotonic() > deadline:
+                raise
+            log.warning("%s: waiting for it", error)
+            time.sleep(min(15.0, seconds))
 
 
 def check_uri(uri: str) -> None:

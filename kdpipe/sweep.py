@@ -3,6 +3,7 @@ parent run in MLflow that holds what came of them."""
 
 import json
 import logging
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,12 +18,14 @@ from torch import distributed
 
 from kdpipe import config as settings
 from kdpipe.build import KnownTeachers, check_device, check_values
-from kdpipe.claim import ClaimedError, claim, wait_until_free
+from kdpipe.claim import ClaimedError, locked, owner_here, wait_until_free
 from kdpipe.errors import one_line
 from kdpipe.grid import Axes, Planned, check_shared, compose, describe, expand, identity_of, plan
-from kdpipe.store import check_uri, store_uri
+from kdpipe.interruption import passed_on
+from kdpipe.store import check_uri, store_uri, wait_for_store
 
 log = logging.getLogger("kdpipe.sweep")
+PATIENCE = 300  # seconds that a sweep waits for a store that was there when it began
 
 
 @dataclass
@@ -68,7 +71,7 @@ def run_sweep(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
         check_values(config)
     check_shared(configs)
     first = configs[0]
-    if "submitit" not in first.hydra.launcher._target_:  # a cluster's nodes have other devices than this machine
+    if on_this_machine(first):
         for config in configs:
             check_device(config)
     uri = store_uri(first.tracking.uri, Path(first.output_dir))
@@ -78,6 +81,7 @@ def run_sweep(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
 
     # The store is made here, once: processes that start together would make it at the same time.
     tracker = Tracker(uri, first.tracking.experiment, Path(first.output_dir) / "mlartifacts")
+    tracker.settle_all(Path(first.output_dir) / "runs")
     sweep = Sweep(sweeper, axes, first, tracker)
     planned = plan(axes, grid, configs, tracker, sweep.teachers)
     if first.sweep.confirm_seeds:
@@ -95,6 +99,11 @@ def run_sweep(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
             raise ValueError(failures(failed, len(planned)))
 
 
+def on_this_machine(config: DictConfig) -> bool:
+    """Whether the runs of a sweep are run here, and not on a cluster's nodes."""
+    return "submitit" not in config.hydra.launcher._target_
+
+
 def train_missing(sweep: Sweep, planned: Sequence[Planned]) -> dict[str, str]:
     """Train the runs that are not finished.
 
@@ -106,12 +115,11 @@ def train_missing(sweep: Sweep, planned: Sequence[Planned]) -> dict[str, str]:
         log.info("%d of %d runs are finished already", len(planned) - len(missing), len(planned))
     failed: dict[str, str] = {}
     while missing:
-        try:
-            reasons, undecided = launch(sweep, missing)
-        finally:
-            for run in missing:  # a process that was killed leaves its run open
-                with suppress(ClaimedError), claim(run.folder) as claimed:
-                    sweep.tracker.close_abandoned(claimed.last_run)
+        reasons, undecided = launch(sweep, missing)
+        wait_for_store(sweep.tracker.uri, PATIENCE)
+        for run in missing:  # a process that was killed leaves its run open
+            with suppress(TimeoutError, FileNotFoundError), locked(run.folder):
+                sweep.tracker.settle(run.folder)
         left = [run for run in missing if not take_finished(sweep, run)]
         again = undecided if len(left) < len(missing) else []  # as long as something gets done
         for run in left:
@@ -144,7 +152,8 @@ def launch(sweep: Sweep, missing: Sequence[Planned]) -> tuple[dict[str, str], li
     jobs = [[*run.overrides, *_job_overrides(sweep, run, n, len(missing))] for n, run in enumerate(missing, start=1)]
     assert sweep.sweeper.launcher
     try:
-        results = sweep.sweeper.launcher.launch(jobs, initial_job_idx=0)
+        with passed_on(lambda: workers_of(missing) if on_this_machine(sweep.config) else []):
+            results = sweep.sweeper.launcher.launch(jobs, initial_job_idx=0)
     except Exception as error:  # a process was killed, or a cluster lost a job; others may go on
         log.error("a job was lost: %s", one_line(error))
         reasons = {run.identity: one_line(error) for run in missing}
@@ -160,6 +169,12 @@ def launch(sweep: Sweep, missing: Sequence[Planned]) -> tuple[dict[str, str], li
     for run in undecided:
         wait_until_free(run.folder)
     return reasons, undecided
+
+
+def workers_of(runs: Sequence[Planned]) -> list[int]:
+    """The processes of this machine that train them, other than this one."""
+    owners = {owner_here(run.folder) for run in runs}
+    return [owner for owner in owners if owner not in (None, os.getpid())]
 
 
 def check_confirmation(sweep: Sweep, planned: Sequence[Planned]) -> None:

@@ -1,33 +1,29 @@
-"""MLflow: the only code that imports it.
-
-Metrics go to `metrics.jsonl` in the run's folder first, and to MLflow in one batch an epoch.
-"""
+"""An experiment in an MLflow store: its runs are begun, found and read here."""
 
 import json
 import logging
 import os
+import sqlite3
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from filelock import FileLock
-
-# MLflow's own defaults retry a dead server for minutes. Set before it is imported: it reads them once.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one small file needs none
-
 import mlflow
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+from filelock import FileLock
+from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException
 
+from kdpipe.claim import is_of_this_machine, locked
+from kdpipe.journal import FAILED, FINISHED, KILLED, Journal, Row, undelivered, write_rows
 from kdpipe.store import WEIGHTS
+from kdpipe.tracking.delivery import LITTLE_PATIENCE, Run, settle
 
 MAX_PARAM_LENGTH = 6000  # MLflow's own limit
 PAGE = 1000
@@ -48,31 +44,11 @@ class RunRecord:
     seconds: float  # from start to end
 
 
-class Run:
-    """The run in progress."""
-
-    def __init__(self, client: mlflow.MlflowClient, run_id: str, folder: Path) -> None:
-        self._client = client
-        self.id = run_id
-        self.folder = folder
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Append a line to metrics.jsonl, then send it."""
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-        now = int(time.time() * 1000)
-        self._client.log_batch(self.id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])
-
-    def save(self, file: Path) -> None:
-        """Keep a file as an artifact."""
-        self._client.log_artifact(self.id, str(file))
-
-
 class Tracker:
     """An experiment in an MLflow store.
 
     Args:
-        uri: of the store, as `store.store_uri` gives it.
+        uri: of the store, as `store.store_uri` gives it. A sqlite file that was left half-made is set aside.
         experiment: its name.
         artifacts: folder of the artifacts of a local store; a server has its own.
         create: make the experiment where it is missing.
@@ -89,12 +65,12 @@ class Tracker:
         self.experiment = experiment
         try:
             with _store_lock(uri):
-                self.client = mlflow.MlflowClient(tracking_uri=uri)
-                found = self.client.get_experiment_by_name(experiment)
-                if found is None and create:
-                    location = artifacts.resolve().as_uri() if uri.startswith("sqlite") else None
-                    created = self.client.create_experiment(experiment, artifact_location=location)
-                    found = self.client.get_experiment(created)
+                try:
+                    found = self._open(artifacts, create)
+                except Exception:
+                    if not set_aside(uri):
+                        raise
+                    found = self._open(artifacts, create)
         except Exception as error:  # MLflow lets the errors of SQLAlchemy, of drivers and of requests through
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"tracking.uri={uri}: this store cannot be opened ({reason})") from error
@@ -107,6 +83,15 @@ class Tracker:
             )
         self.experiment_id: str = found.experiment_id
 
+    def _open(self, artifacts: Path, create: bool) -> Experiment | None:
+        self.client = mlflow.MlflowClient(tracking_uri=self.uri)
+        found = self.client.get_experiment_by_name(self.experiment)
+        if found is None and create:
+            location = artifacts.resolve().as_uri() if self.uri.startswith("sqlite") else None
+            created = self.client.create_experiment(self.experiment, artifact_location=location)
+            found = self.client.get_experiment(created)
+        return found
+
     @contextmanager
     def run(
         self,
@@ -114,17 +99,63 @@ class Tracker:
         folder: Path,
         params: Mapping[str, object],
         tags: Mapping[str, str],
-        on_start: Callable[[str], None] = lambda run_id: None,
+        begun: str | None = None,
+        history: Sequence[Row] = (),
+        seconds: float = 0,
     ) -> Iterator[Run]:
-        """A new run, FINISHED when the block ends, KILLED or FAILED with the reason as a tag when it is left;
-        `on_start` is told its id as soon as there is one."""
-        run_id = self._create(name, tags)
-        on_start(run_id)
-        with self._closing(run_id):
+        """The run of a folder: FINISHED when the block ends, KILLED or FAILED with the reason as a tag when it is left.
+
+        Args:
+            begun: the id of the run that this one goes on with; a new one begins where the store has it no more.
+            history: the rows that are known of it.
+            seconds: that were spent on it.
+        """
+        goes_on = begun is not None and self._can_go_on(begun)
+        run_id = begun if begun and goes_on else self._create(name, tags)
+        journal = Journal(folder, self.uri, run_id, dict(tags), seconds=seconds)
+        journal.write()
+        (folder / WEIGHTS).unlink(missing_ok=True)
+        rows = list(history)
+        write_rows(folder, rows)
+        run = None
+        try:
+            if goes_on:
+                self._reopen(run_id, tags)
             self._log_params(run_id, params)
-            (folder / "metrics.jsonl").unlink(missing_ok=True)
-            (folder / WEIGHTS).unlink(missing_ok=True)
-            yield Run(self.client, run_id, folder)
+            run = Run(self.client, journal, rows)
+            run.deliver()
+            yield run
+            run.end(FINISHED)
+        except BaseException as error:
+            (run or Run(self.client, journal, rows)).end(*how_it_ended(error))
+            raise
+
+    def settle(self, folder: Path) -> None:
+        """Put right what a process left in a run's folder, which the caller has for itself, and tell the store what it
+        missed."""
+        settle(folder, self.client, self.uri)
+
+    def settle_all(self, runs: Path) -> None:
+        """The same for all runs in a folder that processes of this machine left."""
+        for folder in undelivered(runs):
+            with suppress(TimeoutError), locked(folder):
+                if is_of_this_machine(folder):
+                    self.settle(folder)
+
+    def _can_go_on(self, run_id: str) -> bool:
+        """Whether the experiment has such a run."""
+        try:
+            info = self.client.get_run(run_id).info
+        except MlflowException:
+            return False
+        return bool(info.lifecycle_stage == "active" and info.experiment_id == self.experiment_id)
+
+    def _reopen(self, run_id: str, tags: Mapping[str, str]) -> None:
+        self.client.update_run(run_id, status="RUNNING")
+        if "kdpipe.reason" in self.client.get_run(run_id).data.tags:
+            self.client.delete_tag(run_id, "kdpipe.reason")
+        for key, value in {**git_tags(), **tags}.items():
+            self.client.set_tag(run_id, key, value)
 
     @contextmanager
     def sweep(self, sweep_id: str, name: str, params: Mapping[str, object]) -> Iterator[str]:
@@ -133,25 +164,12 @@ class Tracker:
             found = self.find_sweep(sweep_id)
             if found:
                 run_id = found.id
-                self.client.update_run(run_id, status="RUNNING")
-                if "kdpipe.reason" in found.tags:
-                    self.client.delete_tag(run_id, "kdpipe.reason")
+                self._reopen(run_id, {})
             else:
                 run_id = self._create(name, {"kdpipe.stage": "sweep", "kdpipe.sweep": sweep_id})
                 self._log_params(run_id, params)
         with self._closing(run_id):
             yield run_id
-
-    def close_abandoned(self, run_id: str | None) -> None:
-        """Mark a run as KILLED that its process left RUNNING when it died."""
-        run = None
-        if run_id:
-            with suppress(MlflowException):  # a run of another store
-                run = self.client.get_run(run_id)
-        if run and run.info.status == "RUNNING":
-            self.client.set_terminated(run.info.run_id, "KILLED")
-            self.client.set_tag(run.info.run_id, "kdpipe.reason", "its process is gone")
-            log.info("run %s was left unfinished by a process that is gone: marked KILLED", run.info.run_id)
 
     def adopt(self, run: RunRecord, sweep_id: str, parent_id: str) -> None:
         """Make a finished run part of a sweep too."""
@@ -166,7 +184,9 @@ class Tracker:
         return str(run.info.run_id)
 
     def _log_params(self, run_id: str, params: Mapping[str, object]) -> None:
-        texts = {key: str(value)[:MAX_PARAM_LENGTH] for key, value in params.items()}
+        # The first ones stand: MLflow's params cannot change, and those that matter do not when a run goes on.
+        known = self.client.get_run(run_id).data.params
+        texts = {key: str(value)[:MAX_PARAM_LENGTH] for key, value in params.items() if key not in known}
         for part in _chunks([Param(key, text) for key, text in texts.items()], 100):
             self.client.log_batch(run_id, params=part)
 
@@ -175,12 +195,15 @@ class Tracker:
         try:
             yield
         except BaseException as error:
-            killed = isinstance(error, KeyboardInterrupt | SystemExit)
-            self.client.set_terminated(run_id, "KILLED" if killed else "FAILED")
-            reason = " ".join(str(error).split()) or "interrupted"
-            self.client.set_tag(run_id, "kdpipe.reason", f"{type(error).__name__}: {reason}"[:MAX_PARAM_LENGTH])
+            status, reason = how_it_ended(error)
+
+            def close() -> None:
+                self.client.set_terminated(run_id, status)
+                self.client.set_tag(run_id, "kdpipe.reason", reason)
+
+            at_most(LITTLE_PATIENCE, close)
             raise
-        self.client.set_terminated(run_id, "FINISHED")
+        self.client.set_terminated(run_id, FINISHED)
 
     def log_dataset(self, run_id: str, name: str, fingerprint: str, source: str, splits: Mapping[str, int]) -> None:
         """Say what a run was fed, as MLflow's dataset input."""
@@ -312,6 +335,45 @@ class Tracker:
         return ", ".join(names) or "none"
 
 
+def how_it_ended(error: BaseException) -> tuple[str, str]:
+    """KILLED or FAILED, and why."""
+    status = KILLED if isinstance(error, KeyboardInterrupt | SystemExit) else FAILED
+    reason = " ".join(str(error).split()) or "interrupted"
+    return status, f"{type(error).__name__}: {reason}"[:MAX_PARAM_LENGTH]
+
+
+def at_most(seconds: float, work: Callable[[], None]) -> None:
+    """Do something that may hang or fail, and need not be done."""
+
+    def quietly() -> None:
+        with suppress(Exception):
+            work()
+
+    thread = threading.Thread(target=quietly, daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
+def set_aside(uri: str) -> bool:
+    """Rename a sqlite file that a process left half-made when it died; whether that was so. A file with runs in it is
+    never touched."""
+    file = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or not file.is_file():
+        return False
+    try:
+        with closing(sqlite3.connect(file, timeout=1)) as database:
+            database.execute("BEGIN EXCLUSIVE")  # fails while another process makes it
+            (has_runs,) = database.execute("SELECT count(*) FROM sqlite_master WHERE name = 'runs'").fetchone()
+            if has_runs and database.execute("SELECT count(*) FROM runs").fetchone() != (0,):
+                return False
+    except sqlite3.Error:
+        return False
+    aside = file.with_name(f"{file.name}.half-made-{time.strftime('%Y%m%d-%H%M%S')}")
+    file.rename(aside)
+    log.warning("%s was left half-made, without any run: it is now %s, and a new one is made", file, aside.name)
+    return True
+
+
 def git_tags() -> dict[str, str]:
     """The commit of the working folder, and whether something was not committed; nothing outside of a repository."""
     try:
@@ -350,7 +412,8 @@ def _record(run: mlflow.entities.Run) -> RunRecord:
         metrics=dict(run.data.metrics),
         tags=dict(run.data.tags),
         ended=ended,
-        seconds=ended - run.info.start_time / 1000,
+        # A run that was interrupted says how long it was worked on; else it is from the start to the end.
+        seconds=float(run.data.tags.get("kdpipe.seconds", ended - run.info.start_time / 1000)),
     )
 
 

@@ -1,0 +1,150 @@
+"""What a run has to tell MLflow, as files in its folder: written first, and told as soon as the store takes it.
+
+`metrics.jsonl` has a line for each epoch and one for the end; `tracking.json` says which run of which store they are
+for, how the run ended, and whether the store knows all of it.
+"""
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+from kdpipe.files import append_whole, write_whole
+
+log = logging.getLogger("kdpipe")
+
+METRICS = "metrics.jsonl"
+TRACKING = "tracking.json"
+CHECKPOINTS = "checkpoints"  # a folder
+RUNNING, FINISHED, KILLED, FAILED = "RUNNING", "FINISHED", "KILLED", "FAILED"  # as MLflow has them
+
+Row = dict[str, float]  # {"step": 3, "train/loss": 0.5, …}
+
+
+@dataclass
+class Journal:
+    """What is known of the run in a folder.
+
+    Attributes:
+        uri, run_id: of the store, and of the run there.
+        tags: those that say which run this is.
+        status: RUNNING, FINISHED, KILLED or FAILED.
+        reason: why it was KILLED or FAILED.
+        ended: milliseconds since 1970; 0 while it runs.
+        seconds: that processes have worked on it.
+        files: names in the folder, to be kept as artifacts.
+        delivered: whether the store knows all of this, and of the rows.
+    """
+
+    folder: Path
+    uri: str
+    run_id: str
+    tags: dict[str, str]
+    status: str = RUNNING
+    reason: str = ""
+    ended: int = 0
+    seconds: float = 0
+    files: list[str] = field(default_factory=list)
+    delivered: bool = False
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """The journal in a folder; None where there is none, or none that can be read."""
+        try:
+            content = json.loads((folder / TRACKING).read_text())
+            kinds = {part.name: part.type for part in fields(cls) if part.name != "folder"}
+            journal = cls(folder=folder, **{name: content[name] for name in kinds})
+            well_formed = (
+                isinstance(journal.uri, str) and isinstance(journal.run_id, str) and isinstance(journal.tags, dict)
+            )
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError):
+            well_formed = False
+        if not well_formed:
+            log.warning("%s cannot be read: left out of account", folder / TRACKING)
+            return None
+        return journal
+
+    def write(self) -> None:
+        content = {key: value for key, value in asdict(self).items() if key != "folder"}
+        write_whole(self.folder / TRACKING, json.dumps(content, indent=1).encode())
+
+    def end(self, status: str, reason: str = "") -> None:
+        """The run is over, for now at least.
+
+        Raises:
+            OSError: that it is FINISHED could not be written. Any other end stands without that, in memory.
+        """
+        self.status, self.reason, self.ended, self.delivered = status, reason, int(time.time() * 1000), False
+        try:
+            self.write()
+        except OSError:
+            if status == FINISHED:
+                self.status = RUNNING
+                raise
+
+    def settled(self) -> None:
+        """The store knows all of it: what is only there to go on from is not needed, unless the run is to go on."""
+        self.delivered = True
+        if self.status == FINISHED:
+            shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
+            (self.folder / TRACKING).unlink(missing_ok=True)
+        else:
+            with suppress(OSError):  # then it is told again
+                self.write()
+
+
+def undelivered(runs: Path) -> list[Path]:
+    """The folders in `runs` that have something to tell, or whose process may be gone."""
+    journals = [Journal.read(file.parent) for file in sorted(runs.glob(f"*/{TRACKING}"))]
+    return [journal.folder for journal in journals if journal and not journal.delivered]
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """The lines of metrics.jsonl, up to one that a killed process left torn."""
+    rows: list[Row] = []
+    try:
+        lines = (folder / METRICS).read_text(errors="replace").splitlines()
+    except OSError:
+        return rows
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if not (isinstance(row, dict) and all(isinstance(value, int | float) for value in row.values())):
+            break
+        if "step" not in row:
+            break
+        rows.append(row)
+    return rows
+
+
+def rows_since(folder: Path, history: list[Row]) -> list[Row]:
+    """The rows of a run: those of a checkpoint, and what was logged after it."""
+    rows = read_rows(folder)
+    return rows if rows[: len(history)] == history else history
+
+
+def write_rows(folder: Path, rows: list[Row]) -> None:
+    """Have these lines in metrics.jsonl, and no others."""
+    write_whole(folder / METRICS, "".join(map(_line, rows)).encode())
+
+
+def append_row(folder: Path, row: Row) -> None:
+    append_whole(folder / METRICS, _line(row))
+
+
+def has_row(rows: list[Row], step: int, names: Mapping[str, Any]) -> bool:
+    """Whether one of the rows is for this step and has these metrics."""
+    return any(row["step"] == step and row.keys() >= names.keys() for row in rows)
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row) + "\n"

@@ -1,0 +1,254 @@
+"""From a run's folder to the store: told twice is as good as told once."""
+
+import logging
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
+
+from kdpipe.journal import FINISHED, KILLED, RUNNING, Journal, Row, append_row, has_row, read_rows
+
+log = logging.getLogger("kdpipe")
+
+PATIENCE = {FINISHED: 30.0}  # seconds that the end of a run waits for the store
+LITTLE_PATIENCE = 4.0  # where somebody waits for the process to end
+PAUSES = (1, 2, 4, 8, 15)  # seconds between attempts
+# Of MLflow: what will not be another time.
+FINAL = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")
+
+
+class Run:
+    """The run in progress. What it is told stands in its folder when the call returns, and reaches the store later."""
+
+    def __init__(self, client: MlflowClient, journal: Journal, rows: list[Row]) -> None:
+        self.id = journal.run_id
+        self.folder = journal.folder
+        self.rows = rows
+        self._journal = journal
+        self._delivery = Delivery(client, journal, rows)
+        self._started = time.monotonic() - journal.seconds
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Add a line to metrics.jsonl, unless an earlier process that came to this step did.
+
+        Raises:
+            ValueError: the store refuses what it was told before, and would refuse it again.
+        """
+        if not has_row(self.rows, step, metrics):
+            row = {"step": step, **metrics}
+            append_row(self.folder, row)
+            self.rows.append(row)
+        self._delivery.raise_refusal()
+
+    def deliver(self) -> None:
+        """Have the store told of all that was logged: what a process that goes on from here will not log again."""
+        self._delivery.wake(len(self.rows))
+
+    def save(self, file: Path) -> None:
+        """Keep a file of the run's folder as an artifact."""
+        if file.name not in self._journal.files:
+            self._journal.files.append(file.name)
+            self._journal.write()
+        self._delivery.wake()
+
+    @property
+    def seconds(self) -> float:
+        """How long processes have worked on this run, without the time between them."""
+        return time.monotonic() - self._started
+
+    def end(self, status: str, reason: str = "") -> None:
+        """Close the run, once, and wait a little for the store to have it all; else say how it gets it later.
+
+        Raises:
+            OSError: the disk does not take that it is FINISHED.
+        """
+        if self._journal.status != RUNNING:
+            return
+        self._journal.seconds = self.seconds
+        self._journal.end(status, reason)
+        self._delivery.wake(len(self.rows))
+        if not self._delivery.finish(PATIENCE.get(status, LITTLE_PATIENCE)):
+            log.warning(
+                "%s has not got all of this run%s; %s has, and this delivers it: python -m kdpipe.sync",
+                self._journal.uri,
+                self._delivery.why_not(),
+                self.folder,
+            )
+
+
+class Delivery:
+    """Tells the store what a journal and its rows have, in a thread of its own, until it has it all."""
+
+    def __init__(self, client: MlflowClient, journal: Journal, rows: list[Row]) -> None:
+        self._client, self._journal, self._rows = client, journal, rows
+        self._release = 0  # so many rows may be told
+        self._told = Told()
+        self._state = threading.Condition()
+        self._work = self._ending = self._done = self._given_up = False
+        self._failures = 0
+        self._refusal: Exception | None = None
+        threading.Thread(target=self._run, name="kdpipe-delivery", daemon=True).start()
+
+    def wake(self, rows: int = 0) -> None:
+        """Tell the store of the files that there are, and of so many rows."""
+        with self._state:
+            self._release = max(self._release, rows)
+            self._told.times += [_now()] * (self._release - len(self._told.times))
+            self._work = True
+            self._state.notify_all()
+
+    def finish(self, patience: float) -> bool:
+        """Tell the store how the run ended, and no more after that.
+
+        Returns:
+            Whether the store has it all, within so many seconds; earlier where it is known not to answer.
+        """
+        with self._state:
+            known_as_down = self._failures > 0
+            self._failures = 0
+            self._work = self._ending = True
+            self._state.notify_all()
+            self._state.wait_for(
+                lambda: self._done or self._refusal or self._failures > (0 if known_as_down else 1), patience
+            )
+            self._given_up = True
+            return self._done
+
+    def why_not(self) -> str:
+        return f" ({_reason(self._refusal)})" if self._refusal else ""
+
+    def raise_refusal(self) -> None:
+        if self._refusal:
+            raise ValueError(f"MLflow refuses this run's data: {_reason(self._refusal)}") from self._refusal
+
+    def _run(self) -> None:
+        silent = False
+        while True:
+            with self._state:
+                self._state.wait_for(lambda: self._work)
+                if self._given_up:
+                    return
+                self._work = False
+                rows, ending = self._rows[: self._release], self._ending
+            try:
+                deliver(self._client, self._journal, rows, self._told, closing=ending)
+            except Exception as error:  # of MLflow, SQLAlchemy, drivers, requests
+                if is_final(error):
+                    with self._state:
+                        self._refusal = error
+                        self._state.notify_all()
+                    return
+                if not silent:
+                    log.warning(
+                        "%s does not take metrics now (%s): training goes on, they are kept and told later",
+                        self._journal.uri,
+                        _reason(error),
+                    )
+                silent = True
+                with self._state:
+                    self._failures += 1
+                    self._work = True
+                    self._state.notify_all()
+                    pause = PAUSES[min(self._failures, len(PAUSES)) - 1]
+                    if ending:
+                        self._state.wait(pause)
+                    else:
+                        self._state.wait_for(lambda: self._ending, pause)
+                continue
+            if silent:
+                log.info("%s is back, and has what it missed", self._journal.uri)
+            silent = False
+            with self._state:
+                self._failures = 0
+                if ending:
+                    self._done = True
+                    self._state.notify_all()
+                    return
+
+
+class Told:
+    """What this process has told the store, or found there."""
+
+    def __init__(self) -> None:
+        self.rows: int | None = None  # how many; None before the store was asked
+        self.times: list[int] = []  # when they were logged, in milliseconds: the same one however often it is told
+        self.files: set[str] = set()
+
+
+def deliver(client: MlflowClient, journal: Journal, rows: list[Row], told: Told, closing: bool) -> None:
+    """Tell the store what it does not know yet of a run: rows, files and, where it is `closing`, how it ended.
+
+    Raises:
+        Exception: whatever MLflow raises; some of it may have been told.
+    """
+    told.times += [_now()] * (len(rows) - len(told.times))
+    if told.rows is None:
+        told.rows = rows_known(client, journal.run_id, rows)
+    for number in range(told.rows, len(rows)):
+        row = rows[number]
+        metrics = [
+            Metric(name, float(value), told.times[number], int(row["step"]))
+            for name, value in row.items()
+            if name != "step"
+        ]
+        client.log_batch(journal.run_id, metrics=metrics)
+        told.rows = number + 1
+    for name in [name for name in journal.files if name not in told.files]:
+        client.log_artifact(journal.run_id, str(journal.folder / name))
+        told.files.add(name)
+    if closing:
+        if journal.reason:
+            client.set_tag(journal.run_id, "kdpipe.reason", journal.reason)
+        client.set_tag(journal.run_id, "kdpipe.seconds", f"{journal.seconds:.1f}")
+        client.set_terminated(journal.run_id, journal.status, end_time=journal.ended)
+        journal.settled()
+
+
+def rows_known(client: MlflowClient, run_id: str, rows: Iterable[Row]) -> int:
+    """How many of the rows the store has, which is told them in turn."""
+    steps: dict[str, set[int]] = {}
+    for number, row in enumerate(rows):
+        name = next(key for key in row if key != "step")
+        if name not in steps:
+            steps[name] = {point.step for point in client.get_metric_history(run_id, name)}
+        if row["step"] not in steps[name]:
+            return number
+    return len(list(rows))
+
+
+def is_final(error: Exception) -> bool:
+    """Whether the store will refuse the same again: it is there, and does not want it."""
+    return isinstance(error, MlflowException) and error.error_code in FINAL
+
+
+def settle(folder: Path, client: MlflowClient, uri: str) -> bool:
+    """Put right what a process left in a run's folder when it died or could not reach the store; the folder is locked
+    by the caller.
+
+    Returns:
+        Whether the store has all of it now; True where there was nothing to do.
+    """
+    journal = Journal.read(folder)
+    if journal is None:
+        return True
+    if journal.status == RUNNING:
+        journal.end(KILLED, "its process is gone")
+        log.info("run %s was left unfinished by a process that is gone: marked KILLED", journal.run_id)
+    if not journal.delivered and journal.uri == uri:
+        try:
+            deliver(client, journal, read_rows(folder), Told(), closing=True)
+        except Exception as error:  # as in `Delivery`
+            log.warning("%s does not take what %s has: %s", uri, folder, _reason(error))
+    return journal.delivered
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:300] or type(error).__name__
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
