@@ -26,9 +26,17 @@ def copy_state(module: nn.Module) -> State:
 
 
 def save_weights(network: nn.Module, path: Path, class_names: Sequence[str]) -> None:
-    """Write a network's weights as safetensors, class names among its metadata; whole or not at all."""
+    """Write a network's weights as safetensors, class names among its metadata; whole or not at all, and the same
+    bytes for the same weights."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    write_whole(path, save(state, metadata={"format": "pt", "class_names": json.dumps(list(class_names))}))
+    content = save(state, metadata={"format": "pt", "class_names": json.dumps(list(class_names))})
+    # The metadata come in any order: as a header of the same length, they have one.
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+    assert len(text) == size, "safetensors writes its header without needless characters"
+    write_whole(path, content[:8] + text + content[8 + size :])
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:

@@ -113,12 +113,12 @@ class Tracker:
         goes_on = begun is not None and self._can_go_on(begun)
         run_id = begun if begun and goes_on else self._create(name, tags)
         journal = Journal(folder, self.uri, run_id, dict(tags), seconds=seconds)
-        journal.write()
-        (folder / WEIGHTS).unlink(missing_ok=True)
         rows = list(history)
-        write_rows(folder, rows)
         run = None
         try:
+            journal.write()
+            (folder / WEIGHTS).unlink(missing_ok=True)
+            write_rows(folder, rows)
             if goes_on:
                 self._reopen(run_id, tags)
             self._log_params(run_id, params)
