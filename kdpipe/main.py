@@ -96,7 +96,7 @@ def lead(config: DictConfig, parts: Parts, tracker: Any, folder: Path, hardware:
     begun, start = what_is_begun(config, parts, folder)
     params = settings.logged_params(config)
     name, tags = settings.run_name(config), run_tags(config, parts, hardware)
-    history = rows_since(folder, start["history"]) if start else []
+    history = rows_since(folder, start["history"] if start else []) if begun else []
     seconds = start["seconds"] if start else 0.0
     with tracker.run(name, folder, params, tags, begun, history, seconds) as current:
         describe_inputs(config, current, tracker, parts.data)

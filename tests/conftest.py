@@ -1,5 +1,6 @@
 """What several tests share: real photos, a fresh folder with an MLflow store, and a run as a user starts one."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -9,7 +10,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +31,7 @@ from kdpipe.data.augmentation import Views
 from kdpipe.hardware import Hardware
 from kdpipe.schedulers import constant
 from kdpipe.teacher import Teacher
-from kdpipe.train import fit
+from kdpipe.train import Training, fit
 
 SHARED_DATA = Path(os.environ.get("KDPIPE_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
@@ -132,6 +134,77 @@ def kdpipe(
     return command
 
 
+# Processes that have imported everything already, which takes seconds, and are real ones in all else.
+_ready = multiprocessing.get_context("forkserver")
+_ready.set_forkserver_preload(["kdpipe.main", "kdpipe.tracking"])
+
+
+def _command(folder: Path, overrides: list[str], log: Path) -> None:
+    os.chdir(folder)
+    os.setsid()  # with the processes that it starts, a group that can be killed
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    sys.stdout.reconfigure(line_buffering=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where tests run in the background
+    sys.argv = ["kdpipe", *overrides]
+    main.cli()
+
+
+class Started:
+    """`python -m kdpipe …` in a process of its own."""
+
+    def __init__(self, folder: Path, overrides: Sequence[str]) -> None:
+        self.log = folder / "log"
+        self.log.touch()
+        self.before = self.log.stat().st_size
+        self.process = _ready.Process(target=_command, args=(folder, list(overrides), self.log))
+        self.process.start()
+
+    @property
+    def output(self) -> str:
+        """What it printed."""
+        return self.log.read_bytes()[self.before :].decode()
+
+    def wait_for(self, text: str, seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while text not in self.output:
+            assert self.process.is_alive() and time.monotonic() < deadline, self.output
+            time.sleep(0.02)
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.process.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL, for it and all that it started."""
+        for kill in (os.killpg, os.kill):  # it may not lead a group yet
+            with suppress(ProcessLookupError):
+                kill(self.process.pid, signal.SIGKILL)
+        self.process.join()
+
+    def end(self, seconds: float = 300) -> int:
+        """Its exit status."""
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, self.output
+        return self.process.exitcode
+
+
+@pytest.fixture
+def start(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Started]]:
+    """`start("seed=1", …)` is `python -m kdpipe seed=1 … &` in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    started: list[Started] = []
+
+    def begin(*overrides: str, folder: Path = tmp_path) -> Started:
+        started.append(Started(folder, overrides))
+        return started[-1]
+
+    yield begin
+    for one in started:
+        if one.process.is_alive():
+            one.kill()
+
+
 @pytest.fixture(scope="session")
 def database() -> Iterator[str]:
     """PostgreSQL where it is installed, with a database of its own for these tests; else a sqlite file."""
@@ -200,17 +273,13 @@ def fit_for_test(
     """The metrics of each epoch of a training on the CPU, without those that depend on the clock."""
     told: list[dict[str, float]] = []
     fit(
-        learner,
-        loss,
-        optimizer,
-        constant(optimizer, epochs, 1),
+        Training(learner, loss, optimizer, constant(optimizer, epochs, 1), Hardware(torch.device("cpu"))),
         data,
         teacher=teacher,
         views=views,
         epochs=epochs,
         batch_size=50,
         seed=seed,
-        hardware=Hardware(torch.device("cpu")),
         select_best=False,
         test_each_epoch=False,
         on_epoch=lambda epoch, metrics: told.append(

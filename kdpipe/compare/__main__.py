@@ -58,6 +58,7 @@ def run(arguments: argparse.Namespace) -> str:
     from kdpipe.tracking import Tracker
 
     tracker = Tracker(uri, arguments.experiment, arguments.output_dir / "mlartifacts", create=False)
+    tracker.settle_all(arguments.output_dir / "runs")
     if arguments.sweep is not None:
         comparisons = compare_sweep(tracker, arguments.sweep, where)
     else:

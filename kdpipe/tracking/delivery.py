@@ -225,16 +225,21 @@ def is_final(error: Exception) -> bool:
     return isinstance(error, MlflowException) and error.error_code in FINAL
 
 
-def settle(folder: Path, client: MlflowClient, uri: str) -> bool:
+def connect(uri: str) -> MlflowClient:
+    """A client of a store."""
+    return MlflowClient(tracking_uri=uri)
+
+
+def settle(folder: Path, client: MlflowClient, uri: str) -> str:
     """Put right what a process left in a run's folder when it died or could not reach the store; the folder is locked
     by the caller.
 
     Returns:
-        Whether the store has all of it now; True where there was nothing to do.
+        Why the store at `uri` does not take it; "" where it has it all, or it is another store's.
     """
     journal = Journal.read(folder)
     if journal is None:
-        return True
+        return ""
     if journal.status == RUNNING:
         journal.end(KILLED, "its process is gone")
         log.info("run %s was left unfinished by a process that is gone: marked KILLED", journal.run_id)
@@ -242,8 +247,8 @@ def settle(folder: Path, client: MlflowClient, uri: str) -> bool:
         try:
             deliver(client, journal, read_rows(folder), Told(), closing=True)
         except Exception as error:  # as in `Delivery`
-            log.warning("%s does not take what %s has: %s", uri, folder, _reason(error))
-    return journal.delivered
+            return f"{uri} does not take what this run has ({_reason(error)})"
+    return ""
 
 
 def _reason(error: Exception) -> str:

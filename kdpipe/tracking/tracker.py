@@ -133,7 +133,8 @@ class Tracker:
     def settle(self, folder: Path) -> None:
         """Put right what a process left in a run's folder, which the caller has for itself, and tell the store what it
         missed."""
-        settle(folder, self.client, self.uri)
+        if problem := settle(folder, self.client, self.uri):
+            log.warning("%s: %s", folder, problem)
 
     def settle_all(self, runs: Path) -> None:
         """The same for all runs in a folder that processes of this machine left."""

@@ -39,7 +39,7 @@ import tutorial
 
 from kdpipe import config as settings
 from kdpipe.build import build_data, build_loss, build_network, build_optimizer, use_hardware
-from kdpipe.checkpoint import save_weights
+from kdpipe.checkpoint import save_checkpoint
 from kdpipe.data import ImageDataset, Rows, split
 from kdpipe.data.dataset import Source
 from kdpipe.hardware import Hardware
@@ -47,7 +47,7 @@ from kdpipe.outputs import Question, work_out
 from kdpipe.progress import progress
 from kdpipe.teacher import Teacher
 from kdpipe.tracking import Tracker
-from kdpipe.train import train_epoch
+from kdpipe.train import Training, train_epoch
 
 EPOCH = 50_000  # images, whatever the number measured on
 SECTIONS = 10
@@ -97,18 +97,13 @@ class Bench:
 
         def train(positions: Tensor) -> float:
             metrics = train_epoch(
-                learner,
-                criterion,
-                optimizer,
-                scheduler,
+                Training(learner, criterion, optimizer, scheduler, self.hardware),
                 replace(data, splits={"train": positions}),
                 teacher=teacher,
                 views=None,
-                epoch=1,
                 epochs=1,
                 batch_size=tutorial.BATCH_SIZE,
                 seed=0,
-                hardware=self.hardware,
             )
             return metrics["train/images_per_second"]
 
@@ -358,18 +353,22 @@ def run(command: list[str], log_folder: Path, **environment: str) -> str:
 
 
 def bookkeeping_line(bench: Bench, images_per_second: float) -> dict[str, Any]:
-    """What an epoch costs beside its training: MLflow on sqlite, weights on disk, a bar on a terminal, metrics."""
+    """What an epoch costs beside its training: a line of metrics, a checkpoint, a bar on a terminal, metrics; MLflow is
+    told beside it."""
     folder = bench.folder / "books"
     folder.mkdir()
     tracker = Tracker(f"sqlite:///{folder}/mlflow.db", "bench", folder / "artifacts")
     metrics = {f"train/{name}": 0.5 for name in "abcdefgh"}
     model = bench.model()
+    loss = nn.Identity()
+    optimizer, scheduler = build_optimizer(bench.config("loss=cross_entropy"), model, loss, 1)
+    training = Training(model, loss, optimizer, scheduler, bench.hardware)
     with tracker.run("bench", folder, {}, {}) as current:
-        logging = statistics.median(bench.seconds(lambda: current.log(metrics, 1)) for _ in range(20))
+        logging = statistics.median(bench.seconds(lambda n=n: current.log(metrics, n)) for n in range(20))
 
         def save() -> None:
-            save_weights(model.network, folder / "model.safetensors", bench.data.class_names)
-            current.save(folder / "model.safetensors")
+            save_checkpoint(folder, {"training": training.state(), "history": current.rows})
+            current.deliver()
 
         saving = statistics.median(bench.seconds(save) for _ in range(5))
 
@@ -396,7 +395,7 @@ def bookkeeping_line(bench: Bench, images_per_second: float) -> dict[str, Any]:
     showing = statistics.median(bench.seconds(bar_and_metrics) for _ in range(3))
     del os.environ["FORCE_COLOR"]
     epoch = EPOCH / images_per_second
-    details = f"MLflow {logging:.3f} s, weights {saving:.3f} s, bar and metrics {showing:.3f} s of {epoch:.1f} s"
+    details = f"line {logging:.3f} s, checkpoint {saving:.3f} s, bar and metrics {showing:.3f} s of {epoch:.1f} s"
     return line(
         "tracking, checkpoint, bar, metrics, of an epoch", (logging + saving + showing) / epoch, "<=", 0.02, details
     )

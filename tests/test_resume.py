@@ -1,0 +1,264 @@
+"""What is interrupted goes on where it was, to the last digit: after Ctrl-C, after SIGKILL, with a torn checkpoint."""
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Started
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+SMALL = ["dataset=digits", "dataset.train_fraction=0.3", "train.threads=1"]
+# A schedule, augmentation and dropout: what would go wrong if a step came twice, or its chance was another.
+STUDENT = [
+    *SMALL,
+    *(
+        "experiment=student",
+        "model=torchvision",
+        "model.name=squeezenet1_1",
+        "model.weights=null",
+        "model.image_size=32",
+    ),
+    *("augmentation=crop_flip", "scheduler=cosine", "optimizer.lr=3e-4", "train.epochs=4", "train.batch_size=20"),
+]
+OFTEN = "train.checkpoint_minutes=0.0001"  # after every step
+
+
+def client(folder: Path = Path()) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{(folder / 'outputs/mlflow.db').resolve()}")
+
+
+def the_run(folder: Path = Path(), name: str = "") -> Run:
+    """The one run of a folder's store, or the one with this name."""
+    experiment = client(folder).get_experiment_by_name("kdpipe").experiment_id
+    runs = [run for run in client(folder).search_runs([experiment]) if name in run.info.run_name]
+    (run,) = [run for run in runs if name in ("", run.info.run_name)]
+    return run
+
+
+def result(folder: Path, run: Run) -> dict[str, object]:
+    """All that came of a run, but for what depends on the clock: weights, lines, and every value in MLflow."""
+    of_run = folder / "outputs/runs" / run.data.tags["kdpipe.identity"]
+    lines = [json.loads(line) for line in (of_run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("train/images_per_second", None)
+    history = {
+        name: [(point.step, point.value) for point in client(folder).get_metric_history(run.info.run_id, name)]
+        for name in run.data.metrics
+        if name != "train/images_per_second"
+    }
+    assert len(client(folder).get_metric_history(run.info.run_id, "train/images_per_second")) == len(lines) - 1
+    return {"weights": (of_run / "model.safetensors").read_bytes(), "lines": lines, "history": history}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, store_template: Path) -> dict[str, object]:
+    """What comes of the student when nothing happens to it."""
+    folder = tmp_path_factory.mktemp("whole")
+    run = Started(folder, STUDENT)
+    assert run.end() == 0, run.output
+    return result(folder, the_run(folder))
+
+
+def checkpoints() -> list[Path]:
+    """The oldest first."""
+    return sorted(Path("outputs/runs").glob("*/checkpoints/*.pt"))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_says_how_it_goes_on_and_does(
+    start: Callable[..., Started], whole: dict[str, object], number: signal.Signals, status: int
+) -> None:
+    run = start(*STUDENT, "train.resume=never")
+    run.wait_for("epoch 1/4")
+    time.sleep(random.Random(status).uniform(0, 0.5))  # some way into an epoch
+    run.send(number)
+    sent = time.monotonic()
+    assert run.end() == status
+    assert time.monotonic() - sent < 10
+    assert the_run().info.status == "KILLED"
+    assert number.name in the_run().data.tags["kdpipe.reason"]
+    (said,) = [line for line in run.output.splitlines() if line.startswith("kdpipe: interrupted by ")]
+    assert (
+        said == f"kdpipe: interrupted by {number.name}; this goes on from there: python -m kdpipe {' '.join(STUDENT)}"
+    )
+
+    again = start(*STUDENT)
+    assert again.end() == 0, again.output
+    assert "goes on at epoch" in again.output and "epoch 1/4" not in again.output
+    assert the_run().info.status == "FINISHED" and "kdpipe.reason" not in the_run().data.tags
+    assert result(Path(), the_run()) == whole
+    assert not checkpoints()
+
+
+def killed_until_it_ends(begin: Callable[[], Started], kills: int, draw: random.Random, seconds: float) -> int:
+    """SIGKILL after random times, so often, then let it end; how often it was alive when it was killed."""
+    survived = 0
+    for _ in range(kills):
+        run = begin()
+        run.process.join(draw.uniform(0, seconds))
+        if run.process.exitcode is not None:
+            return survived
+        run.kill()
+        survived += 1
+    run = begin()
+    assert run.end() == 0, run.output
+    return survived
+
+
+@pytest.mark.parametrize("number", [0, *(pytest.param(number, marks=pytest.mark.faults) for number in range(1, 6))])
+def test_a_run_that_is_killed_at_random_moments_ends_as_if_nothing_had_been(
+    start: Callable[..., Started], whole: dict[str, object], number: int
+) -> None:
+    often = [OFTEN] if number % 2 else []  # else it goes on at the beginning of an epoch
+    kills = killed_until_it_ends(lambda: start(*STUDENT, *often), 6, random.Random(number), seconds=8)
+    print(f"{kills} kills survived")
+    assert result(Path(), the_run(name="squeezenet1_1_alone_s0")) == whole
+    assert the_run(name="squeezenet1_1_alone_s0").info.status == "FINISHED"
+
+
+def test_inside_an_epoch_only_what_is_missing_is_trained(
+    start: Callable[..., Started], whole: dict[str, object]
+) -> None:
+    run = start(*STUDENT, OFTEN)
+    run.wait_for("epoch 1/4")
+    while not any(int(file.name[:6]) > 22 for file in checkpoints()):  # 17 steps in an epoch, and its end
+        time.sleep(0.01)
+    run.kill()
+    newest = checkpoints()[-1]
+    steps = int(newest.name[:6]) - 1  # a checkpoint for each, and one for the end of the first epoch
+    again = start(*STUDENT)
+    assert again.end() == 0, again.output
+    assert f"goes on at epoch {1 + steps // 17} of 4, step {1 + steps % 17}" in again.output
+    assert result(Path(), the_run()) == whole
+
+
+@pytest.mark.parametrize("damage", ["torn", "changed", "empty", "both"])
+def test_a_damaged_checkpoint_is_left_for_the_one_before(
+    start: Callable[..., Started], whole: dict[str, object], damage: str
+) -> None:
+    run = start(*STUDENT)
+    run.wait_for("epoch 3/4")
+    run.kill()
+    before, newest = checkpoints()
+    for file in (before, newest) if damage == "both" else (newest,):
+        content = file.read_bytes()
+        changed = content[:1000] + bytes([content[1000] ^ 1]) + content[1001:]
+        file.write_bytes({"changed": changed, "empty": b""}.get(damage, content[:-1000]))
+    again = start(*STUDENT)
+    assert again.end() == 0, again.output
+    assert f"{newest.name} is torn or damaged" in again.output
+    assert ("goes on at epoch" in again.output) == (damage != "both")
+    assert result(Path(), the_run()) == whole  # no step twice in MLflow, either
+
+
+def test_a_second_ctrl_c_stops_at_once(start: Callable[..., Started]) -> None:
+    # A step that takes long: all the images in one batch, enlarged.
+    long = [*STUDENT, "train.batch_size=323", "model.image_size=512", "train.epochs=1000"]
+    run = start(*long)
+    run.wait_for("10 classes")
+    while not list(Path("outputs/runs").glob("*/config.yaml")):
+        time.sleep(0.02)
+    time.sleep(1)
+    run.send(signal.SIGINT)
+    run.wait_for("Ctrl-C again stops at once")
+    run.send(signal.SIGINT)
+    assert run.end() == 130
+    assert "kdpipe: stopped; this goes on from the last checkpoint" in run.output
+    assert not checkpoints()
+    assert the_run().info.status == "KILLED"
+
+
+def test_resume_never_begins_anew(start: Callable[..., Started], whole: dict[str, object]) -> None:
+    run = start(*STUDENT)
+    run.wait_for("epoch 2/4")
+    run.kill()
+    again = start(*STUDENT, "train.resume=never")
+    assert again.end() == 0, again.output
+    assert "epoch 1/4" in again.output
+    experiment = client().get_experiment_by_name("kdpipe").experiment_id
+    runs = client().search_runs([experiment], order_by=["attributes.start_time ASC"])
+    assert [run.info.status for run in runs] == ["KILLED", "FINISHED"]
+    assert result(Path(), runs[1]) == whole
+
+
+def test_in_another_store_the_run_goes_on_and_that_store_gets_all_of_it(
+    start: Callable[..., Started], whole: dict[str, object], tmp_path: Path
+) -> None:
+    run = start(*STUDENT)
+    run.wait_for("epoch 2/4")
+    run.kill()
+    Path("outputs/mlflow.db").rename("outputs/lost.db")
+    again = start(*STUDENT)
+    assert again.end() == 0, again.output
+    assert "epoch 1/4" not in again.output
+    assert result(Path(), the_run()) == whole
+
+
+def test_a_run_whose_process_is_gone_is_put_right_by_the_next_command(
+    start: Callable[..., Started], kdpipe: Callable
+) -> None:
+    run = start(*STUDENT)
+    run.wait_for("epoch 1/4")
+    run.kill()
+    assert the_run().info.status == "RUNNING"
+    outcome = kdpipe(*SMALL, "experiment=student", "train.epochs=0")
+    assert outcome.status == 0, outcome.errors
+    assert the_run(name="squeezenet1_1_alone_s0").info.status == "KILLED"
+    assert the_run(name="squeezenet1_1_alone_s0").data.tags["kdpipe.reason"] == "its process is gone"
+
+
+TEACHER = [*SMALL, "experiment=teacher", "model=resnet20", "model.depth=8", "train.epochs=1"]
+SWEEP = [
+    *("experiment=sweep", *SMALL, "model@teacher=resnet20", "teacher.depth=8", "train.epochs=4"),
+    *("augmentation=crop_flip", "scheduler=cosine", "loss.alpha=0,0.5", "loss.temperature=2", "seed=0,1"),
+]
+CELLS = ["a0_s0", "a0_s1", "a0.5_T2_s0", "a0.5_T2_s1"]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_a_sweep_that_is_killed_at_random_moments_ends_as_if_nothing_had_been(
+    start: Callable[..., Started], tmp_path: Path, launcher: str
+) -> None:
+    sweep = [*SWEEP, f"hydra/launcher={launcher}", OFTEN]
+    teacher = start(*TEACHER)
+    assert teacher.end() == 0, teacher.output
+    found = []
+    for folder in (tmp_path / "whole", tmp_path / "killed"):
+        folder.mkdir()
+        os.link(tmp_path / "outputs/mlflow.db", folder / "unused")
+        run = start(*TEACHER, folder=folder)
+        assert run.end() == 0, run.output
+        kills = 0 if folder.name == "whole" else 12
+        survived = killed_until_it_ends(
+            lambda folder=folder: start(*sweep, folder=folder), kills, random.Random(launcher), seconds=12
+        )
+        print(f"{survived} kills survived")
+        found.append({name: result(folder, the_run(folder, name)) for name in CELLS})
+    assert found[0] == found[1]
+
+
+def test_ctrl_c_ends_the_workers_of_a_sweep_with_a_checkpoint(start: Callable[..., Started]) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    assert start(*TEACHER).end() == 0
+    sweep = [*SWEEP, "train.epochs=200", "hydra/launcher=joblib"]
+    run = start(*sweep)
+    while len({file.parent for file in checkpoints()}) < 2:
+        assert run.process.is_alive(), run.output
+        time.sleep(0.05)
+    run.send(signal.SIGINT)  # to one of them, as `kill` would
+    sent = time.monotonic()
+    assert run.end() == 130, run.output
+    assert time.monotonic() - sent < 10
+    assert "this goes on from there: python -m kdpipe experiment=sweep" in run.output
+    assert "Traceback" not in run.output
+    statuses = {name: the_run(name=name).info.status for name in CELLS[:2]}
+    assert statuses == dict.fromkeys(CELLS[:2], "KILLED")
+    reasons = {the_run(name=name).data.tags["kdpipe.reason"] for name in CELLS[:2]}
+    assert reasons == {"Interrupted: SIGTERM"}  # they ended by themselves
