@@ -39,7 +39,7 @@ import tutorial
 
 from kdpipe import config as settings
 from kdpipe.build import build_data, build_loss, build_network, build_optimizer, use_hardware
-from kdpipe.checkpoint import save_checkpoint
+from kdpipe.checkpoint import save_checkpoint, save_weights
 from kdpipe.data import ImageDataset, Rows, split
 from kdpipe.data.dataset import Source
 from kdpipe.hardware import Hardware
