@@ -45,6 +45,11 @@ def one_line(error: BaseException) -> str:
             f"{where}{error.strerror}; what was there before is intact, and with more space, or another output_dir or "
             f"dataset.cache_dir, the same command goes on"
         )
+    if "disk is full" in text:  # SQLite, whose errors MLflow hands on
+        return (
+            "the disk of the MLflow store is full; what was there before is intact, and with more space the same "
+            "command goes on"
+        )
     if isinstance(error, OSError) and error.filename is not None:
         keys = "output_dir, dataset.root and dataset.cache_dir"
         return f"{error.filename}: {error.strerror}; {keys} say where kdpipe reads and writes"

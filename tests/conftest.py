@@ -205,6 +205,25 @@ def start(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) ->
             one.kill()
 
 
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """`disk("16M")` is the folder of a file system of that size."""
+    mounted = []
+
+    def mount(size: str) -> Path:
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("only root may mount a small file system")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
 @pytest.fixture(scope="session")
 def database() -> Iterator[str]:
     """PostgreSQL where it is installed, with a database of its own for these tests; else a sqlite file."""
@@ -269,6 +288,7 @@ def fit_for_test(
     teacher: Teacher | None = None,
     views: Views | None = None,
     seed: int = 0,
+    clip_norm: float | None = None,
 ) -> list[dict[str, float]]:
     """The metrics of each epoch of a training on the CPU, without those that depend on the clock."""
     told: list[dict[str, float]] = []
@@ -282,6 +302,7 @@ def fit_for_test(
         seed=seed,
         select_best=False,
         test_each_epoch=False,
+        clip_norm=clip_norm,
         on_epoch=lambda epoch, metrics: told.append(
             {name: value for name, value in metrics.items() if "second" not in name}
         ),

@@ -17,7 +17,7 @@ from urllib.parse import quote, urlencode
 
 import mlflow
 from filelock import FileLock
-from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException
 
 from kdpipe.claim import is_of_this_machine, locked
@@ -27,6 +27,7 @@ from kdpipe.tracking.delivery import LITTLE_PATIENCE, Run, settle
 
 MAX_PARAM_LENGTH = 6000  # MLflow's own limit
 PAGE = 1000
+ABANDONED = 10  # seconds without a write, after which nobody is making a database any more
 
 log = logging.getLogger("kdpipe")
 
@@ -59,18 +60,21 @@ class Tracker:
 
     def __init__(self, uri: str, experiment: str, artifacts: Path, create: bool = True) -> None:
         # Alembic and MLflow tell in dozens of lines how they set up a new database.
-        for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking.fluent"):
+        for name in ("alembic", "mlflow.tracking.fluent"):
             logging.getLogger(name).setLevel(logging.WARNING)
+        # With the traceback of each error that it raises, too.
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         self.uri = uri
         self.experiment = experiment
         try:
             with _store_lock(uri):
-                try:
-                    found = self._open(artifacts, create)
-                except Exception:
-                    if not set_aside(uri):
-                        raise
-                    found = self._open(artifacts, create)
+                set_aside_half_made(uri)
+                self.client = mlflow.MlflowClient(tracking_uri=uri)
+                found = self.client.get_experiment_by_name(experiment)
+                if found is None and create:
+                    location = artifacts.resolve().as_uri() if uri.startswith("sqlite") else None
+                    created = self.client.create_experiment(experiment, artifact_location=location)
+                    found = self.client.get_experiment(created)
         except Exception as error:  # MLflow lets the errors of SQLAlchemy, of drivers and of requests through
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"tracking.uri={uri}: this store cannot be opened ({reason})") from error
@@ -82,15 +86,6 @@ class Tracker:
                 f"or restore it: mlflow experiments restore -x {found.experiment_id}"
             )
         self.experiment_id: str = found.experiment_id
-
-    def _open(self, artifacts: Path, create: bool) -> Experiment | None:
-        self.client = mlflow.MlflowClient(tracking_uri=self.uri)
-        found = self.client.get_experiment_by_name(self.experiment)
-        if found is None and create:
-            location = artifacts.resolve().as_uri() if self.uri.startswith("sqlite") else None
-            created = self.client.create_experiment(self.experiment, artifact_location=location)
-            found = self.client.get_experiment(created)
-        return found
 
     @contextmanager
     def run(
@@ -355,24 +350,30 @@ def at_most(seconds: float, work: Callable[[], None]) -> None:
     thread.join(seconds)
 
 
-def set_aside(uri: str) -> bool:
-    """Rename a sqlite file that a process left half-made when it died; whether that was so. A file with runs in it is
-    never touched."""
+def set_aside_half_made(uri: str) -> None:
+    """Rename a sqlite file that a process left half-made when it died, so that a new one can be made."""
     file = Path(uri.removeprefix("sqlite:///"))
-    if not uri.startswith("sqlite:///") or not file.is_file():
+    if not uri.startswith("sqlite:///"):
+        return
+    while is_half_made(file):
+        if time.time() - file.stat().st_mtime > ABANDONED:
+            aside = file.with_name(f"{file.name}.half-made-{time.strftime('%Y%m%d-%H%M%S')}")
+            file.rename(aside)
+            log.warning("%s was left half-made, without any run: it is now %s, and a new one is made", file, aside.name)
+            return
+        time.sleep(0.5)  # somebody may be making it
+
+
+def is_half_made(file: Path) -> bool:
+    """Whether a file is a database that has not got what MLflow puts into a new one last: an experiment."""
+    if not file.is_file() or not file.stat().st_size:
         return False
     try:
-        with closing(sqlite3.connect(file, timeout=1)) as database:
-            database.execute("BEGIN EXCLUSIVE")  # fails while another process makes it
-            (has_runs,) = database.execute("SELECT count(*) FROM sqlite_master WHERE name = 'runs'").fetchone()
-            if has_runs and database.execute("SELECT count(*) FROM runs").fetchone() != (0,):
-                return False
-    except sqlite3.Error:
+        with closing(sqlite3.connect(file, timeout=10)) as database:
+            (there,) = database.execute("SELECT count(*) FROM sqlite_master WHERE name = 'experiments'").fetchone()
+            return not there or database.execute("SELECT count(*) FROM experiments").fetchone() == (0,)
+    except sqlite3.Error:  # no database, or in use
         return False
-    aside = file.with_name(f"{file.name}.half-made-{time.strftime('%Y%m%d-%H%M%S')}")
-    file.rename(aside)
-    log.warning("%s was left half-made, without any run: it is now %s, and a new one is made", file, aside.name)
-    return True
 
 
 def git_tags() -> dict[str, str]:
