@@ -1,7 +1,10 @@
 # Every target takes overrides: make distill ARGS="loss.alpha=0.9 seed=1"
 ARGS ?=
+# What make ui and make server listen on. Not ?=, because conda and some shells export a HOST of their own.
+HOST := 127.0.0.1
 PORT ?= 5000
-HOST ?= 127.0.0.1
+# Names, with commas between them, that MLflow may be called by beside this machine's own.
+ALLOWED_HOSTS :=
 # For make server: where its PostgreSQL is; unset, one of its own under outputs/.
 DATABASE ?=
 POSTGRES := $(or $(patsubst %/,%,$(dir $(shell command -v initdb))),$(lastword $(sort $(wildcard /usr/lib/postgresql/*/bin))))
@@ -15,6 +18,14 @@ COMPARE := $(BIN)/python -m kdpipe.compare
 given = $(patsubst $(1)=%,%,$(filter $(1)=%,$(ARGS)))
 OUTPUTS = $(or $(call given,output_dir),outputs)
 STORE = $(or $(call given,tracking.uri),$(MLFLOW_TRACKING_URI),sqlite:///$(abspath $(OUTPUTS))/mlflow.db)
+# MLflow's own list of names lacks this machine's and has patterns such as 10.*, which 10.evil.example fits, too.
+own_names = $(shell $(BIN)/python -c 'import socket; print(socket.gethostname().lower(), socket.getfqdn().lower())')
+comma := ,
+names = localhost 127.0.0.1 $(HOST) $(own_names) $(subst $(comma), ,$(ALLOWED_HOSTS))
+LISTEN = --host "$(or $(HOST),127.0.0.1)" --port "$(PORT)" \
+	--allowed-hosts "[::1],[[]::1]:*$(foreach name,$(names),$(comma)$(name)$(comma)$(name):*)"
+# It would turn that check off, whatever the command line says.
+unexport MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE
 DEMO := dataset=digits tracking.experiment=demo train.epochs=15
 
 .DEFAULT_GOAL := help
@@ -69,9 +80,9 @@ reproduce: setup  ## the tutorial's three experiments: CIFAR-10, DenseNet-121 (h
 
 ui: setup  ## open MLflow on the runs: http://127.0.0.1:5000 (make ui PORT=5001)
 	@mkdir -p $(OUTPUTS)
-	$(BIN)/mlflow ui --backend-store-uri "$(STORE)" --host 127.0.0.1 --port $(PORT)
+	$(BIN)/mlflow ui --backend-store-uri "$(STORE)" $(LISTEN)
 
-server: setup  ## an MLflow server over PostgreSQL, for many machines (HOST=0.0.0.0 DATABASE=postgresql://…)
+server: setup  ## an MLflow server over PostgreSQL, for many machines (HOST=0.0.0.0 ALLOWED_HOSTS=… DATABASE=…)
 	@mkdir -p $(OUTPUTS)
 	@database="$(DATABASE)"; data="$(abspath $(OUTPUTS))/postgres"; \
 	if [ -z "$$database" ] && [ -n "$(POSTGRES)" ] && [ "$$(id -u)" != 0 ]; then \
@@ -84,9 +95,9 @@ server: setup  ## an MLflow server over PostgreSQL, for many machines (HOST=0.0.
 		echo "make server: no PostgreSQL here that this user could start, so sqlite; DATABASE=postgresql://… names one"; \
 		database="sqlite:///$(abspath $(OUTPUTS))/mlflow.db"; \
 	fi; \
-	echo "runs go there with tracking.uri=http://$(HOST):$(PORT)"; \
+	echo "runs go there with tracking.uri=http://$(if $(filter 0.0.0.0 ::,$(HOST)),$(firstword $(own_names)),$(HOST)):$(PORT)"; \
 	$(BIN)/mlflow server --backend-store-uri "$$database" --artifacts-destination "$(abspath $(OUTPUTS))/mlartifacts" \
-		--host $(HOST) --port $(PORT)
+		$(LISTEN)
 
 bench: setup  ## kdpipe beside the tutorial's loop and the compute limit (ARGS="--root cifar10-jpeg --images 5000")
 	$(BIN)/python tests/benchmarks/bench.py $(ARGS)
