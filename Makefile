@@ -29,8 +29,8 @@ unexport MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE
 DEMO := dataset=digits tracking.experiment=demo train.epochs=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test teacher student distill sweep compare reproduce ui server bench cache-info cache-clean \
-	lint format clean
+.PHONY: help setup demo test test-faults teacher student distill sweep compare reproduce ui server bench cache-info \
+	cache-clean lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,8 +54,11 @@ demo: setup  ## teacher, student alone, distilled student and their comparison o
 	$(RUN) experiment=distill model@teacher=resnet20 $(DEMO) $(ARGS)
 	$(COMPARE) --experiment $(or $(call given,tracking.experiment),demo) --uri "$(STORE)"
 
-test: setup  ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: setup  ## run the tests, a process for each core, and show what of kdpipe/ they do not reach
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup --cov --cov-report=term $(ARGS)
+
+test-faults: setup  ## run the long fault tests
+	$(BIN)/python -m pytest -m faults $(ARGS)
 
 teacher: setup  ## train a teacher: DenseNet-121 on CIFAR-10
 	$(RUN) experiment=teacher $(ARGS)
@@ -115,4 +118,4 @@ format: setup  ## let ruff mend what it can
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:  ## remove .venv and what tools leave behind; outputs/ stays
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*

@@ -76,8 +76,8 @@ def mean_entropy(logits: Tensor, temperature: float) -> float:
 
 
 def no_better_than_chance(correct: int, commonest: int, total: int) -> bool:
-    """Whether always naming the most common class would do as well, as far as so many images can tell."""
-    chance = commonest / total
-    if chance**total > CHANCE:  # not even a teacher without a mistake would stand out
+    """Whether always saying the most common class would do as well, as far as so many images can tell."""
+    share = commonest / total
+    if share**total > CHANCE:  # not even a teacher without a mistake would stand out
         return False
-    return bool(binomtest(correct, total, chance, alternative="greater").pvalue > CHANCE)
+    return bool(binomtest(correct, total, share, alternative="greater").pvalue > CHANCE)

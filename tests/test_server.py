@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import free_port
+from conftest import free_port, postgres, postgres_programs
 
 from kdpipe.store import check_uri
 
@@ -110,3 +110,45 @@ def test_a_server_for_many_machines_answers_to_its_names(tmp_path: Path) -> None
             database.execute("ALTER TABLE experiments RENAME TO lost")
         with pytest.raises(ValueError, match=r"the server there answers 5\d\d, its database may not: .*no such table"):
             check_uri(f"http://localhost:{port}")
+
+
+@pytest.mark.faults
+def test_a_server_whose_database_hangs_or_is_gone_is_refused_within_seconds(tmp_path: Path) -> None:
+    programs = postgres_programs()
+    if programs is None:
+        pytest.skip("PostgreSQL is not installed (apt install postgresql)")
+    with postgres(programs) as (database, process), serving(tmp_path, "server", f"DATABASE={database}") as port:
+        uri = f"http://localhost:{port}"
+        check_uri(uri)
+        check_uri(database)
+        with stopped(process), refused(r"no tracking server answers there \(timed out\); start it and its database"):
+            check_uri(uri)
+        check_uri(uri)
+        os.kill(process, signal.SIGQUIT)
+        with refused("answers 503, its database may not: .*psycopg"):
+            check_uri(uri)
+        with refused(r"no database answers at 127\.0\.0\.1:\d+ \("):
+            check_uri(database)
+
+
+@contextmanager
+def stopped(process: int) -> Iterator[None]:
+    """A process and its children stand still, as on a machine that hangs."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    for number in (process, *map(int, children)):
+        os.kill(number, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for number in (process, *map(int, children)):
+            os.kill(number, signal.SIGCONT)
+
+
+@contextmanager
+def refused(reason: str) -> Iterator[None]:
+    """Refused in one line, within 10 seconds."""
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=rf"^tracking\.uri=.*{reason}") as caught:
+        yield
+    assert time.monotonic() - started < 10
+    assert "\n" not in str(caught.value)
