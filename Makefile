@@ -1,7 +1,10 @@
 # Every target takes overrides: make distill ARGS="loss.alpha=0.9 seed=1"
 ARGS ?=
+# What make ui and make server listen on. Not ?=, because conda and some shells export a HOST of their own.
+HOST := 127.0.0.1
 PORT ?= 5000
-HOST ?= 127.0.0.1
+# Names, with commas between them, that MLflow may be called by beside this machine's own.
+ALLOWED_HOSTS :=
 # For make server: where its PostgreSQL is; unset, one of its own under outputs/.
 DATABASE ?=
 POSTGRES := $(or $(patsubst %/,%,$(dir $(shell command -v initdb))),$(lastword $(sort $(wildcard /usr/lib/postgresql/*/bin))))
@@ -15,11 +18,19 @@ COMPARE := $(BIN)/python -m kdpipe.compare
 given = $(patsubst $(1)=%,%,$(filter $(1)=%,$(ARGS)))
 OUTPUTS = $(or $(call given,output_dir),outputs)
 STORE = $(or $(call given,tracking.uri),$(MLFLOW_TRACKING_URI),sqlite:///$(abspath $(OUTPUTS))/mlflow.db)
+# MLflow's own list of names lacks this machine's and has patterns such as 10.*, which 10.evil.example fits, too.
+own_names = $(shell $(BIN)/python -c 'import socket; print(socket.gethostname().lower(), socket.getfqdn().lower())')
+comma := ,
+names = localhost 127.0.0.1 $(HOST) $(own_names) $(subst $(comma), ,$(ALLOWED_HOSTS))
+LISTEN = --host "$(or $(HOST),127.0.0.1)" --port "$(PORT)" \
+	--allowed-hosts "[::1],[[]::1]:*$(foreach name,$(names),$(comma)$(name)$(comma)$(name):*)"
+# It would turn that check off, whatever the command line says.
+unexport MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE
 DEMO := dataset=digits tracking.experiment=demo train.epochs=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test teacher student distill sweep compare reproduce ui server bench cache-info cache-clean \
-	lint format clean
+.PHONY: help setup demo test test-faults teacher student distill sweep compare reproduce ui server bench cache-info \
+	cache-clean lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,8 +54,11 @@ demo: setup  ## teacher, student alone, distilled student and their comparison o
 	$(RUN) experiment=distill model@teacher=resnet20 $(DEMO) $(ARGS)
 	$(COMPARE) --experiment $(or $(call given,tracking.experiment),demo) --uri "$(STORE)"
 
-test: setup  ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: setup  ## run the tests, a process for each core, and show what of kdpipe/ they do not reach
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup --cov --cov-report=term $(ARGS)
+
+test-faults: setup  ## run the long fault tests
+	$(BIN)/python -m pytest -m faults $(ARGS)
 
 teacher: setup  ## train a teacher: DenseNet-121 on CIFAR-10
 	$(RUN) experiment=teacher $(ARGS)
@@ -69,9 +83,9 @@ reproduce: setup  ## the tutorial's three experiments: CIFAR-10, DenseNet-121 (h
 
 ui: setup  ## open MLflow on the runs: http://127.0.0.1:5000 (make ui PORT=5001)
 	@mkdir -p $(OUTPUTS)
-	$(BIN)/mlflow ui --backend-store-uri "$(STORE)" --host 127.0.0.1 --port $(PORT)
+	$(BIN)/mlflow ui --backend-store-uri "$(STORE)" $(LISTEN)
 
-server: setup  ## an MLflow server over PostgreSQL, for many machines (HOST=0.0.0.0 DATABASE=postgresql://…)
+server: setup  ## an MLflow server over PostgreSQL, for many machines (HOST=0.0.0.0 ALLOWED_HOSTS=… DATABASE=…)
 	@mkdir -p $(OUTPUTS)
 	@database="$(DATABASE)"; data="$(abspath $(OUTPUTS))/postgres"; \
 	if [ -z "$$database" ] && [ -n "$(POSTGRES)" ] && [ "$$(id -u)" != 0 ]; then \
@@ -84,9 +98,9 @@ server: setup  ## an MLflow server over PostgreSQL, for many machines (HOST=0.0.
 		echo "make server: no PostgreSQL here that this user could start, so sqlite; DATABASE=postgresql://… names one"; \
 		database="sqlite:///$(abspath $(OUTPUTS))/mlflow.db"; \
 	fi; \
-	echo "runs go there with tracking.uri=http://$(HOST):$(PORT)"; \
+	echo "runs go there with tracking.uri=http://$(if $(filter 0.0.0.0 ::,$(HOST)),$(firstword $(own_names)),$(HOST)):$(PORT)"; \
 	$(BIN)/mlflow server --backend-store-uri "$$database" --artifacts-destination "$(abspath $(OUTPUTS))/mlartifacts" \
-		--host $(HOST) --port $(PORT)
+		$(LISTEN)
 
 bench: setup  ## kdpipe beside the tutorial's loop and the compute limit (ARGS="--root cifar10-jpeg --images 5000")
 	$(BIN)/python tests/benchmarks/bench.py $(ARGS)
@@ -104,4 +118,4 @@ format: setup  ## let ruff mend what it can
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:  ## remove .venv and what tools leave behind; outputs/ stays
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*

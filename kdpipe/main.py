@@ -43,6 +43,7 @@ from kdpipe.report import epoch_line, result_table
 from kdpipe.shortcuts import answer_in_advance, build_features, build_views
 from kdpipe.store import WEIGHTS, store_uri, wait_for_store
 from kdpipe.teacher import Teacher
+from kdpipe.teacher_check import check_teacher
 from kdpipe.train import Training, batches, fit, named
 
 log = logging.getLogger("kdpipe")
@@ -170,6 +171,8 @@ def learn(
     teacher = parts.teacher.to(device) if parts.teacher else None
     views = build_views(config, parts.data, teacher is not None)
     if teacher and train.epochs > 0:
+        cache = Path(config.output_dir) / "cache" / "teacher"
+        check_teacher(config.teacher.name, teacher, config.loss.get("temperature"), parts.data, cache, hardware)
         answer_in_advance(config, teacher, parts.data, views, hardware)
     # A head on a frozen backbone trains on the backbone's features, as if they were the images.
     features = None if views else build_features(config, model, teacher, parts.data, hardware)

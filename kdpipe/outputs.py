@@ -78,9 +78,14 @@ class Question:
         return f"{self.name} of {self.network_name} for {len(self.positions):,} images of {self.data.name}{views}"
 
 
-def known_outputs(question: Question, folder: Path, max_gb: float, hardware: Hardware) -> list[Rows]:
+def known_outputs(
+    question: Question, folder: Path, max_gb: float, hardware: Hardware, level: int = logging.INFO
+) -> list[Rows]:
     """The answers for each view, from an entry of `folder`; where it is missing or damaged the network runs over the
     images once. Processes that need the same entry at once do that work once.
+
+    Args:
+        level: of the line in the log that says where they are from.
 
     Raises:
         TooLargeError: they would take more than `max_gb` (of 10⁹ bytes).
@@ -101,7 +106,7 @@ def known_outputs(question: Question, folder: Path, max_gb: float, hardware: Har
         told = f"worked out in {time.perf_counter() - started:.1f} s and kept"
 
     keep(entry, is_whole, make)
-    log.info("%s: %s", question.about(), told)
+    log.log(level, "%s: %s", question.about(), told)
     outputs = mapped_array(entry / ARRAY)
     return [Rows(question.positions, view) for view in outputs]
 

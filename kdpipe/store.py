@@ -2,15 +2,21 @@
 
 import logging
 import os
+import socket
 import time
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
+from urllib.parse import urlsplit
 
 log = logging.getLogger("kdpipe")
 
 WEIGHTS = "model.safetensors"  # a run's weights, in its folder and among its artifacts
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+# Not mssql: what stands in the place of its host may be the name of a data source or of an instance.
+PORTS = {"postgresql": 5432, "mysql": 3306}
+SECONDS = 5  # that a connection, and then an answer, may take
 
 
 def store_uri(configured: str | None, output_dir: Path) -> str:
@@ -32,17 +38,68 @@ def wait_for_store(uri: str, seconds: float) -> None:
 
 
 def check_uri(uri: str) -> None:
-    """Raise ValueError, within seconds, for a URI of no known kind and for a server that does not answer."""
+    """Raise ValueError, within seconds, for a URI of no known kind and for a store that would not take a run."""
     scheme = uri.split(":", 1)[0].split("+")[0] if ":" in uri else ""
     if scheme in ("http", "https"):
-        try:
-            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).close()
-        except urllib.error.HTTPError:
-            pass  # it answers
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            raise ValueError(
-                f"tracking.uri={uri}: no tracking server answers there ({reason}); start it, or use sqlite:///FILE"
-            ) from error
+        check_server(uri)
     elif scheme not in DATABASES:
         raise ValueError(f"tracking.uri={uri}: sqlite:///FILE, postgresql://… or http://HOST:PORT is accepted")
+    elif scheme != "sqlite":
+        check_database(uri)
+
+
+def check_server(uri: str) -> None:
+    """Raise ValueError where no tracking server answers, where it refuses the name that it is called by, and where its
+    database does not answer."""
+    try:
+        parts = urlsplit(uri)
+        # As MLflow's client calls it, in lower case; a password need not be right to get an answer.
+        host = parts.netloc.rpartition("@")[2].lower()
+        status, said = ask(f"{parts.scheme}://{host}{parts.path.rstrip('/')}")
+    except (OSError, ValueError, HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise ValueError(
+            f"tracking.uri={uri}: no tracking server answers there ({reason}); "
+            "start it and its database, or use sqlite:///FILE"
+        ) from error
+    if status == 403 and "Invalid Host header" in said:
+        raise ValueError(
+            f"tracking.uri={uri}: the server there refuses to be called {parts.hostname}; one of its own names is "
+            f"accepted, and this one with make server ALLOWED_HOSTS={parts.hostname}"
+        )
+    if status >= 500:
+        raise ValueError(f"tracking.uri={uri}: the server there answers {status}, its database may not: {said}")
+
+
+def ask(server: str) -> tuple[int, str]:
+    """The status of a tracking server's answer, and the start of what it says where that is an error."""
+    # Not /health: that answers to any name, and without the database.
+    url = f"{server}/api/2.0/mlflow/experiments/get?experiment_id=0"
+    try:
+        with urllib.request.urlopen(url, timeout=SECONDS) as answer:
+            return answer.status, ""
+    except urllib.error.HTTPError as error:
+        return error.code, " ".join(error.read(500).decode(errors="replace").split())
+
+
+def check_database(uri: str) -> None:
+    """Raise ValueError where nothing listens at a database's host and port: MLflow would try again for minutes."""
+    from sqlalchemy.engine import make_url  # slow to import, too
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        url = make_url(uri)
+    except (ValueError, ArgumentError) as error:
+        raise ValueError(
+            f"tracking.uri={uri}: {uri.split(':')[0]}://USER:PASSWORD@HOST:PORT/DATABASE is accepted"
+        ) from error
+    port = url.port or PORTS.get(url.get_backend_name())
+    elsewhere = url.query.keys() & {"host", "hostaddr", "unix_socket"}
+    if not url.host or not port or elsewhere:
+        return
+    try:
+        socket.create_connection((url.host, port), timeout=SECONDS).close()
+    except OSError as error:
+        raise ValueError(
+            f"tracking.uri={url}: no database answers at {url.host}:{port} ({error}); start it, or use sqlite:///FILE"
+        ) from error

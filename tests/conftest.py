@@ -11,7 +11,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,22 @@ from kdpipe.train import Training, fit
 SHARED_DATA = Path(os.environ.get("KDPIPE_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
 settings.register_resolvers()
+
+
+def pytest_configure() -> None:
+    """Tests side by side (`pytest -n 2`) share the cores, and so does what they start."""
+    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+        threads = max((os.cpu_count() or 1) // workers, 1)
+        torch.set_num_threads(threads)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One process runs the tests that need the database or the server, which start slowly (`--dist loadgroup`)."""
+    for item in items:
+        if "database" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("database"))
 
 
 @pytest.fixture(scope="session")
@@ -224,30 +240,46 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-@pytest.fixture(scope="session")
-def database() -> Iterator[str]:
-    """PostgreSQL where it is installed, with a database of its own for these tests; else a sqlite file."""
+def postgres_programs() -> Path | None:
+    """Where PostgreSQL is installed, if it is."""
     found = shutil.which("initdb") or next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None)
+    return Path(found).resolve().parent if found else None
+
+
+@contextmanager
+def postgres(programs: Path) -> Iterator[tuple[str, int]]:
+    """A PostgreSQL of its own: its URI, and the number of its first process."""
     folder = Path(tempfile.mkdtemp(prefix="kdpipe-database-"))
-    if found is None:
-        yield f"sqlite:///{folder / 'mlflow.db'}"
-        shutil.rmtree(folder)
-        return
     as_user = []
     if os.getuid() == 0:  # PostgreSQL refuses to run as root
         as_user = ["runuser", "-u", "postgres", "--"]
         shutil.chown(folder, "postgres")
-    programs = Path(found).resolve().parent
     cluster = folder / "cluster"
-    quiet = {"check": True, "stdout": subprocess.DEVNULL, "cwd": folder}
-    subprocess.run([*as_user, programs / "initdb", "--auth=trust", "--username=mlflow", f"--pgdata={cluster}"], **quiet)
+    quiet = {"stdout": subprocess.DEVNULL, "cwd": folder}
+    initdb = [*as_user, programs / "initdb", "--auth=trust", "--username=mlflow", f"--pgdata={cluster}"]
+    subprocess.run(initdb, check=True, **quiet)
     control = [*as_user, programs / "pg_ctl", f"--pgdata={cluster}", f"--log={folder / 'log'}", "--wait"]
     port = free_port()
     options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
-    subprocess.run([*control, "start", f"--options={options}"], **quiet)
-    yield f"postgresql://mlflow@127.0.0.1:{port}/postgres"
-    subprocess.run([*control, "--mode=immediate", "stop"], **quiet)
-    shutil.rmtree(folder)
+    subprocess.run([*control, "start", f"--options={options}"], check=True, **quiet)
+    process = int((cluster / "postmaster.pid").read_text().split()[0])
+    try:
+        yield f"postgresql://mlflow@127.0.0.1:{port}/postgres", process
+    finally:
+        # Not an error where a test has stopped it.
+        subprocess.run([*control, "--mode=immediate", "stop"], check=False, stderr=subprocess.DEVNULL, **quiet)
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """PostgreSQL where it is installed, with a database of its own for these tests; else a sqlite file."""
+    programs = postgres_programs()
+    if programs is None:
+        yield f"sqlite:///{tmp_path_factory.mktemp('database') / 'mlflow.db'}"
+    else:
+        with postgres(programs) as (uri, _):
+            yield uri
 
 
 @pytest.fixture(scope="session")

@@ -166,6 +166,7 @@ ROOMS = {
     "evaluate": {"data", "models", "hardware", "progress"},
     "teacher": {"data", "models"},
     "outputs": {"cache", "data", "hardware", "models", "progress"},
+    "teacher_check": {"data", "hardware", "outputs", "teacher"},
     "hardware": set(),
     "profiling": set(),
     "cache": set(),

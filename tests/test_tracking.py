@@ -3,12 +3,15 @@
 import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Thread
 
 import pytest
+from conftest import free_port
 from mlflow import MlflowClient
 
 from kdpipe.store import check_uri, store_uri
@@ -50,6 +53,83 @@ def test_a_server_that_takes_the_call_and_says_nothing_is_given_up_within_second
         with pytest.raises(ValueError, match="no tracking server answers"):
             check_uri(f"http://127.0.0.1:{silent.getsockname()[1]}")
         assert time.monotonic() - started < 10
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[[int, str], str]]:
+    """`answering(status, text)` is the URI of something that answers every request with these."""
+    servers = []
+
+    def start(status: int, text: str) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_server_that_is_in_trouble_is_refused_in_one_line(answering: Callable[[int, str], str]) -> None:
+    uri = answering(503, '{"message": "(psycopg.OperationalError)\n connection refused"}\n')
+    with pytest.raises(ValueError) as refused:
+        check_uri(uri)
+    said = 'answers 503, its database may not: {"message": "(psycopg.OperationalError) connection refused"}'
+    assert str(refused.value) == f"tracking.uri={uri}: the server there {said}"
+
+
+@pytest.mark.parametrize("status", [200, 401, 403, 404])  # who may do what is for MLflow to say
+def test_a_server_that_wants_a_password_or_has_no_experiment_0_answers(
+    answering: Callable[[int, str], str], status: int
+) -> None:
+    check_uri(answering(status, "Permission denied"))
+
+
+def test_what_speaks_no_http_is_no_tracking_server() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        uri = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        Thread(target=lambda: listening.accept()[0].sendall(b"\0\1\2\n"), daemon=True).start()
+        with pytest.raises(ValueError, match="no tracking server answers there"):
+            check_uri(uri)
+
+
+@pytest.mark.parametrize("database", ["postgresql", "postgresql+psycopg", "mysql+pymysql", "mssql+pyodbc"])
+def test_a_database_that_nothing_listens_for_is_given_up_at_once(database: str) -> None:
+    place = f"127.0.0.1:{free_port()}"
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=rf"tracking\.uri=.*: no database answers at {place} \(.*refused\)") as refused:
+        check_uri(f"{database}://user:secret@{place}/mlflow")
+    assert time.monotonic() - started < 10
+    assert "secret" not in str(refused.value)
+    with socket.create_server(("127.0.0.1", int(place.partition(":")[2]))):
+        check_uri(f"{database}://user:secret@{place}/mlflow")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "postgresql:///mlflow",
+        "postgresql+psycopg://mlflow@/mlflow?host=/var/run/postgresql&port=5433",
+        "mysql://mlflow@localhost/mlflow?unix_socket=/var/run/mysqld.sock",
+        "mssql+pyodbc://user:password@a_data_source",
+        "sqlite:////tmp/mlflow.db",
+    ],
+)
+def test_a_database_without_host_and_port_is_for_its_driver_to_find(uri: str) -> None:
+    check_uri(uri)
+
+
+@pytest.mark.parametrize("uri", ["postgresql://host:port/mlflow", "mysql:"])
+def test_a_database_whose_address_cannot_be_read_is_refused(uri: str) -> None:
+    with pytest.raises(ValueError, match=r"tracking\.uri=.*://USER:PASSWORD@HOST:PORT/DATABASE is accepted"):
+        check_uri(uri)
 
 
 @pytest.mark.parametrize("uri", ["outputs/mlruns", "file:///tmp/mlruns", "ftp://host", "", "C:\\mlruns"])

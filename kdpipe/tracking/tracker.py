@@ -21,7 +21,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException
 
 from kdpipe.claim import is_of_this_machine, locked
-from kdpipe.journal import FAILED, FINISHED, KILLED, Journal, Row, undelivered, write_rows
+from kdpipe.journal import FAILED, FINISHED, KILLED, METRICS, Journal, Row, undelivered, write_rows
 from kdpipe.store import WEIGHTS
 from kdpipe.tracking.delivery import LITTLE_PATIENCE, Run, settle
 
@@ -113,7 +113,9 @@ class Tracker:
         try:
             journal.write()
             (folder / WEIGHTS).unlink(missing_ok=True)
-            write_rows(folder, rows)
+            (folder / METRICS).unlink(missing_ok=True)
+            if rows:
+                write_rows(folder, rows)
             if goes_on:
                 self._reopen(run_id, tags)
             self._log_params(run_id, params)
