@@ -40,12 +40,14 @@ from kdpipe.profiling import traced, traces
 from kdpipe.report import epoch_line, result_table
 from kdpipe.shortcuts import answer_in_advance, build_features, build_views
 from kdpipe.store import WEIGHTS, check_uri, store_uri
+from kdpipe.targets import guard_hydra, refuse_pickled_config
 from kdpipe.teacher import Teacher
 from kdpipe.train import batches, fit, named
 
 log = logging.getLogger("kdpipe")
 # Not in `cli`: the workers of a sweep import this module and call `job`.
 settings.register_resolvers()
+guard_hydra()
 # conf/hydra/launcher/ has the plugins' own names on purpose: hydra/launcher=joblib is what people write.
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 
@@ -248,6 +250,7 @@ def cli() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on to us instead of printing them
     start = hydra.main(version_base="1.3", config_path=str(settings.CONF), config_name="config")
     try:
+        refuse_pickled_config(sys.argv[1:])
         start(run if full_error else job)()
     except KeyboardInterrupt:
         print("kdpipe: interrupted", file=sys.stderr)
