@@ -101,7 +101,7 @@ def read_meta(entry: Path) -> dict[str, object]:
     """What an entry says of itself; nothing where it is not whole."""
     try:
         meta = json.loads((entry / META).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return meta if isinstance(meta, dict) else {}
 

@@ -5,11 +5,11 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from kdpipe.checks import as_typed, check_choice, check_number
 from kdpipe.identity import effective, identity
+from kdpipe.targets import find_target
 
 _PACKAGE = Path(__file__).resolve().parent
 # In a wheel it lies inside of the package, in a checkout beside it.
@@ -55,7 +55,7 @@ def run_identity(config: DictConfig) -> str:
 
 def needs_teacher(loss: DictConfig) -> bool:
     """Whether a teacher is built: the loss asks for one, and its weight is not 0."""
-    asks = getattr(get_class(loss._target_), "uses_teacher", True)
+    asks = getattr(find_target("loss._target_", loss._target_), "uses_teacher", True)
     return bool(asks and loss.get("alpha") != 0)
 
 

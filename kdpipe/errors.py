@@ -26,6 +26,8 @@ def one_line(error: BaseException) -> str:
     """What went wrong, for somebody who wants to mend a command and not to read kdpipe."""
     while isinstance(error, InstantiationException) and error.__cause__:
         error = error.__cause__
+    if isinstance(error, OmegaConfBaseException) and isinstance(error.__cause__, ValueError):
+        error = error.__cause__  # of a resolver, `${identity:}`
     text = str(error).strip()
     first = text.split("\n")[0]
     if isinstance(error, MissingConfigException):
@@ -75,7 +77,8 @@ def _bad_config(text: str) -> str:
     given = [word.partition("=")[0] for word in sys.argv[1:]]
     if missing := [key for key, value in flatten(config).items() if value == "???" and key not in given]:
         return f"{missing[0]}: a value is needed, there is no default; {missing[0]}=… is accepted"
-    return " ".join(text.split("\n")[0].split())
+    lines = text.split("\n")
+    return " ".join(" ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).split())
 
 
 def _suggestion(word: str, known: Sequence[str]) -> str:

@@ -42,6 +42,7 @@ from kdpipe.profiling import traced, traces
 from kdpipe.report import epoch_line, result_table
 from kdpipe.shortcuts import answer_in_advance, build_features, build_views
 from kdpipe.store import WEIGHTS, store_uri, wait_for_store
+from kdpipe.targets import guard_hydra, refuse_pickled_config
 from kdpipe.teacher import Teacher
 from kdpipe.teacher_check import check_teacher
 from kdpipe.train import Training, batches, fit, named
@@ -50,6 +51,7 @@ log = logging.getLogger("kdpipe")
 PATIENCE = 300  # seconds that a sweep's run waits for a store that was there when the sweep began
 # Not in `cli`: the workers of a sweep import this module and call `job`.
 settings.register_resolvers()
+guard_hydra()
 # conf/hydra/launcher/ has the plugins' own names on purpose: hydra/launcher=joblib is what people write.
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 
@@ -335,6 +337,7 @@ def cli() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on to us instead of printing them
     start = hydra.main(version_base="1.3", config_path=str(settings.CONF), config_name="config")
     try:
+        refuse_pickled_config(sys.argv[1:])
         start(run if full_error else job)()
     except Interrupted as stopped:
         print(f"kdpipe: interrupted by {stopped}; this goes on from there: {resume_command()}", file=sys.stderr)

@@ -185,8 +185,9 @@ ROOMS = {
     "progress": set(),
     "randomness": set(),
     "schedulers": {"checks"},
+    "targets": set(),
 }
-HYDRA_ROOMS = {"main", "build", "shortcuts", "config", "errors", "grid", "sweep"}
+HYDRA_ROOMS = {"main", "build", "shortcuts", "config", "errors", "grid", "sweep", "targets"}
 ONLY_IN = {"mlflow": {"tracking"}, "hydra": HYDRA_ROOMS, "omegaconf": HYDRA_ROOMS}
 
 

@@ -7,8 +7,10 @@ import shutil
 import sys
 import tarfile
 import time
+import tracemalloc
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
@@ -21,8 +23,8 @@ from torch import Tensor
 
 from kdpipe.build import build_data
 from kdpipe.data import Source, split
-from kdpipe.data.decode import ImageFile, decoded_source
-from kdpipe.data.dogs_vs_cats import dogs_vs_cats
+from kdpipe.data.decode import MAX_BYTES, ImageFile, decoded_source
+from kdpipe.data.dogs_vs_cats import MAX_NESTED, dogs_vs_cats
 from kdpipe.data.image_folder import image_folder
 
 
@@ -757,3 +759,165 @@ def test_memory_that_runs_out_is_no_bad_image(class_folders: Path, load, monkeyp
     monkeypatch.setattr("kdpipe.data.decode._rgb", out_of_memory)
     with pytest.raises(MemoryError):
         load(class_folders, on_bad_image="skip")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../dog.9.jpg", "train/../../dog.9.jpg", "/etc/dog.9.jpg", "C:/dog.9.jpg", r"\\host\dog.9.jpg", r"..\dog.9.jpg"],
+)
+@pytest.mark.parametrize("nested", [False, True], ids=["train.zip", "dogs-vs-cats.zip"])
+def test_an_archive_that_reaches_out_of_its_folder_is_refused(kaggle, tmp_path, load_kaggle, name, nested):
+    archive = zip_of(kaggle, tmp_path / "train.zip")
+    with zipfile.ZipFile(archive, "a") as packed:
+        packed.writestr(name, b"")
+    if nested:
+        with zipfile.ZipFile(tmp_path / "dogs-vs-cats.zip", "w") as whole:
+            whole.write(archive, "train.zip")
+        archive = tmp_path / "dogs-vs-cats.zip"
+    with pytest.raises(ValueError) as error:
+        load_kaggle(archive)
+    assert str(error.value) == (
+        f"dataset.root={archive}: {archive} is no readable zip archive "
+        f"(its member {name} would be unpacked outside of its folder)"
+    )
+
+
+def claim_size(archive: Path, member: str, size: int) -> None:
+    """Have the archive's directory say that a member has `size` bytes."""
+    content = bytearray(archive.read_bytes())
+    place = content.rindex(b"PK\x01\x02", 0, content.rindex(member.encode()))
+    content[place + 24 : place + 28] = size.to_bytes(4, "little")
+    archive.write_bytes(content)
+
+
+@pytest.fixture
+def peak() -> Iterator[Callable[[], int]]:
+    """The most memory in use since the test began, in bytes."""
+    tracemalloc.start()
+    yield lambda: tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+
+def test_a_member_is_not_read_where_it_says_that_it_is_too_large(kaggle, tmp_path, load_kaggle):
+    archive = zip_of(kaggle, tmp_path / "train.zip")
+    claim_size(archive, "train/dog.3.jpg", MAX_BYTES + 1)
+    with pytest.raises(ValueError, match=r"1 of 12 files .*dog\.3\.jpg \(.* has 256 MB, up to 256 are accepted\)"):
+        load_kaggle(archive)
+    assert len(load_kaggle(archive, on_bad_image="skip").images) == 11
+
+
+def test_a_member_gives_no_more_than_it_says(kaggle, tmp_path, load_kaggle, peak):
+    (kaggle / "train" / "dog.3.jpg").write_bytes(bytes(50_000_000))
+    archive = zip_of(kaggle, tmp_path / "train.zip", zipfile.ZIP_DEFLATED)
+    claim_size(archive, "train/dog.3.jpg", 1000)
+    tracemalloc.reset_peak()
+    with pytest.raises(ValueError, match=r"1 of 12 files .* train/dog\.3\.jpg \("):
+        load_kaggle(archive)
+    assert peak() < 20_000_000
+
+
+def test_a_nested_archive_that_is_too_large_is_not_read(kaggle, tmp_path, load_kaggle):
+    whole = arrange("dogs-vs-cats.zip itself", kaggle, tmp_path / "download")
+    claim_size(whole, "train.zip", MAX_NESTED + 1)
+    with pytest.raises(ValueError, match=r"train\.zip has 1,000 MB, up to 1,000 are accepted"):
+        load_kaggle(whole)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_packing_whose_size_cannot_be_limited_is_refused(kaggle, tmp_path, load_kaggle, compression):
+    with pytest.raises(ValueError, match=r"12 of 12 files .* is packed with method"):
+        load_kaggle(zip_of(kaggle, tmp_path / "train.zip", compression))
+
+
+def test_an_image_of_too_many_pixels_is_not_decoded(class_folders: Path, load):
+    # 65 million black pixels are 8 kB of PNG.
+    Image.new("1", (13_000, 5_000)).save(class_folders / "temple" / "00.png")
+    with pytest.raises(ValueError, match=r"00\.png \(13000×5000 pixels, up to 64 million are accepted\)"):
+        load(class_folders)
+    assert len(load(class_folders, on_bad_image="skip").images) == 40
+
+
+def test_a_bomb_that_pillow_refuses_itself_is_a_bad_image_too(class_folders: Path, load):
+    header = b"IHDR" + (100_000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
+    content = b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big")
+    (class_folders / "temple" / "00.png").write_bytes(content)
+    with pytest.raises(ValueError, match=r"1 of 41 files .* temple/00\.png \("):
+        load(class_folders)
+
+
+def test_a_large_file_is_not_read(class_folders: Path, load, peak):
+    with (class_folders / "temple" / "00.tif").open("wb") as file:
+        file.truncate(MAX_BYTES + 1_000_000)  # takes no space on disk
+    with pytest.raises(ValueError, match=r"temple/00\.tif \(257 MB, up to 256 are accepted\)"):
+        load(class_folders)
+    assert peak() < 20_000_000
+
+
+@pytest.mark.parametrize("format_name", ["EPS", "ICO", "TGA", "PCX"])
+def test_what_no_photo_comes_in_is_no_image(class_folders: Path, photo, load, format_name):
+    photo(0, 0).save(class_folders / "temple" / "00.img", format_name)
+    with pytest.raises(ValueError, match=r"1 of 41 files .* temple/00\.img \(no known image format\)"):
+        load(class_folders)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_of_several_frames_the_first_is_read(class_folders: Path, photo, load, suffix):
+    path = class_folders / "temple" / f"00.{suffix}"
+    (class_folders / "temple" / "00.jpg").unlink()
+    photo(0, 0).save(path, save_all=True, append_images=[photo(1, 0)])
+    assert torch.equal(load(class_folders).images[20], pixels(photo(0, 0)))
+
+
+def test_what_is_no_file_is_passed_over(class_folders: Path, load):
+    before = load(class_folders)
+    os.mkfifo(class_folders / "temple" / "pipe.jpg")  # reading it would take for ever
+    (class_folders / "temple" / "broken.jpg").symlink_to("nowhere")
+    assert same(load(class_folders), before)
+
+
+def test_a_linked_class_folder_is_read(class_folders: Path, tmp_path: Path, load):
+    before = load(class_folders)
+    (class_folders / "temple").rename(tmp_path / "elsewhere")
+    (class_folders / "temple").symlink_to(tmp_path / "elsewhere")
+    assert same(load(class_folders), before)
+
+
+def test_links_that_go_round_in_circles_are_named(class_folders: Path, load):
+    (class_folders / "temple" / "again").symlink_to(class_folders / "temple")
+    with pytest.raises(ValueError, match=r"dataset\.root: .*temple/again leads to a folder that was read already"):
+        load(class_folders)
+
+
+def test_a_name_that_is_no_text_is_refused(class_folders: Path, load):
+    (class_folders / "temple").rename(class_folders / os.fsdecode(b"temp\xffle"))
+    with pytest.raises(ValueError, match=r"temp\\udcffle.*a file name in UTF-8 is accepted") as error:
+        load(class_folders)
+    assert str(error.value).encode()
+
+
+@pytest.mark.parametrize("name", ["a\nb", "ünï 猫", "${oc.env:HOME}", "a=b,c", "'\\"])
+def test_a_class_may_have_any_name_that_is_text(class_folders: Path, load, name):
+    (class_folders / "temple").rename(class_folders / name)
+    assert set(load(class_folders).class_names) == {"flower", name}
+
+
+@pytest.mark.parametrize(
+    "tear",
+    [
+        lambda entry: np.save(entry / "labels.npy", np.array([{}] * 40), allow_pickle=True),
+        lambda entry: np.save(entry / "images.npy", np.array([{}] * 40), allow_pickle=True),
+        lambda entry: np.save(entry / "labels.npy", np.full(40, 7)),
+        lambda entry: np.save(entry / "labels.npy", np.zeros(40)),
+        lambda entry: np.save(entry / "images.npy", np.zeros((40, 3, 32), np.uint8)),
+        lambda entry: (entry / "meta.json").write_text("[" * 100_000),
+        lambda entry: (entry / "meta.json").write_text("[]"),
+        lambda entry: (entry / "meta.json").write_text('{"names": 40}'),
+    ],
+    ids=["objects as labels", "objects as images", "no such class", "floats", "shape", "deep meta", "list", "number"],
+)
+def test_an_entry_that_holds_something_else_is_decoded_again(class_folders: Path, load, cache, tear):
+    load(class_folders)
+    tear(entries(cache)[0])
+    again = load(class_folders)
+    assert torch.equal(again.images, images_below(class_folders))
+    assert again.labels.tolist() == [0] * 20 + [1] * 20

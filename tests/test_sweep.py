@@ -335,6 +335,7 @@ def test_the_threads_are_divided_between_processes(kdpipe: Callable, teacher: Ru
     Path("counting.py").write_text(told)
     environment = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path.cwd()), environment.get("PYTHONPATH", "")])
+    environment["KDPIPE_ALLOW_TARGETS"] = "counting"
     overrides = ["-m", *SMALL, *STUDENT, "train.threads=null", "seed=0,1", "hydra/launcher=joblib"]
     overrides += ["augmentation._target_=counting.augmentation", "train.epochs=0"]
     done = subprocess.run(command(*overrides), check=False, capture_output=True, text=True, env=environment)

@@ -3,6 +3,7 @@
 import os
 import pickle
 import tarfile
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -225,9 +226,56 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path: Path) -> None:
     (tmp_path / "pickle.pt").write_bytes(harmful)
     torch.save({"state_dict": {"conv1.weight": RunsCode()}}, tmp_path / "zip.pt")
     torch.save({"model": RunsCode()}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
-    for name in ("pickle.pt", "zip.pt", "legacy.pt"):
+    with tarfile.open(tmp_path / "tar.pt", "w") as archive:  # as PyTorch 0.1 saved
+        for name in ("pickle", "tensors", "storages"):
+            (tmp_path / name).write_bytes(harmful)
+            archive.add(tmp_path / name, name)
+    (tmp_path / "renamed.safetensors").write_bytes(harmful)
+    for name in ("pickle.pt", "zip.pt", "legacy.pt", "tar.pt"):
         assert refusal(tmp_path / name).startswith(NO_STATE_DICT)
+    assert refusal(tmp_path / "renamed.safetensors").startswith("not a readable safetensors file")
     assert not proof.exists()
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_compressed_file_is_refused_before_it_is_unpacked(compression: int, tmp_path: Path) -> None:
+    torch.save({"linear.weight": torch.zeros(2_500_000)}, tmp_path / "large.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "large.pt") as large,
+        zipfile.ZipFile(tmp_path / "bomb.pt", "w", compression) as bomb,
+    ):
+        for name in large.namelist():
+            bomb.writestr(name, large.read(name))
+    assert (tmp_path / "bomb.pt").stat().st_size < 100_000
+    assert "is compressed, torch.save compresses nothing" in refusal(tmp_path / "bomb.pt")
+
+
+def test_members_that_claim_to_be_larger_than_the_file_are_refused(tmp_path: Path) -> None:
+    content = bytearray(write("weights.pt", tmp_path).read_bytes())
+    place = content.rindex(b"PK\x01\x02")  # of the last member in the archive's directory
+    content[place + 20 : place + 28] = 2 * (2**30).to_bytes(4, "little")  # both of its sizes
+    (tmp_path / "weights.pt").write_bytes(content)
+    assert "its members claim to be larger than the file" in refusal(tmp_path / "weights.pt")
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.eye(2).to_sparse(),
+        torch.quantize_per_tensor(torch.zeros(2), 0.1, 0, torch.qint8),
+        torch.empty(10**9, device="meta"),
+    ],
+    ids=["sparse", "quantised", "meta"],
+)
+def test_a_tensor_that_no_network_has_is_refused(tensor: torch.Tensor, tmp_path: Path) -> None:
+    torch.save({"linear.weight": tensor}, tmp_path / "weights.pt")
+    assert refusal(tmp_path / "weights.pt") == "a state dict is accepted, this file holds something else"
+
+
+def test_class_names_that_are_nested_too_deeply_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    save_file(small_network().state_dict(), file, metadata={"class_names": "[" * 100_000})
+    assert refusal(file).startswith("not a readable safetensors file")
 
 
 def test_a_whole_pickled_network_is_refused(tmp_path: Path) -> None:

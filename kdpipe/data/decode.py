@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,14 +18,20 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from kdpipe.cache import META, keep, mapped_array, new_array
+from kdpipe.cache import META, keep, mapped_array, new_array, read_meta
 from kdpipe.checks import check_choice, check_number
 from kdpipe.data.dataset import Source
 from kdpipe.progress import progress
 
 log = logging.getLogger("kdpipe")
+# Pillow's own warning comes at 89 million pixels; such an image is refused below.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 SplitOf = Callable[[str], str | None]  # from a file's name to "validation" or "test", if it is in one of them
+# What photos come in. Others that Pillow knows start programs (EPS), read other files, or are no photos.
+PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "MPO")
+MAX_PIXELS = 64_000_000  # 192 MB once decoded, in each thread; cameras and phones stay below, but for a few modes
+MAX_BYTES = 256_000_000  # of a file; so many pixels take 192 MB uncompressed
 LAYOUT = 1  # of the files in a cache entry; another number is another entry
 
 
@@ -48,7 +55,39 @@ def image_file(path: str, root: Path, label: int) -> ImageFile:
 
 
 def _content(path: str) -> bytes:
+    check_bytes(os.path.getsize(path))  # noqa: PTH202
     return Path(path).read_bytes()
+
+
+def check_bytes(number: int) -> None:
+    """Raise ValueError for a file that is too large to be read whole."""
+    if number > MAX_BYTES:
+        raise ValueError(f"{number / 1e6:,.0f} MB, up to {MAX_BYTES / 1e6:,.0f} are accepted")
+
+
+def read_image(content: bytes) -> Image.Image:
+    """An image file's pixels as RGB; of several frames the first.
+
+    Raises:
+        ValueError: not a readable image, or one that would take too much memory.
+    """
+    try:
+        with _opened(content) as image:
+            return _rgb(image)
+    except UnidentifiedImageError as error:
+        raise ValueError("no known image format" if content else "empty") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise whatever they like
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _opened(content: bytes) -> Image.Image:
+    Image.init()
+    image = Image.open(io.BytesIO(content), formats=[name for name in PHOTO_FORMATS if name in Image.OPEN])
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width}×{image.height} pixels, up to {MAX_PIXELS / 1e6:g} million are accepted")
+    return image
 
 
 def decoded_source(
@@ -81,14 +120,15 @@ def decoded_source(
     }
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     entry = Path(cache_dir) / key
-    keep(entry, _is_complete, lambda folder: _decode(files, class_names, image_size, on_bad_image, split_of, folder))
+    is_complete = partial(_is_complete, len(class_names))
+    keep(entry, is_complete, lambda folder: _decode(files, class_names, image_size, on_bad_image, split_of, folder))
     kept = json.loads((entry / META).read_text())
     if kept["bad"]:
         bad = len(kept["bad"])
         log.warning("dataset.on_bad_image=skip: %d of %d files are no readable images, left out", bad, len(files))
     return Source(
         images=mapped_array(entry / "images.npy"),
-        labels=torch.from_numpy(np.load(entry / "labels.npy")),
+        labels=torch.from_numpy(np.array(np.lib.format.open_memmap(entry / "labels.npy", mode="r"))),
         class_names=class_names,
         given=_given_splits(kept["names"], split_of),
         fingerprint=kept["fingerprint"],
@@ -130,15 +170,10 @@ def _decode(
 
     def decode_one(position: int) -> None:
         try:
-            content = files[position].read()
-            with Image.open(io.BytesIO(content)) as image:
-                pixels = _rgb(image)
-        except UnidentifiedImageError:
-            bad[files[position].name] = "no known image format" if content else "empty"
-            return
+            pixels = read_image(files[position].read())
         except MemoryError:
             raise
-        except Exception as error:  # decoders raise whatever they like
+        except Exception as error:  # reading an archive raises other errors
             bad[files[position].name] = " ".join(str(error).split()) or type(error).__name__
             return
         if pixels.size != (width, height) and image_size is None:
@@ -194,34 +229,59 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _first_size(files: Sequence[ImageFile]) -> tuple[int, int]:
     """The (width, height) of the first readable image: what all others have to have."""
     for file in files:
-        with suppress(Exception), Image.open(io.BytesIO(file.read())) as image:  # decoding tells what is wrong
-            return _rgb(image).size
+        with suppress(Exception):  # decoding tells what is wrong
+            return read_image(file.read()).size
     return 1, 1
 
 
-def _is_complete(entry: Path) -> bool:
+def _is_complete(num_classes: int, entry: Path) -> bool:
     """Whether an entry can be used: a torn one counts as absent."""
-    try:
-        names = json.loads((entry / META).read_text())["names"]
-        images = np.lib.format.open_memmap(entry / "images.npy", mode="r")
-        return len(names) == len(images) == len(np.load(entry / "labels.npy"))
-    except (OSError, ValueError, KeyError, EOFError):
+    meta = read_meta(entry)
+    names, bad = meta.get("names"), meta.get("bad")
+    try:  # mapped, because a torn header may promise any size
+        images, labels = (np.lib.format.open_memmap(entry / f"{name}.npy", mode="r") for name in ("images", "labels"))
+    except Exception:  # NumPy's reader of headers raises whatever it stumbles over
         return False
+    return (
+        isinstance(names, list)
+        and all(isinstance(name, str) for name in names)
+        and isinstance(bad, dict)
+        and isinstance(meta.get("fingerprint"), str)
+        and (images.dtype, images.ndim, labels.dtype, labels.ndim) == (np.uint8, 4, np.int64, 1)
+        and images.flags.c_contiguous
+        and len(names) == len(images) == len(labels) > 0
+        and 0 <= int(labels.min()) <= int(labels.max()) < num_classes
+    )
 
 
 def files_below(root: Path) -> list[str]:
-    """The files below `root`, sorted, without those that operating systems leave behind."""
+    """The files below `root`, sorted, without those that operating systems leave behind.
+
+    Raises:
+        ValueError: a link to a folder that was read already (such links can make endlessly many files), or a name
+            that is no text.
+    """
     if not root.is_dir():
         return []
-    return sorted(_paths_below(root), key=lambda path: path.split(os.sep))  # noqa: PTH206 - strings for speed
+    found = sorted(_paths_below(root, set()), key=lambda path: path.split(os.sep))  # noqa: PTH206 - for speed
+    try:
+        "".join(found).encode()
+    except UnicodeEncodeError as error:
+        wrong = next(path for path in found if any("\ud800" <= letter <= "\udfff" for letter in path))
+        raise ValueError(f"dataset.root: {wrong!a}: a file name in UTF-8 is accepted") from error
+    return found
 
 
-def _paths_below(folder: Path | str) -> Iterator[str]:
+def _paths_below(folder: Path | str, seen: set[str]) -> Iterator[str]:
+    real = os.path.realpath(folder)
+    if real in seen:
+        raise ValueError(f"dataset.root: {folder} leads to a folder that was read already, {real}; remove this link")
+    seen.add(real)
     with os.scandir(folder) as found:  # tells files from folders without a question for each to the file system
         for item in found:
             if item.name.startswith(".") or item.name in ("Thumbs.db", "desktop.ini"):
                 continue
             if item.is_dir():
-                yield from _paths_below(item.path)
+                yield from _paths_below(item.path, seen)
             elif item.is_file():
                 yield item.path

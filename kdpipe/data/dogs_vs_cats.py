@@ -3,15 +3,15 @@
 import io
 import re
 import zipfile
-import zlib
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from threading import Lock
 
 from kdpipe.data.dataset import Source
-from kdpipe.data.decode import ImageFile, decoded_source, files_below, image_file
+from kdpipe.data.decode import MAX_BYTES, ImageFile, decoded_source, files_below, image_file
 
 CLASS_NAMES = ("cat", "dog")
+MAX_NESTED = 1_000_000_000  # bytes of the train.zip in dogs-vs-cats.zip, which comes into memory; Kaggle's has 0.57e9
 NAME = re.compile(r"(?:.*/)?(cat|dog)\.\d+\.jpg")
 
 
@@ -55,21 +55,49 @@ def dogs_vs_cats(root: str, image_size: int, on_bad_image: str, cache_dir: str) 
 def _files_in(path: Path, root: str) -> list[ImageFile]:
     try:
         archive = zipfile.ZipFile(path)
+        check_members(archive)
         if "train.zip" in archive.namelist():  # the whole competition in one archive
-            archive = zipfile.ZipFile(io.BytesIO(archive.read("train.zip")))
-    except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, EOFError) as error:
-        raise ValueError(f"dataset.root={root}: {path} is no readable zip archive ({error})") from error
+            archive = zipfile.ZipFile(io.BytesIO(_content(archive, archive.getinfo("train.zip"), MAX_NESTED)))
+            check_members(archive)
+    except MemoryError:
+        raise
+    except Exception as error:  # torn archives raise whatever zipfile stumbles over
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"dataset.root={root}: {path} is no readable zip archive ({reason})") from error
     lock = Lock()  # an open archive reads one member at a time
 
     # The checksums in an archive's directory stay as they are when its contents are damaged or mended.
     stamp = (path.stat().st_size, path.stat().st_mtime_ns)
 
-    def read(name: str) -> bytes:
+    def read(member: zipfile.ZipInfo) -> bytes:
         with lock:
-            return archive.read(name)
+            return _content(archive, member, MAX_BYTES)
 
     return [
-        ImageFile(info.filename, CLASS_NAMES.index(match[1]), (info.CRC, *stamp), partial(read, info.filename))
+        ImageFile(info.filename, CLASS_NAMES.index(match[1]), (info.CRC, *stamp), partial(read, info))
         for info in archive.infolist()
         if (match := NAME.fullmatch(info.filename)) and "__MACOSX" not in info.filename
     ]
+
+
+def check_members(archive: zipfile.ZipFile) -> None:
+    """Raise ValueError for an archive with a member that no archive of photos has."""
+    for member in archive.infolist():
+        name = PureWindowsPath(member.orig_filename)  # which knows a slash, a backslash and a drive
+        if name.anchor or ".." in name.parts:
+            raise ValueError(f"its member {member.orig_filename} would be unpacked outside of its folder")
+        if member.flag_bits & 1:
+            raise ValueError(f"its member {member.filename} is encrypted; unpack it, and give the folder")
+
+
+def _content(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) -> bytes:
+    """A member's bytes; no more of them than it says, and only where that is below the limit."""
+    if member.file_size > limit:
+        raise ValueError(
+            f"{member.filename} has {member.file_size / 1e6:,.0f} MB, up to {limit / 1e6:,.0f} are accepted"
+        )
+    # bz2 and lzma decompress without regard to how much is asked for.
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{member.filename} is packed with method {member.compress_type}, deflate is accepted")
+    with archive.open(member) as opened:
+        return opened.read(member.file_size)

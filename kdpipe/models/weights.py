@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -34,9 +35,11 @@ def read_weights(key: str, path: Path) -> tuple[State, list[str] | None]:
             if not named:
                 raise ValueError("class_names in its metadata is no list of names")
             return load_file(path), class_names
-        except (SafetensorError, ValueError, OSError) as error:
-            raise ValueError(f"{key}={path}: not a readable safetensors file ({error})") from error
+        except (SafetensorError, ValueError, OSError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{key}={path}: not a readable safetensors file ({reason})") from error
     try:
+        _check_size(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no weights raise whatever the unpickler stumbles over
         reason = str(error).split("\n")[0].split(". ")[0]
@@ -47,11 +50,35 @@ def read_weights(key: str, path: Path) -> tuple[State, list[str] | None]:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     is_state = isinstance(content, Mapping) and all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
+        isinstance(name, str) and _is_plain(tensor) for name, tensor in content.items()
     )
     if not is_state:
         raise ValueError(f"{key}={path}: a state dict is accepted, this file holds something else")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}, None
+
+
+def _check_size(path: Path) -> None:
+    """Raise ValueError for a zip archive that takes more memory than disk: `torch.save` compresses nothing."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+            raise ValueError(f"{member.filename} in it is compressed, torch.save compresses nothing")
+    if sum(member.file_size for member in members) > path.stat().st_size:
+        raise ValueError("its members claim to be larger than the file")
+
+
+def _is_plain(tensor: object) -> bool:
+    """Whether this is a tensor that a network's own can be replaced by, and not a sparse, quantised or empty shell."""
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not (tensor.is_quantized or tensor.is_nested)
+    )
 
 
 def load_state(key: str, source: str, network: nn.Module, state: State, name: str, num_classes: int) -> None:
