@@ -29,7 +29,7 @@ unexport MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE
 DEMO := dataset=digits tracking.experiment=demo train.epochs=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults teacher student distill sweep compare reproduce ui server bench cache-info \
+.PHONY: help setup demo test test-faults teacher student distill sweep compare reproduce sync ui server bench cache-info \
 	cache-clean lint format clean
 
 help:  ## list the targets
@@ -80,6 +80,9 @@ reproduce: setup  ## the tutorial's three experiments: CIFAR-10, DenseNet-121 (h
 	$(RUN) experiment=tutorial_student tracking.experiment=tutorial $(ARGS)
 	$(RUN) experiment=tutorial_distill tracking.experiment=tutorial $(ARGS)
 	$(COMPARE) --experiment $(or $(call given,tracking.experiment),tutorial) --uri "$(STORE)"
+
+sync: setup  ## tell MLflow what it missed while it could not be reached
+	$(BIN)/python -m kdpipe.sync --output-dir "$(OUTPUTS)"
 
 ui: setup  ## open MLflow on the runs: http://127.0.0.1:5000 (make ui PORT=5001)
 	@mkdir -p $(OUTPUTS)

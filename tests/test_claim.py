@@ -1,21 +1,24 @@
 """A run belongs to one process at a time."""
 
+import json
 import multiprocessing
 import os
 import signal
+import socket
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
-from mlflow import MlflowClient
 
-from kdpipe.claim import ClaimedError, claim, wait_until_free
+from kdpipe.claim import ClaimedError, claim, locked, owner_here, wait_until_free
+from kdpipe.journal import Journal
 from kdpipe.tracking import Tracker
 
 
 def hold(folder: Path, told: Connection) -> None:
-    with claim(folder) as claimed:
-        claimed.starts("a run")
+    with claim(folder):
         told.send("claimed")
         told.recv()
 
@@ -42,22 +45,38 @@ def test_a_run_that_another_process_has_is_refused_with_its_number(
         pass
 
 
-def test_a_killed_process_has_nothing_any_more_and_its_run_is_known(
-    tmp_path: Path, holder: multiprocessing.Process
-) -> None:
+def test_a_killed_process_has_nothing_any_more(tmp_path: Path, holder: multiprocessing.Process) -> None:
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
-    with claim(tmp_path) as claimed:
-        assert claimed.last_run == "a run"
+    with claim(tmp_path):
+        assert owner_here(tmp_path) == os.getpid()
 
 
-def test_an_abandoned_run_is_closed_and_only_if_it_was_running(empty_store: Path, tmp_path: Path) -> None:
+def test_who_tidies_up_after_a_killed_process_is_waited_for(tmp_path: Path, holder: multiprocessing.Process) -> None:
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    tidying = Thread(target=hold_a_moment, args=(tmp_path, held := Event()))
+    tidying.start()
+    held.wait()
+    with claim(tmp_path):
+        assert not tidying.is_alive()
+
+
+def hold_a_moment(folder: Path, held: Event) -> None:
+    with locked(folder):
+        held.set()
+        time.sleep(1)
+
+
+def test_a_run_left_by_another_machine_is_not_put_right_here(empty_store: Path, tmp_path: Path) -> None:
     tracker = Tracker(f"sqlite:///{empty_store}", "abandoned", tmp_path)
-    client = MlflowClient(f"sqlite:///{empty_store}")
-    running, finished = (client.create_run(tracker.experiment_id).info.run_id for _ in range(2))
-    client.set_terminated(finished, "FINISHED")
-    for run_id in (running, finished, "of another store", None):
-        tracker.close_abandoned(run_id)
-    assert client.get_run(running).info.status == "KILLED"
-    assert client.get_run(running).data.tags["kdpipe.reason"] == "its process is gone"
-    assert client.get_run(finished).info.status == "FINISHED"
+    statuses = []
+    for host in (socket.gethostname(), "another"):
+        folder = tmp_path / "runs" / host
+        folder.mkdir(parents=True)
+        run_id = tracker.client.create_run(tracker.experiment_id).info.run_id
+        Journal(folder, tracker.uri, run_id, {}).write()
+        (folder / "owner.json").write_text(json.dumps({"pid": 1, "host": host}))
+        tracker.settle_all(tmp_path / "runs")
+        statuses.append(tracker.client.get_run(run_id).info.status)
+    assert statuses == ["KILLED", "RUNNING"]

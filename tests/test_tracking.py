@@ -151,12 +151,25 @@ def test_processes_that_create_the_same_store_at_once_all_get_it(tmp_path: Path)
 def test_metrics_stand_in_the_folder_before_they_are_sent(empty_store: Path, tmp_path: Path) -> None:
     tracker = Tracker(f"sqlite:///{empty_store}", "lines", tmp_path)
     with tracker.run("a run", tmp_path, {"seed": 0}, {}) as run:
-        # A name that MLflow refuses: the line must be there all the same.
-        with pytest.raises(Exception, match="Invalid"):
-            run.log({"train/loss?": 1.5}, step=1)
-        assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "train/loss?": 1.5}
+        run.log({"train/loss": 1.5}, step=1)
+        assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "train/loss": 1.5}
+        assert not tracker.client.get_run(run.id).data.metrics  # not before there is a checkpoint of it
+        run.deliver()
+        while not tracker.client.get_run(run.id).data.metrics:
+            time.sleep(0.01)
         run.log({"train/loss": 1.25}, step=2)
     assert tracker.client.get_run(run.id).data.metrics == {"train/loss": 1.25}
+
+
+def test_a_metric_that_mlflow_refuses_ends_the_run_and_is_kept_in_its_folder(empty_store: Path, tmp_path: Path) -> None:
+    tracker = Tracker(f"sqlite:///{empty_store}", "lines", tmp_path)
+    with pytest.raises(ValueError, match=r"MLflow refuses this run's data: Invalid .*train/loss\?"):  # noqa: SIM117
+        with tracker.run("a run", tmp_path, {"seed": 0}, {}) as run:
+            for step in range(1, 1000):
+                run.log({"train/loss?": 1.5}, step)
+                run.deliver()
+                time.sleep(0.01)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0]) == {"step": 1, "train/loss?": 1.5}
 
 
 def test_long_values_and_many_params_are_kept(empty_store: Path, tmp_path: Path) -> None:
