@@ -7,6 +7,7 @@ run, a sweep with each of its cells, the processes of its launchers, and what Hy
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ class CheckedFiles(ConfigRepository):
     def load_config(self, config_path: str) -> ConfigResult | None:
         source = self._find_object_source(config_path, ObjectType.CONFIG)
         if source is not None and source.scheme() == "file":
-            check_yaml(Path(source.path) / source._normalize_file_name(config_path))
+            file = Path(source.path) / source._normalize_file_name(config_path)
+            _check_yaml_once(file, file.stat().st_mtime_ns)  # each cell of a sweep reads the same files
         return super().load_config(config_path)
 
 
@@ -150,6 +152,11 @@ def find_target(key: str, target: str) -> Any:
         accepted = HYDRA_CLASSES if key.startswith("hydra.") else (*FUNCTIONS, *CLASSES)
         raise ValueError(_refusal(key, target, accepted))
     return found
+
+
+@cache
+def _check_yaml_once(file: Path, changed: int) -> None:
+    check_yaml(file)
 
 
 def check_yaml(file: Path) -> None:
