@@ -21,6 +21,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 # An environment variable and no config key: a config could set the key for itself.
 ALLOW = "KDPIPE_ALLOW_TARGETS"
@@ -179,6 +180,9 @@ def check_yaml(file: Path) -> None:
         raise ValueError(f"{file}{place}: this cannot be read as YAML ({reason})") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: text in UTF-8 is accepted ({error.reason} at byte {error.start})") from error
+    except OmegaConfBaseException as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file}: keys and values that OmegaConf knows are accepted ({reason})") from error
     except RecursionError as error:
         raise ValueError(f"{file}: this is nested too deeply for a config") from error
 
