@@ -7,6 +7,7 @@ run, a sweep with each of its cells, the processes of its launchers, and what Hy
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 # An environment variable and no config key: a config could set the key for itself.
 ALLOW = "KDPIPE_ALLOW_TARGETS"
@@ -58,7 +60,8 @@ class CheckedFiles(ConfigRepository):
     def load_config(self, config_path: str) -> ConfigResult | None:
         source = self._find_object_source(config_path, ObjectType.CONFIG)
         if source is not None and source.scheme() == "file":
-            check_yaml(Path(source.path) / source._normalize_file_name(config_path))
+            file = Path(source.path) / source._normalize_file_name(config_path)
+            _check_yaml_once(file, file.stat().st_mtime_ns)  # each cell of a sweep reads the same files
         return super().load_config(config_path)
 
 
@@ -152,6 +155,11 @@ def find_target(key: str, target: str) -> Any:
     return found
 
 
+@cache
+def _check_yaml_once(file: Path, changed: int) -> None:
+    check_yaml(file)
+
+
 def check_yaml(file: Path) -> None:
     """Raise ValueError for a file that is no YAML, or that would become too large in memory."""
     if file.stat().st_size > MAX_YAML_BYTES:
@@ -172,6 +180,9 @@ def check_yaml(file: Path) -> None:
         raise ValueError(f"{file}{place}: this cannot be read as YAML ({reason})") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: text in UTF-8 is accepted ({error.reason} at byte {error.start})") from error
+    except OmegaConfBaseException as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file}: keys and values that OmegaConf knows are accepted ({reason})") from error
     except RecursionError as error:
         raise ValueError(f"{file}: this is nested too deeply for a config") from error
 

@@ -241,6 +241,7 @@ BOMB = "\n".join(["a0: &a0 [1, 1]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for 
     [
         (b"seed: [1, 2", "theirs.yaml, line 1: this cannot be read as YAML"),
         (b"seed: 1\n  stage: x", "theirs.yaml, line 2: this cannot be read as YAML"),
+        (b"seed: ${", "theirs.yaml: keys and values that OmegaConf knows are accepted"),
         (b"seed: !!python/object/apply:os.system [touch sprung]", "theirs.yaml"),
         (b"\xff\xfe\x00", "theirs.yaml: text in UTF-8 is accepted"),
         (b"seed: " + b"[" * 50_000, "theirs.yaml: this is nested too deeply"),
@@ -251,7 +252,20 @@ BOMB = "\n".join(["a0: &a0 [1, 1]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for 
         (b"- 1\n- 2", "theirs.yaml: keys with values are accepted"),
         (b"just text", "theirs.yaml: keys with values are accepted"),
     ],
-    ids=["cut", "wrong", "object", "binary", "deep", "bomb", "in itself", "merged", "large", "list", "text"],
+    ids=[
+        "cut",
+        "wrong",
+        "interpolation",
+        "object",
+        "binary",
+        "deep",
+        "bomb",
+        "in itself",
+        "merged",
+        "large",
+        "list",
+        "text",
+    ],
 )
 def test_a_config_file_that_is_none_is_named(
     kdpipe: Callable, downloaded: Callable, tmp_path: Path, content: bytes, said: str
