@@ -52,7 +52,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     torch.save(state, content)
     before = _files(folder)
     number = 1 + max((_number(file) for file in before), default=0)
-    write_whole(folder / f"{number:06}-{_digest(content.getbuffer())}.pt", content.getvalue())
+    write_whole(folder / f"{number:06}-{digest(content.getbuffer())}.pt", content.getvalue())
     for file in before[KEPT - 1 :]:
         file.unlink()
 
@@ -65,7 +65,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     """
     for file in _files(folder):
         content = file.read_bytes()
-        if not file.stem.endswith(f"-{_digest(content)}"):
+        if not file.stem.endswith(f"-{digest(content)}"):
             log.warning("%s is torn or damaged: the checkpoint before it is taken, if there is one", file)
             continue
         try:
@@ -96,5 +96,5 @@ def _number(file: Path) -> int:
     return int(number) if number.isdecimal() else 0
 
 
-def _digest(content: bytes | memoryview) -> str:
+def digest(content: bytes | memoryview) -> str:
     return hashlib.sha256(content).hexdigest()[:32]

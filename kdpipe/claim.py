@@ -77,15 +77,15 @@ def wait_until_free(folder: Path) -> None:
 
 def _lives(owner: dict[str, Any]) -> bool:
     """Whether the process may be there: of another machine it is not known."""
-    if not isinstance(owner.get("pid"), int):
+    if not owner:
         return False
-    if owner.get("host") != socket.gethostname():
+    if owner["host"] != socket.gethostname():
         return True
     try:
         os.kill(owner["pid"], 0)
     except ProcessLookupError:
         return False
-    except OSError:  # of another user
+    except (OSError, OverflowError):  # of another user, or of a system with larger numbers
         return True
     return True
 
@@ -95,4 +95,5 @@ def _owner(folder: Path) -> dict[str, Any]:
         owner = json.loads((folder / OWNER).read_text())
     except (OSError, ValueError):  # nobody, or killed while writing
         return {}
-    return owner if isinstance(owner, dict) else {}
+    is_one = isinstance(owner, dict) and isinstance(owner.get("pid"), int) and isinstance(owner.get("host"), str)
+    return owner if is_one else {}

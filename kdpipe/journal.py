@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,6 +24,12 @@ CHECKPOINTS = "checkpoints"  # a folder
 RUNNING, FINISHED, KILLED, FAILED = "RUNNING", "FINISHED", "KILLED", "FAILED"  # as MLflow has them
 
 Row = dict[str, float]  # {"step": 3, "train/loss": 0.5, …}
+
+
+KINDS = {
+    **{"uri": str, "run_id": str, "tags": dict, "status": str, "reason": str},
+    **{"ended": int, "seconds": float, "files": list, "delivered": bool},
+}
 
 
 @dataclass
@@ -48,7 +54,7 @@ class Journal:
     status: str = RUNNING
     reason: str = ""
     ended: int = 0
-    seconds: float = 0
+    seconds: float = 0.0
     files: list[str] = field(default_factory=list)
     delivered: bool = False
 
@@ -57,19 +63,14 @@ class Journal:
         """The journal in a folder; None where there is none, or none that can be read."""
         try:
             content = json.loads((folder / TRACKING).read_text())
-            kinds = {part.name: part.type for part in fields(cls) if part.name != "folder"}
-            journal = cls(folder=folder, **{name: content[name] for name in kinds})
-            well_formed = (
-                isinstance(journal.uri, str) and isinstance(journal.run_id, str) and isinstance(journal.tags, dict)
-            )
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError):
-            well_formed = False
-        if not well_formed:
+        except (OSError, ValueError, RecursionError):
+            content = None
+        if not _is_well_formed(content):
             log.warning("%s cannot be read: left out of account", folder / TRACKING)
             return None
-        return journal
+        return cls(folder=folder, **content)
 
     def write(self) -> None:
         content = {key: value for key, value in asdict(self).items() if key != "folder"}
@@ -100,6 +101,15 @@ class Journal:
                 self.write()
 
 
+def _is_well_formed(content: Any) -> bool:
+    return (
+        isinstance(content, dict)
+        and {name: type(value) for name, value in content.items()} == KINDS
+        and content["status"] in (RUNNING, FINISHED, KILLED, FAILED)
+        and all(isinstance(text, str) for text in [*content["tags"].values(), *content["files"]])
+    )
+
+
 def undelivered(runs: Path) -> list[Path]:
     """The folders in `runs` that have something to tell, or whose process may be gone."""
     journals = [Journal.read(file.parent) for file in sorted(runs.glob(f"*/{TRACKING}"))]
@@ -116,7 +126,7 @@ def read_rows(folder: Path) -> list[Row]:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         if not (isinstance(row, dict) and all(isinstance(value, int | float) for value in row.values())):
             break

@@ -28,10 +28,13 @@ from omegaconf import OmegaConf
 from PIL import Image, features
 from safetensors.torch import save_file
 
+from kdpipe.checkpoint import digest, load_checkpoint, save_checkpoint
+from kdpipe.claim import owner_here
 from kdpipe.config import CONF
 from kdpipe.data.decode import ImageFile, decoded_source, read_image
 from kdpipe.data.dogs_vs_cats import dogs_vs_cats
 from kdpipe.errors import one_line
+from kdpipe.journal import Journal, read_rows, write_rows
 from kdpipe.models.weights import read_weights
 from kdpipe.outputs import is_whole
 from kdpipe.targets import check_config, check_yaml
@@ -232,6 +235,48 @@ def cached_answers(photo: Callable[..., Image.Image], folder: Path) -> tuple[Rea
     return read, [(folder / "outputs.npy").read_bytes()]
 
 
+def checkpoints(photo: Callable[..., Image.Image], folder: Path) -> tuple[Read, list[bytes]]:
+    """What is left of one: it is known by its checksum; and what has the checksum of the damage is read, too."""
+    save_checkpoint(folder / "checkpoints", {"training": {"weights": torch.randn(3)}, "history": [{"step": 1}]})
+    (file,) = (folder / "checkpoints").iterdir()
+    whole = file.read_bytes()
+
+    def read(content: bytes) -> None:
+        file.write_bytes(content)
+        assert (load_checkpoint(folder / "checkpoints") is None) == (content != whole)
+        again = file.with_name(f"000002-{digest(content)}.pt")
+        again.write_bytes(content)
+        try:
+            load_checkpoint(folder / "checkpoints")
+        finally:
+            again.unlink()
+
+    return read, [whole]
+
+
+def lines(photo: Callable[..., Image.Image], folder: Path) -> tuple[Read, list[bytes]]:
+    rows = [{"step": 1, "train/loss": 0.5}, {"step": 2, "train/loss": 0.25}]
+    write_rows(folder, rows)
+
+    def read(content: bytes) -> None:
+        (folder / "metrics.jsonl").write_bytes(content)
+        assert all("step" in row for row in read_rows(folder))
+
+    return read, [(folder / "metrics.jsonl").read_bytes()]
+
+
+def journals(photo: Callable[..., Image.Image], folder: Path) -> tuple[Read, list[bytes]]:
+    Journal(folder, "sqlite:///mlflow.db", "0123", {"kdpipe.identity": "4567"}, files=["config.yaml"]).write()
+
+    def read(content: bytes) -> None:
+        (folder / "tracking.json").write_bytes(content)
+        (folder / "owner.json").write_bytes(content)
+        Journal.read(folder)
+        owner_here(folder)
+
+    return read, [(folder / "tracking.json").read_bytes(), b'{"pid": 1, "host": "here"}']
+
+
 def configs(photo: Callable[..., Image.Image], folder: Path) -> tuple[Read, list[bytes]]:
     file = folder / "theirs.yaml"
 
@@ -258,6 +303,9 @@ FORMATS = {
     "labels.npy": partial(cached_images, "labels.npy"),
     "meta.json": partial(cached_images, "meta.json"),
     "outputs.npy": cached_answers,
+    "checkpoint": checkpoints,
+    "metrics.jsonl": lines,
+    "tracking.json": journals,
     "YAML": configs,
 }
 CASES = [pytest.param(200, id="200"), pytest.param(10_000, id="10000", marks=pytest.mark.faults)]

@@ -96,7 +96,7 @@ class Tracker:
         tags: Mapping[str, str],
         begun: str | None = None,
         history: Sequence[Row] = (),
-        seconds: float = 0,
+        seconds: float = 0.0,
     ) -> Iterator[Run]:
         """The run of a folder: FINISHED when the block ends, KILLED or FAILED with the reason as a tag when it is left.
 
