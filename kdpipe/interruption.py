@@ -111,7 +111,7 @@ def passed_on(workers: Callable[[], list[int]]) -> Iterator[None]:
         yield
     finally:
         _State.workers = list
-        if _State.before is not None:
+        if hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, 0)
     check()
 

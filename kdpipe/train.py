@@ -185,7 +185,7 @@ def fit(
             training.begin_epoch(training.epoch + 1)
             on_checkpoint()
     if training.best:
-        training.model.load_state_dict(training.best)
+        training.learner.load_state_dict(training.best)
     return training.selected
 
 
@@ -197,7 +197,7 @@ def select(training: Training, metrics: dict[str, float], best: bool) -> None:
     if "val/accuracy" in metrics:
         training.selected["selected/accuracy"] = metrics["val/accuracy"]
     if best:
-        training.best = copy_state(training.model)
+        training.best = copy_state(training.learner)
 
 
 def train_epoch(

@@ -1,8 +1,11 @@
 """Several processes share the batches of one run: `torchrun --nproc-per-node 2 -m kdpipe …`, on the CPU with gloo."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,9 +22,11 @@ RUN = ["dataset=digits", "dataset.train_fraction=0.3", "augmentation=crop_flip",
 DISTILL = [*RUN, "experiment=distill", "model@teacher=resnet20", "train.batch_size=107"]
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "kdpipe"]
+
+
 def torchrun(*overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "kdpipe"]
-    return subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=300)
+    return subprocess.run([*TORCHRUN, *overrides], capture_output=True, text=True, timeout=300)
 
 
 def epochs(output_dir: str) -> list[dict[str, float]]:
@@ -42,6 +47,25 @@ def test_two_processes_give_the_losses_of_one(kdpipe: Callable) -> None:
     assert done.stdout.count("epoch 2/2") == 1  # one of them tells
     (log,) = Path("two/runs").glob("*/kdpipe.log")
     assert log.read_text().count("epoch 2/2") == 1
+
+
+def test_two_processes_that_were_killed_go_on_after_the_last_epoch(kdpipe: Callable) -> None:
+    # Dropout, whose draws each process makes for itself.
+    student = [*RUN, "experiment=student", "model=torchvision", "model.name=squeezenet1_1", "model.weights=null"]
+    student += ["model.image_size=32", "train.epochs=4", "optimizer.lr=3e-4"]
+    assert torchrun(*student, "output_dir=whole").returncode == 0
+    process = subprocess.Popen([*TORCHRUN, *student, "output_dir=killed"], start_new_session=True)
+    while len(list(Path("killed/runs").glob("*/checkpoints/*.pt"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    for child in subprocess.run(["pgrep", "-f", "output_dir=killed"], capture_output=True, text=True).stdout.split():
+        os.kill(int(child), signal.SIGKILL)
+    process.wait()
+    done = torchrun(*student, "output_dir=killed")
+    assert done.returncode == 0, done.stderr
+    assert "goes on at epoch 3 of 4, step 1" in done.stdout
+    assert epochs("killed") == epochs("whole")
 
 
 @pytest.mark.parametrize(
