@@ -41,14 +41,13 @@ from kdpipe.models import Classifier, size_mb
 from kdpipe.profiling import traced, traces
 from kdpipe.report import epoch_line, result_table
 from kdpipe.shortcuts import answer_in_advance, build_features, build_views
-from kdpipe.store import WEIGHTS, store_uri, wait_for_store
+from kdpipe.store import PATIENCE, WEIGHTS, store_uri, wait_for_store
 from kdpipe.targets import guard_hydra, refuse_pickled_config
 from kdpipe.teacher import Teacher
 from kdpipe.teacher_check import check_teacher
 from kdpipe.train import Training, batches, fit, named
 
 log = logging.getLogger("kdpipe")
-PATIENCE = 300  # seconds that a sweep's run waits for a store that was there when the sweep began
 # Not in `cli`: the workers of a sweep import this module and call `job`.
 settings.register_resolvers()
 guard_hydra()
@@ -190,7 +189,10 @@ def learn(
     training = Training(hardware.distribute(learner, loss), loss, optimizer, scheduler, hardware, learner)
     if start := hardware.of_the_first(start):
         training.restore(start)
-        log.info("goes on at epoch %d of %d, step %d", training.epoch, train.epochs, training.steps + 1)
+        if training.epoch <= train.epochs:
+            log.info("goes on at epoch %d of %d, step %d", training.epoch, train.epochs, training.steps + 1)
+        else:
+            log.info("goes on after its last epoch")
     is_due = every(train.checkpoint_minutes, hardware)
 
     def after_step() -> None:

@@ -16,6 +16,7 @@ WEIGHTS = "model.safetensors"  # a run's weights, in its folder and among its ar
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 # Not mssql: what stands in the place of its host may be the name of a data source or of an instance.
 PORTS = {"postgresql": 5432, "mysql": 3306}
+PATIENCE = 300  # seconds that a sweep and its runs wait for a store that was there when the sweep began
 SECONDS = 5  # that a connection, and then an answer, may take
 
 

@@ -22,10 +22,9 @@ from kdpipe.claim import ClaimedError, locked, owner_here, wait_until_free
 from kdpipe.errors import one_line
 from kdpipe.grid import Axes, Planned, check_shared, compose, describe, expand, identity_of, plan
 from kdpipe.interruption import passed_on
-from kdpipe.store import check_uri, store_uri, wait_for_store
+from kdpipe.store import PATIENCE, check_uri, store_uri, wait_for_store
 
 log = logging.getLogger("kdpipe.sweep")
-PATIENCE = 300  # seconds that a sweep waits for a store that was there when it began
 
 
 @dataclass

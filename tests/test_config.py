@@ -177,7 +177,7 @@ ROOMS = {
     "journal": {"files"},
     "sync": {"claim", "journal", "store", "tracking"},
     "compare": {"identity", "report", "store", "tracking"},
-    "tracking": {"claim", "journal", "store"},
+    "tracking": {"claim", "interruption", "journal", "store"},
     "store": set(),
     "report": set(),
     "identity": set(),

@@ -21,6 +21,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException
 
 from kdpipe.claim import is_of_this_machine, locked
+from kdpipe.interruption import postponed
 from kdpipe.journal import FAILED, FINISHED, KILLED, METRICS, Journal, Row, undelivered, write_rows
 from kdpipe.store import WEIGHTS
 from kdpipe.tracking.delivery import LITTLE_PATIENCE, Run, settle
@@ -106,12 +107,13 @@ class Tracker:
             seconds: that were spent on it.
         """
         goes_on = begun is not None and self._can_go_on(begun)
-        run_id = begun if begun and goes_on else self._create(name, tags)
-        journal = Journal(folder, self.uri, run_id, dict(tags), seconds=seconds)
+        with postponed():  # what is begun in the store is to be known in the folder
+            run_id = begun if begun and goes_on else self._create(name, tags)
+            journal = Journal(folder, self.uri, run_id, dict(tags), seconds=seconds)
+            journal.write()
         rows = list(history)
         run = None
         try:
-            journal.write()
             (folder / WEIGHTS).unlink(missing_ok=True)
             (folder / METRICS).unlink(missing_ok=True)
             if rows:
