@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from kdpipe.files import write_whole
+from kdpipe.files import sync_folder, write_whole
 from kdpipe.models.weights import State
 
 log = logging.getLogger("kdpipe")
@@ -29,14 +29,8 @@ def save_weights(network: nn.Module, path: Path, class_names: Sequence[str]) -> 
     """Write a network's weights as safetensors, class names among its metadata; whole or not at all, and the same
     bytes for the same weights."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    content = save(state, metadata={"format": "pt", "class_names": json.dumps(list(class_names))})
-    # The metadata come in any order: as a header of the same length, they have one.
-    size = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
-    assert len(text) == size, "safetensors writes its header without needless characters"
-    write_whole(path, content[:8] + text + content[8 + size :])
+    # More than one entry would come in any order.
+    write_whole(path, save(state, metadata={"class_names": json.dumps(list(class_names))}))
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
@@ -47,12 +41,14 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     Raises:
         OSError: with the file's name; what was there before is intact.
     """
-    folder.mkdir(exist_ok=True)
+    if not folder.is_dir():
+        folder.mkdir()
+        sync_folder(folder.parent)
     content = io.BytesIO()
     torch.save(state, content)
     before = _files(folder)
     number = 1 + max((_number(file) for file in before), default=0)
-    write_whole(folder / f"{number:06}-{digest(content.getbuffer())}.pt", content.getvalue())
+    write_whole(folder / f"{number:06}-{digest(content.getbuffer())}.pt", content.getbuffer())
     for file in before[KEPT - 1 :]:
         file.unlink()
 
@@ -70,6 +66,8 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
             continue
         try:
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except MemoryError:
+            raise
         except Exception as error:  # the unpickler raises whatever it stumbles over
             reason = str(error).split("\n")[0]
             raise ValueError(f"{file}: not readable ({reason}); train.resume=never trains anew") from error

@@ -39,7 +39,7 @@ def claim(folder: Path) -> Iterator[None]:
         who = f"process {owner['pid']} on {owner['host']}" if "pid" in owner else "another process"
         raise ClaimedError(f"{who} has this run in progress ({folder})") from None
     try:
-        write_whole(folder / OWNER, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+        write_whole(folder / OWNER, json.dumps(_me()).encode())
         yield
     finally:
         (folder / OWNER).unlink(missing_ok=True)
@@ -62,10 +62,11 @@ def is_of_this_machine(folder: Path) -> bool:
     return _owner(folder).get("host", socket.gethostname()) == socket.gethostname()
 
 
-def owner_here(folder: Path) -> int | None:
-    """The number of the process of this machine that has the run now, if one has."""
+def worker_of_ours(folder: Path) -> int | None:
+    """The number of the process that trains a run for this one, which started it; None where there is none."""
     owner = _owner(folder)
-    return int(owner["pid"]) if _lives(owner) and owner["host"] == socket.gethostname() else None
+    mine = (owner.get("host"), owner.get("parent")) == (socket.gethostname(), os.getpid())
+    return int(owner["pid"]) if mine and _lives(owner) else None
 
 
 def wait_until_free(folder: Path) -> None:
@@ -73,6 +74,10 @@ def wait_until_free(folder: Path) -> None:
     if (folder / LOCK).exists():
         with FileLock(folder / LOCK):
             pass
+
+
+def _me() -> dict[str, Any]:
+    return {"pid": os.getpid(), "parent": os.getppid(), "host": socket.gethostname()}
 
 
 def _lives(owner: dict[str, Any]) -> bool:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Write a file so that, whatever happens meanwhile, there is the old content or the new one.
 
     Raises:
@@ -24,7 +24,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def append_whole(path: Path, line: str) -> None:
-    """Add a line to the end of a file: all of it, or nothing where that fails.
+    """Add a line to the end of a file: all of it, or nothing where the disk is full.
 
     Raises:
         OSError: with the file's name.

@@ -52,7 +52,7 @@ def what_matters(flat: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in flat.items()
         if key not in PLACES and not key.startswith(tuple(f"{place}." for place in PLACES))
     }
-    if matters.get("train.clip_norm") is None:  # as in versions that did not have it
+    if str(matters.get("train.clip_norm")) == "None":  # as in versions that did not have it; MLflow's params are text
         matters.pop("train.clip_norm", None)
     if matters.get("distillation.outputs") != "views":  # else only where the same answers come from
         matters = {key: value for key, value in matters.items() if not key.startswith("distillation.")}

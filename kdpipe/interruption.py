@@ -93,6 +93,10 @@ def postponed() -> Iterator[None]:
     _State.postponing += 1
     try:
         yield
+    except Exception as error:
+        if _State.asked is not None:  # as when another process that shares the work has ended already
+            raise Interrupted(_State.asked) from error
+        raise
     finally:
         _State.postponing -= 1
     if not _State.postponing:

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,8 +27,17 @@ Row = dict[str, float]  # {"step": 3, "train/loss": 0.5, …}
 
 
 KINDS = {
-    **{"uri": str, "run_id": str, "tags": dict, "status": str, "reason": str},
-    **{"ended": int, "seconds": float, "files": list, "delivered": bool},
+    "uri": str,
+    "run_id": str,
+    "tags": dict,
+    "status": str,
+    "reason": str,
+    "ended": int,
+    "seconds": float,
+    "files": list,
+    "released": int,
+    "times": list,
+    "delivered": bool,
 }
 
 
@@ -44,6 +53,8 @@ class Journal:
         ended: milliseconds since 1970; 0 while it runs.
         seconds: that processes have worked on it.
         files: names in the folder, to be kept as artifacts.
+        released: how many lines of metrics.jsonl stand, because there is a checkpoint of what they tell of.
+        times: of these lines, in milliseconds: told twice with the same one, a line is in MLflow once.
         delivered: whether the store knows all of this, and of the rows.
     """
 
@@ -56,6 +67,8 @@ class Journal:
     ended: int = 0
     seconds: float = 0.0
     files: list[str] = field(default_factory=list)
+    released: int = 0
+    times: list[int] = field(default_factory=list)
     delivered: bool = False
 
     @classmethod
@@ -82,13 +95,18 @@ class Journal:
         Raises:
             OSError: that it is FINISHED could not be written. Any other end stands without that, in memory.
         """
-        self.status, self.reason, self.ended, self.delivered = status, reason, int(time.time() * 1000), False
+        over: dict[str, Any] = {"status": status, "reason": reason, "ended": now(), "delivered": False}
         try:
-            self.write()
+            replace(self, **over).write()
         except OSError:
             if status == FINISHED:
-                self.status = RUNNING
                 raise
+        for name, value in over.items():
+            setattr(self, name, value)
+
+    def is_of(self, tags: Mapping[str, str]) -> bool:
+        """Whether it is about the run with these tags."""
+        return tags.items() <= self.tags.items()
 
     def settled(self) -> None:
         """The store knows all of it: what is only there to go on from is not needed, unless the run is to go on."""
@@ -107,7 +125,15 @@ def _is_well_formed(content: Any) -> bool:
         and {name: type(value) for name, value in content.items()} == KINDS
         and content["status"] in (RUNNING, FINISHED, KILLED, FAILED)
         and all(isinstance(text, str) for text in [*content["tags"].values(), *content["files"]])
+        and all(isinstance(time, int) for time in content["times"])
     )
+
+
+def is_unfinished(folder: Path, tags: Mapping[str, str]) -> bool:
+    """Whether a run with these tags was begun in a folder and did not come to its end, whatever came of an earlier
+    one."""
+    journal = Journal.read(folder)
+    return journal is not None and journal.is_of(tags) and journal.status != FINISHED
 
 
 def undelivered(runs: Path) -> list[Path]:
@@ -130,15 +156,16 @@ def read_rows(folder: Path) -> list[Row]:
             break
         if not (isinstance(row, dict) and all(isinstance(value, int | float) for value in row.values())):
             break
-        if "step" not in row:
+        if "step" not in row or len(row) < 2:
             break
         rows.append(row)
     return rows
 
 
 def rows_since(folder: Path, history: list[Row]) -> list[Row]:
-    """The rows of a run: those of a checkpoint, and what was logged after it."""
-    rows = read_rows(folder)
+    """The rows of a run: those of a checkpoint, and what was released after it (it is not the newest, then)."""
+    journal = Journal.read(folder)
+    rows = read_rows(folder)[: max(journal.released if journal else 0, len(history))]
     return rows if rows[: len(history)] == history else history
 
 
@@ -154,6 +181,11 @@ def append_row(folder: Path, row: Row) -> None:
 def has_row(rows: list[Row], step: int, names: Mapping[str, Any]) -> bool:
     """Whether one of the rows is for this step and has these metrics."""
     return any(row["step"] == step and row.keys() >= names.keys() for row in rows)
+
+
+def now() -> int:
+    """In milliseconds since 1970."""
+    return int(time.time() * 1000)
 
 
 def _line(row: Row) -> str:

@@ -36,7 +36,7 @@ from kdpipe.errors import one_line
 from kdpipe.evaluate import evaluate
 from kdpipe.hardware import Hardware
 from kdpipe.interruption import Interrupted, InterruptedJobError
-from kdpipe.journal import CHECKPOINTS, Journal, rows_since
+from kdpipe.journal import CHECKPOINTS, Journal, is_unfinished, rows_since
 from kdpipe.models import Classifier, size_mb
 from kdpipe.profiling import traced, traces
 from kdpipe.report import epoch_line, result_table
@@ -88,9 +88,10 @@ def run(config: DictConfig) -> float:
 
 def find_finished(config: DictConfig, parts: Parts, tracker: Any, hardware: Hardware) -> Any:
     """The finished run that this one would repeat, if any; all processes find the same."""
-    finished = tracker.find_finished(parts.tags) if config.train.resume == "auto" else None
-    hardware.check_agreement([parts.tags, parts.teacher_source, finished and finished.id])
-    return finished
+    hardware.check_agreement([parts.tags, parts.teacher_source])
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    asks = hardware.rank == 0 and config.train.resume == "auto" and not is_unfinished(folder, parts.tags)
+    return hardware.of_the_first(tracker.find_finished(parts.tags) if asks else None)
 
 
 def lead(config: DictConfig, parts: Parts, tracker: Any, folder: Path, hardware: Hardware) -> float:
@@ -129,7 +130,7 @@ def what_is_begun(config: DictConfig, parts: Parts, folder: Path) -> tuple[str |
         remove_checkpoints(folder / CHECKPOINTS)
         return None, None
     journal, start = Journal.read(folder), load_checkpoint(folder / CHECKPOINTS)
-    if journal and not parts.tags.items() <= journal.tags.items():
+    if journal and not journal.is_of(parts.tags):
         if not journal.delivered:
             raise ValueError(
                 f"{folder} has a run of another teacher or other images, of which {journal.uri} has not got all; "
@@ -186,7 +187,8 @@ def learn(
     if train.compile is True:
         learner.compile()
 
-    training = Training(hardware.distribute(learner, loss), loss, optimizer, scheduler, hardware, learner)
+    changing = model.head if model.frozen_backbone else model  # with features or without
+    training = Training(hardware.distribute(learner, loss), loss, optimizer, scheduler, hardware, changing)
     if start := hardware.of_the_first(start):
         training.restore(start)
         if training.epoch <= train.epochs:
@@ -342,10 +344,10 @@ def cli() -> None:
         refuse_pickled_config(sys.argv[1:])
         start(run if full_error else job)()
     except Interrupted as stopped:
-        print(f"kdpipe: interrupted by {stopped}; this goes on from there: {resume_command()}", file=sys.stderr)
+        print(f"kdpipe: interrupted by {stopped}; {how_it_goes_on('from there')}", file=sys.stderr)
         raise
     except KeyboardInterrupt:
-        print(f"kdpipe: stopped; this goes on from the last checkpoint: {resume_command()}", file=sys.stderr)
+        print(f"kdpipe: stopped; {how_it_goes_on('from the last checkpoint')}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if full_error:
@@ -357,10 +359,13 @@ def cli() -> None:
             distributed.destroy_process_group()
 
 
-def resume_command() -> str:
+def how_it_goes_on(where: str) -> str:
     """The command that goes on with what this one began."""
-    anew = ("train.resume=never", "sweep.rerun=true")
-    return shlex.join(["python", "-m", "kdpipe", *(word for word in sys.argv[1:] if word.lower() not in anew)])
+    arguments = [word for word in sys.argv[1:] if word != "train.resume=never"]
+    if "sweep.rerun=true" in arguments:
+        return "with sweep.rerun=true the same command begins all runs anew"
+    launcher = ["torchrun", "…", "-m"] if distributed.is_torchelastic_launched() else ["python", "-m"]
+    return f"this goes on {where}: {' '.join(launcher)} {shlex.join(['kdpipe', *arguments])}"
 
 
 def _fail(error: Exception) -> NoReturn:

@@ -3,7 +3,6 @@ parent run in MLflow that holds what came of them."""
 
 import json
 import logging
-import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,10 +17,11 @@ from torch import distributed
 
 from kdpipe import config as settings
 from kdpipe.build import KnownTeachers, check_device, check_values
-from kdpipe.claim import ClaimedError, locked, owner_here, wait_until_free
+from kdpipe.claim import ClaimedError, locked, wait_until_free, worker_of_ours
 from kdpipe.errors import one_line
 from kdpipe.grid import Axes, Planned, check_shared, compose, describe, expand, identity_of, plan
 from kdpipe.interruption import passed_on
+from kdpipe.journal import is_unfinished
 from kdpipe.store import PATIENCE, check_uri, store_uri, wait_for_store
 
 log = logging.getLogger("kdpipe.sweep")
@@ -87,7 +87,8 @@ def run_sweep(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
         check_confirmation(sweep, planned)
     sweep.id = identity_of(planned)
     log.info("sweep %s: %s; %d cells, %d runs", sweep.id, describe(axes), len(grid), len(planned))
-    with tracker.sweep(sweep.id, f"sweep {' × '.join(axes)}", {"sweep": describe(axes)}) as sweep.parent:
+    name, runs = f"sweep {' × '.join(axes)}", Path(first.output_dir) / "runs"
+    with tracker.sweep(sweep.id, name, {"sweep": describe(axes)}, runs) as sweep.parent:
         failed = train_missing(sweep, planned)
         if first.sweep.confirm_seeds and not failed:
             confirming = plan_confirmation(sweep, planned)
@@ -130,7 +131,7 @@ def train_missing(sweep: Sweep, planned: Sequence[Planned]) -> dict[str, str]:
 
 def take_finished(sweep: Sweep, run: Planned) -> bool:
     """Whether a run is finished; it is part of the sweep then."""
-    finished = sweep.tracker.find_finished(run.tags)
+    finished = None if is_unfinished(run.folder, run.tags) else sweep.tracker.find_finished(run.tags)
     if finished is None or (sweep.rerun and finished.ended < sweep.started):
         return False
     sweep.tracker.adopt(finished, sweep.id, sweep.parent)
@@ -171,9 +172,8 @@ def launch(sweep: Sweep, missing: Sequence[Planned]) -> tuple[dict[str, str], li
 
 
 def workers_of(runs: Sequence[Planned]) -> list[int]:
-    """The processes of this machine that train them, other than this one."""
-    owners = {owner_here(run.folder) for run in runs}
-    return [owner for owner in owners if owner not in (None, os.getpid())]
+    """The processes that train them for this one."""
+    return [worker for run in runs if (worker := worker_of_ours(run.folder))]
 
 
 def check_confirmation(sweep: Sweep, planned: Sequence[Planned]) -> None:

@@ -5,8 +5,7 @@ import sys
 from pathlib import Path
 
 from kdpipe.claim import is_of_this_machine, locked
-from kdpipe.journal import Journal, undelivered
-from kdpipe.store import check_uri
+from kdpipe.journal import undelivered
 
 
 def sync(runs: Path) -> tuple[list[str], bool]:
@@ -17,27 +16,21 @@ def sync(runs: Path) -> tuple[list[str], bool]:
     """
     from kdpipe import tracking  # imports mlflow, which takes seconds: only where there is something to do
 
-    told, well = [], True
-    down: dict[str, str] = {}  # stores that do not answer, and why
+    told, well, stores = [], True, tracking.Stores()
     for folder in undelivered(runs):
-        journal = Journal.read(folder)
-        assert journal
-        if journal.uri not in down:
-            try:
-                check_uri(journal.uri)
-            except ValueError as error:
-                down[journal.uri] = str(error)
         try:
             with locked(folder):
-                if not is_of_this_machine(folder):
+                if is_of_this_machine(folder):
+                    problem = stores.settle(folder)
+                else:
                     problem = "its process is on another machine, or was"
-                elif not (problem := down.get(journal.uri, "")):
-                    problem = tracking.settle(folder, tracking.connect(journal.uri), journal.uri)
         except TimeoutError:
             told.append(f"{folder}: in progress")
             continue
+        except OSError as error:
+            problem = f"{error.strerror} ({error.filename})"
         well = well and not problem
-        told.append(f"{folder}: {problem or f'delivered to {journal.uri}'}")
+        told.append(f"{folder}: {problem or 'delivered'}")
     return told, well
 
 

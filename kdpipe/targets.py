@@ -34,11 +34,13 @@ CLASSES = ("torch.nn", "torch.optim", "torchvision.ops", "torchvision.transforms
 HYDRA_CLASSES = ("hydra_plugins", "hydra._internal.core_plugins", "hydra.experimental.callbacks")
 
 # Settings that run commands, or decide which are run, without any `_target_`.
-COMMANDS = ("hydra.job.env_set", "hydra.launcher.setup")
+COMMANDS = ("hydra.job.env_set", "hydra.launcher.setup", "hydra.launcher.additional_parameters")
 LOGGING = ("hydra.job_logging", "hydra.hydra_logging")
 LOG_CLASSES = ("logging.FileHandler", "logging.NullHandler", "logging.StreamHandler")
 # A log file elsewhere could be somebody's .profile, written in a format of the config's choice.
 LOG_FILES = ("${hydra.runtime.output_dir}/${hydra.job.name}.log",)
+# Another key of a handler would be set as an attribute, or handed to its class.
+LOG_KEYS = ("class", "level", "formatter", "filters", "filename", "stream", "mode", "delay", "encoding")
 LOG_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 
 # Ours have 1 kB and 50 values; aliases of YAML (*name) can make billions out of that.
@@ -62,7 +64,10 @@ class CheckedFiles(ConfigRepository):
         if source is not None and source.scheme() == "file":
             file = Path(source.path) / source._normalize_file_name(config_path)
             _check_yaml_once(file, file.stat().st_mtime_ns)  # each cell of a sweep reads the same files
-        return super().load_config(config_path)
+        found = super().load_config(config_path)
+        if found is not None and source is not None and source.scheme() == "file":
+            check_searchpath(OmegaConf.to_container(found.config, resolve=False))
+        return found
 
 
 class CheckedLoader(ConfigLoaderImpl):
@@ -106,6 +111,14 @@ def check_config(config: DictConfig) -> None:
         for key, value in _values(OmegaConf.to_container(config.hydra.launcher, resolve=True), "hydra.launcher"):
             if "\n" in f"{key}{value}":
                 raise ValueError(f"{key}={value}: text of one line is accepted")
+
+
+def check_searchpath(content: Any) -> None:
+    """Raise ValueError for a file that has Hydra look for configs in a package, which imports it."""
+    for key, value in _values(content):
+        kind, separator, place = str(value).partition("://")
+        if "searchpath" in key.split(".") and (separator or "${" in kind) and kind != "file" and not _is_allowed(place):
+            raise ValueError(f"{key}={value}: folders are accepted, file://FOLDER")
 
 
 def refuse_pickled_config(arguments: Sequence[str]) -> None:
@@ -200,8 +213,16 @@ def _count(node: yaml.Node | None, known: dict[int, float]) -> float:
 
 def _check_logging(key: str, node: object) -> None:
     """Raise ValueError for logging that calls, opens or reads more than Hydra's own configs do."""
+    handlers = node.get("handlers") if isinstance(node, Mapping) else None
+    for name, handler in handlers.items() if isinstance(handlers, Mapping) else ():
+        for part in handler if isinstance(handler, Mapping) else ():
+            if part not in LOG_KEYS:
+                accepted_keys = ", ".join(LOG_KEYS)
+                raise ValueError(f"{key}.handlers.{name}.{part}: one of {accepted_keys} is accepted")
     for path, value in [(key, node)] if isinstance(node, str) else _values(node, key):
         name = path.rpartition(".")[2]
+        if ".." in path:
+            raise ValueError(f"{path}={value}: the key . would set attributes; no such key is accepted")
         if name in ("()", "class"):
             accepted: Sequence[str] = LOG_CLASSES
         elif name == "filename":

@@ -103,14 +103,16 @@ class Training:
         self.scheduler.load_state_dict(state["scheduler"])
         for name in ("epoch", "steps", "seen", "seconds", "learning_rate", "selected", "best"):
             setattr(self, name, state[name])
-        self.totals = {name: total.to(self.hardware.device) for name, total in state["totals"].items()}
+        # Of one process, within an epoch: others would count them again.
+        share = 1 if self.hardware.rank == 0 else 0
+        self.totals = {name: share * total.to(self.hardware.device) for name, total in state["totals"].items()}
         if len(state["random"]) == self.hardware.processes:
             set_random_state(state["random"][self.hardware.rank], self.hardware.device)
 
     def check_finite(self, *losses: Tensor | float) -> None:
         """Raise ValueError where one of these losses, or a weight, is NaN or infinite."""
         loss = next((float(loss) for loss in losses if not math.isfinite(loss)), None)
-        weights = self.learner.state_dict().values()
+        weights = [*self.learner.state_dict().values(), *self.loss.state_dict().values()]
         if loss is None and all(bool(weight.isfinite().all()) for weight in weights if weight.is_floating_point()):
             return
         what = f"the loss is {loss}" if loss is not None else "weights are no finite numbers"

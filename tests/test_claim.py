@@ -12,7 +12,7 @@ from threading import Event, Thread
 
 import pytest
 
-from kdpipe.claim import ClaimedError, claim, locked, owner_here, wait_until_free
+from kdpipe.claim import ClaimedError, claim, locked, wait_until_free, worker_of_ours
 from kdpipe.journal import Journal
 from kdpipe.tracking import Tracker
 
@@ -39,8 +39,10 @@ def test_a_run_that_another_process_has_is_refused_with_its_number(
 ) -> None:
     with pytest.raises(ClaimedError, match=rf"process {holder.pid} on .* has this run in progress"), claim(tmp_path):
         pass
+    assert worker_of_ours(tmp_path) == holder.pid
     holder.here.send("leave")
     wait_until_free(tmp_path)
+    assert worker_of_ours(tmp_path) is None
     with claim(tmp_path):
         pass
 
@@ -49,7 +51,7 @@ def test_a_killed_process_has_nothing_any_more(tmp_path: Path, holder: multiproc
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
     with claim(tmp_path):
-        assert owner_here(tmp_path) == os.getpid()
+        assert json.loads((tmp_path / "owner.json").read_text())["pid"] == os.getpid()
 
 
 def test_who_tidies_up_after_a_killed_process_is_waited_for(tmp_path: Path, holder: multiprocessing.Process) -> None:

@@ -29,7 +29,7 @@ from PIL import Image, features
 from safetensors.torch import save_file
 
 from kdpipe.checkpoint import digest, load_checkpoint, save_checkpoint
-from kdpipe.claim import owner_here
+from kdpipe.claim import worker_of_ours
 from kdpipe.config import CONF
 from kdpipe.data.decode import ImageFile, decoded_source, read_image
 from kdpipe.data.dogs_vs_cats import dogs_vs_cats
@@ -272,7 +272,7 @@ def journals(photo: Callable[..., Image.Image], folder: Path) -> tuple[Read, lis
         (folder / "tracking.json").write_bytes(content)
         (folder / "owner.json").write_bytes(content)
         Journal.read(folder)
-        owner_here(folder)
+        worker_of_ours(folder)
 
     return read, [(folder / "tracking.json").read_bytes(), b'{"pid": 1, "host": "here"}']
 

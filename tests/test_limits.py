@@ -4,7 +4,6 @@ there before is intact."""
 import math
 import os
 import random
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -117,7 +116,6 @@ def test_without_memory_the_line_says_what_to_lower(kdpipe: Callable, tmp_path: 
         "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
         "kdpipe.main.cli()\n"
     )
-    assert resource.getpagesize() > 0
     overrides = [*DIGITS, "model=resnet20", "model.image_size=256", "train.batch_size=300", "train.epochs=1"]
     done = subprocess.run([sys.executable, "-c", code, *overrides], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stdout + done.stderr

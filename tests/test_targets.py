@@ -153,6 +153,15 @@ def test_a_downloaded_experiment_runs_no_target(kdpipe: Callable, downloaded: Ca
         ),
         ("hydra:\n  job_logging: {handlers: {file: {filename: .profile}}}", "filename=.profile"),
         ("hydra:\n  job_logging: {handlers: {file: {class: trap.run}}}", "file.class=trap.run"),
+        ("hydra:\n  job_logging: {handlers: {file: {.: {baseFilename: .profile}}}}", "handlers.file.."),
+        ("hydra:\n  job_logging: {filters: {file: {.: {baseFilename: .profile}}}}", "filters.file..."),
+        (
+            "defaults: [{override /hydra/launcher: submitit_slurm}]\n"
+            "hydra:\n  launcher: {additional_parameters: {export: x}}",
+            "hydra.launcher.additional_parameters",
+        ),
+        ("hydra:\n  searchpath: [pkg://trap]", "pkg://trap"),
+        ("theirs: trap\nhydra:\n  searchpath: ['pkg://${theirs}']", "pkg://${theirs}"),
         ("hydra:\n  job_logging: {filters: {theirs: {(): trap.run}}}", "theirs.()=trap.run"),
         ("hydra:\n  hydra_logging: {handlers: {console: {stream: 'ext://trap.run'}}}", "stream=ext://trap.run"),
     ],

@@ -11,7 +11,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one small file needs none
 
-from kdpipe.tracking.delivery import Run, connect, settle
+from kdpipe.tracking.delivery import Run, Stores
 from kdpipe.tracking.tracker import MAX_PARAM_LENGTH, RunRecord, Tracker
 
-__all__ = ["MAX_PARAM_LENGTH", "Run", "RunRecord", "Tracker", "connect", "settle"]
+__all__ = ["MAX_PARAM_LENGTH", "Run", "RunRecord", "Stores", "Tracker"]

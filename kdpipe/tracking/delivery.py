@@ -3,14 +3,15 @@
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
-from kdpipe.journal import FINISHED, KILLED, RUNNING, Journal, Row, append_row, has_row, read_rows
+from kdpipe.journal import FINISHED, KILLED, RUNNING, Journal, Row, append_row, has_row, now, read_rows
+from kdpipe.store import check_uri
 
 log = logging.getLogger("kdpipe")
 
@@ -42,10 +43,13 @@ class Run:
             row = {"step": step, **metrics}
             append_row(self.folder, row)
             self.rows.append(row)
+            self._journal.times.append(now())
         self._delivery.raise_refusal()
 
     def deliver(self) -> None:
-        """Have the store told of all that was logged: what a process that goes on from here will not log again."""
+        """Let all that was logged stand, and have the store told: a process that goes on will not log it again."""
+        self._journal.released, self._journal.seconds = len(self.rows), self.seconds
+        self._journal.write()
         self._delivery.wake(len(self.rows))
 
     def save(self, file: Path) -> None:
@@ -69,8 +73,10 @@ class Run:
         if self._journal.status != RUNNING:
             return
         self._journal.seconds = self.seconds
+        if status == FINISHED:
+            self._journal.released = len(self.rows)
         self._journal.end(status, reason)
-        self._delivery.wake(len(self.rows))
+        self._delivery.wake(self._journal.released)
         if not self._delivery.finish(PATIENCE.get(status, LITTLE_PATIENCE)):
             log.warning(
                 "%s has not got all of this run%s; %s has, and this delivers it: python -m kdpipe.sync",
@@ -97,7 +103,6 @@ class Delivery:
         """Tell the store of the files that there are, and of so many rows."""
         with self._state:
             self._release = max(self._release, rows)
-            self._told.times += [_now()] * (self._release - len(self._told.times))
             self._work = True
             self._state.notify_all()
 
@@ -112,10 +117,13 @@ class Delivery:
             self._failures = 0
             self._work = self._ending = True
             self._state.notify_all()
-            self._state.wait_for(
-                lambda: self._done or self._refusal or self._failures > (0 if known_as_down else 1), patience
-            )
-            self._given_up = True
+            try:
+                self._state.wait_for(
+                    lambda: self._done or self._refusal or self._failures > (0 if known_as_down else 1), patience
+                )
+            finally:
+                self._given_up = True  # the folder may be another process's from now on
+                self._state.notify_all()
             return self._done
 
     def why_not(self) -> str:
@@ -135,7 +143,14 @@ class Delivery:
                 self._work = False
                 rows, ending = self._rows[: self._release], self._ending
             try:
-                deliver(self._client, self._journal, rows, self._told, closing=ending)
+                deliver(self._client, self._journal, rows, self._told, lambda: not self._given_up, ending)
+                with self._state:
+                    self._failures = 0
+                    if ending and not self._given_up:
+                        self._journal.settled()
+                        self._done = True
+                        self._state.notify_all()
+                        return
             except Exception as error:  # of MLflow, SQLAlchemy, drivers, requests
                 if is_final(error):
                     with self._state:
@@ -162,12 +177,6 @@ class Delivery:
             if silent:
                 log.info("%s is back, and has what it missed", self._journal.uri)
             silent = False
-            with self._state:
-                self._failures = 0
-                if ending:
-                    self._done = True
-                    self._state.notify_all()
-                    return
 
 
 class Told:
@@ -175,37 +184,47 @@ class Told:
 
     def __init__(self) -> None:
         self.rows: int | None = None  # how many; None before the store was asked
-        self.times: list[int] = []  # when they were logged, in milliseconds: the same one however often it is told
         self.files: set[str] = set()
 
 
-def deliver(client: MlflowClient, journal: Journal, rows: list[Row], told: Told, closing: bool) -> None:
+def deliver(
+    client: MlflowClient, journal: Journal, rows: list[Row], told: Told, wanted: Callable[[], bool], closing: bool
+) -> None:
     """Tell the store what it does not know yet of a run: rows, files and, where it is `closing`, how it ended.
+
+    Args:
+        wanted: whether to go on.
 
     Raises:
         Exception: whatever MLflow raises; some of it may have been told.
     """
-    told.times += [_now()] * (len(rows) - len(told.times))
+    times = journal.times + [now()] * (len(rows) - len(journal.times))
     if told.rows is None:
         told.rows = rows_known(client, journal.run_id, rows)
     for number in range(told.rows, len(rows)):
+        if not wanted():
+            return
         row = rows[number]
         metrics = [
-            Metric(name, float(value), told.times[number], int(row["step"]))
-            for name, value in row.items()
-            if name != "step"
+            Metric(name, float(value), times[number], int(row["step"])) for name, value in row.items() if name != "step"
         ]
         client.log_batch(journal.run_id, metrics=metrics)
         told.rows = number + 1
     for name in [name for name in journal.files if name not in told.files]:
-        client.log_artifact(journal.run_id, str(journal.folder / name))
+        if not wanted():
+            return
+        if (journal.folder / name).exists():
+            client.log_artifact(journal.run_id, str(journal.folder / name))
+        else:
+            log.warning("%s is gone: MLflow does not get it", journal.folder / name)
         told.files.add(name)
     if closing:
-        if journal.reason:
-            client.set_tag(journal.run_id, "kdpipe.reason", journal.reason)
-        client.set_tag(journal.run_id, "kdpipe.seconds", f"{journal.seconds:.1f}")
-        client.set_terminated(journal.run_id, journal.status, end_time=journal.ended)
-        journal.settled()
+        tags = {"kdpipe.seconds": f"{journal.seconds:.1f}", "kdpipe.reason": journal.reason}
+        for key, value in tags.items():
+            if value and wanted():
+                client.set_tag(journal.run_id, key, value)
+        if wanted():
+            client.set_terminated(journal.run_id, journal.status, end_time=journal.ended)
 
 
 def rows_known(client: MlflowClient, run_id: str, rows: Iterable[Row]) -> int:
@@ -225,35 +244,51 @@ def is_final(error: Exception) -> bool:
     return isinstance(error, MlflowException) and error.error_code in FINAL
 
 
-def connect(uri: str) -> MlflowClient:
-    """A client of a store."""
-    return MlflowClient(tracking_uri=uri)
+class Stores:
+    """Clients of the stores that journals name; a store that did not answer is not asked again."""
 
+    def __init__(self, known: Mapping[str, MlflowClient] | None = None) -> None:
+        self._clients = dict(known or {})
+        self._problems: dict[str, str] = {}
 
-def settle(folder: Path, client: MlflowClient, uri: str) -> str:
-    """Put right what a process left in a run's folder when it died or could not reach the store; the folder is locked
-    by the caller.
+    def settle(self, folder: Path) -> str:
+        """Put right what a process left in a run's folder when it died or could not reach the store; the folder is
+        locked by the caller.
 
-    Returns:
-        Why the store at `uri` does not take it; "" where it has it all, or it is another store's.
-    """
-    journal = Journal.read(folder)
-    if journal is None:
-        return ""
-    if journal.status == RUNNING:
-        journal.end(KILLED, "its process is gone")
-        log.info("run %s was left unfinished by a process that is gone: marked KILLED", journal.run_id)
-    if not journal.delivered and journal.uri == uri:
+        Returns:
+            Why the store does not take what the folder has; "" where it has it all.
+        """
+        journal = Journal.read(folder)
+        if journal is None or journal.delivered:
+            return ""
+        if journal.status == RUNNING:
+            journal.end(KILLED, "its process is gone")
+            log.info("run %s was left unfinished by a process that is gone: it is KILLED", journal.run_id)
+        uri = journal.uri
         try:
-            deliver(client, journal, read_rows(folder), Told(), closing=True)
+            if uri not in self._problems and uri not in self._clients:
+                check_there(uri)
+                self._clients[uri] = MlflowClient(tracking_uri=uri)
+            if uri not in self._problems:
+                rows = read_rows(folder)[: journal.released]
+                deliver(self._clients[uri], journal, rows, Told(), lambda: True, closing=True)
+                journal.settled()
+                return ""
         except Exception as error:  # as in `Delivery`
-            return f"{uri} does not take what this run has ({_reason(error)})"
-    return ""
+            if is_final(error):  # such as a run that was deleted there: the folder keeps it, and may go on in a new one
+                journal.delivered = True
+                journal.write()
+                return f"{uri} refuses what this run has, for good ({_reason(error)})"
+            self._problems[uri] = _reason(error)
+        return f"{uri} does not take what this run has ({self._problems[uri]})"
+
+
+def check_there(uri: str) -> None:
+    """Raise ValueError for a store that does not answer, or a sqlite file that is gone: a new one would be made."""
+    check_uri(uri)
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise ValueError("there is no such file")
 
 
 def _reason(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:300] or type(error).__name__
-
-
-def _now() -> int:
-    return int(time.time() * 1000)

@@ -3,12 +3,13 @@
 import json
 import logging
 import os
+import shutil
 import sqlite3
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,14 +21,16 @@ from filelock import FileLock
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException
 
-from kdpipe.claim import is_of_this_machine, locked
+from kdpipe.claim import ClaimedError, claim, is_of_this_machine, locked
 from kdpipe.interruption import postponed
-from kdpipe.journal import FAILED, FINISHED, KILLED, METRICS, Journal, Row, undelivered, write_rows
+from kdpipe.journal import FAILED, FINISHED, KILLED, METRICS, Journal, Row, now, undelivered, write_rows
 from kdpipe.store import WEIGHTS
-from kdpipe.tracking.delivery import LITTLE_PATIENCE, Run, settle
+from kdpipe.tracking.delivery import LITTLE_PATIENCE, Run, Stores
 
 MAX_PARAM_LENGTH = 6000  # MLflow's own limit
 PAGE = 1000
+UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # what MLflow says of a run that it does not have
+MLFLOW_TABLES = {"experiments", "runs", "latest_metrics"}  # of its first version, with which a new file begins
 ABANDONED = 10  # seconds without a write, after which nobody is making a database any more
 
 log = logging.getLogger("kdpipe")
@@ -69,13 +72,15 @@ class Tracker:
         self.experiment = experiment
         try:
             with _store_lock(uri):
-                set_aside_half_made(uri)
+                if create:
+                    set_aside_half_made(uri)
                 self.client = mlflow.MlflowClient(tracking_uri=uri)
                 found = self.client.get_experiment_by_name(experiment)
                 if found is None and create:
                     location = artifacts.resolve().as_uri() if uri.startswith("sqlite") else None
-                    created = self.client.create_experiment(experiment, artifact_location=location)
-                    found = self.client.get_experiment(created)
+                    with suppress(MlflowException):  # another process has made it meanwhile, on a server
+                        self.client.create_experiment(experiment, artifact_location=location)
+                    found = self.client.get_experiment_by_name(experiment)
         except Exception as error:  # MLflow lets the errors of SQLAlchemy, of drivers and of requests through
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"tracking.uri={uri}: this store cannot be opened ({reason})") from error
@@ -87,6 +92,7 @@ class Tracker:
                 f"or restore it: mlflow experiments restore -x {found.experiment_id}"
             )
         self.experiment_id: str = found.experiment_id
+        self._stores = Stores({uri: self.client})
 
     @contextmanager
     def run(
@@ -107,17 +113,22 @@ class Tracker:
             seconds: that were spent on it.
         """
         goes_on = begun is not None and self._can_go_on(begun)
-        with postponed():  # what is begun in the store is to be known in the folder
-            run_id = begun if begun and goes_on else self._create(name, tags)
-            journal = Journal(folder, self.uri, run_id, dict(tags), seconds=seconds)
-            journal.write()
-        rows = list(history)
-        run = None
+        before, rows = Journal.read(folder), list(history)
+        if before and before.uri != self.uri and not before.delivered:
+            log.warning("%s is not told how run %s went on, for now it is in %s", before.uri, before.run_id, self.uri)
+        times = before.times[: len(rows)] if before and before.run_id == begun else []
+        times += [now()] * (len(rows) - len(times))
+        run = journal = None
         try:
-            (folder / WEIGHTS).unlink(missing_ok=True)
-            (folder / METRICS).unlink(missing_ok=True)
-            if rows:
-                write_rows(folder, rows)
+            with postponed():  # what is begun in the store is to be known in the folder
+                run_id = begun if begun and goes_on else self._create(name, tags)
+                journal = Journal(folder, self.uri, run_id, dict(tags), seconds=seconds, times=times)
+                (folder / WEIGHTS).unlink(missing_ok=True)
+                if rows:
+                    write_rows(folder, rows)
+                else:
+                    (folder / METRICS).unlink(missing_ok=True)
+                journal.write()  # last: the lines of another run are not this one's
             if goes_on:
                 self._reopen(run_id, tags)
             self._log_params(run_id, params)
@@ -126,19 +137,20 @@ class Tracker:
             yield run
             run.end(FINISHED)
         except BaseException as error:
-            (run or Run(self.client, journal, rows)).end(*how_it_ended(error))
+            if journal:
+                (run or Run(self.client, journal, rows)).end(*how_it_ended(error))
             raise
 
     def settle(self, folder: Path) -> None:
         """Put right what a process left in a run's folder, which the caller has for itself, and tell the store what it
         missed."""
-        if problem := settle(folder, self.client, self.uri):
+        if problem := self._stores.settle(folder):
             log.warning("%s: %s", folder, problem)
 
     def settle_all(self, runs: Path) -> None:
         """The same for all runs in a folder that processes of this machine left."""
         for folder in undelivered(runs):
-            with suppress(TimeoutError), locked(folder):
+            with suppress(OSError), locked(folder):  # in progress, or another user's
                 if is_of_this_machine(folder):
                     self.settle(folder)
 
@@ -146,7 +158,9 @@ class Tracker:
         """Whether the experiment has such a run."""
         try:
             info = self.client.get_run(run_id).info
-        except MlflowException:
+        except MlflowException as error:
+            if error.error_code not in UNKNOWN:
+                raise
             return False
         return bool(info.lifecycle_stage == "active" and info.experiment_id == self.experiment_id)
 
@@ -155,29 +169,56 @@ class Tracker:
         if "kdpipe.reason" in self.client.get_run(run_id).data.tags:
             self.client.delete_tag(run_id, "kdpipe.reason")
         for key, value in {**git_tags(), **tags}.items():
-            self.client.set_tag(run_id, key, value)
+            if key not in ("kdpipe.sweep", "mlflow.parentRunId"):  # those that it is finished for add themselves
+                self.client.set_tag(run_id, key, value)
 
     @contextmanager
-    def sweep(self, sweep_id: str, name: str, params: Mapping[str, object]) -> Iterator[str]:
-        """The id of a sweep's parent run, the one that it already has or a new one; closed as `run` closes."""
-        with _store_lock(self.uri):  # two processes may run the same sweep
-            found = self.find_sweep(sweep_id)
-            if found:
-                run_id = found.id
-                self._reopen(run_id, {})
-            else:
-                run_id = self._create(name, {"kdpipe.stage": "sweep", "kdpipe.sweep": sweep_id})
-                self._log_params(run_id, params)
-        with self._closing(run_id):
-            yield run_id
+    def sweep(self, sweep_id: str, name: str, params: Mapping[str, object], runs: Path) -> Iterator[str]:
+        """The id of a sweep's parent run, the one that it already has or a new one; closed as `run` closes. A folder
+        among those of the `runs` tells of it while it is open."""
+        with ExitStack() as stack:
+            folder = runs / f"sweep-{sweep_id}"
+            is_first = True
+            try:
+                stack.enter_context(claim(folder))
+            except ClaimedError:  # of the processes that share the sweep one keeps the folder
+                is_first = False
+            with _store_lock(self.uri):  # two processes may run the same sweep
+                found = self.find_sweep(sweep_id)
+                run_id = found.id if found else self._create(name, {"kdpipe.stage": "sweep", "kdpipe.sweep": sweep_id})
+                if found:
+                    self._reopen(run_id, {})
+                else:
+                    self._log_params(run_id, params)
+            journal = Journal(folder, self.uri, run_id, {})
+            if is_first:
+                journal.write()
+            try:
+                yield run_id
+                self.client.set_terminated(run_id, FINISHED)
+                journal.status = FINISHED
+            except BaseException as error:
+                journal.status, journal.reason = how_it_ended(error)
+
+                def close() -> None:
+                    self.client.set_terminated(run_id, journal.status)
+                    self.client.set_tag(run_id, "kdpipe.reason", journal.reason)
+
+                journal.delivered = at_most(LITTLE_PATIENCE, close)
+                raise
+            finally:
+                if is_first and (journal.status == FINISHED or journal.delivered):
+                    stack.callback(shutil.rmtree, folder, ignore_errors=True)
 
     def adopt(self, run: RunRecord, sweep_id: str, parent_id: str) -> None:
         """Make a finished run part of a sweep too."""
-        sweeps = run.tags.get("kdpipe.sweep", "").split()
-        if sweep_id not in sweeps:
-            self.client.set_tag(run.id, "kdpipe.sweep", " ".join([*sweeps, sweep_id]))
-        if "mlflow.parentRunId" not in run.tags:
-            self.client.set_tag(run.id, "mlflow.parentRunId", parent_id)
+        with _store_lock(self.uri):  # another sweep may adopt it, too
+            tags = self.client.get_run(run.id).data.tags
+            sweeps = tags.get("kdpipe.sweep", "").split()
+            if sweep_id not in sweeps:
+                self.client.set_tag(run.id, "kdpipe.sweep", " ".join([*sweeps, sweep_id]))
+            if "mlflow.parentRunId" not in tags:
+                self.client.set_tag(run.id, "mlflow.parentRunId", parent_id)
 
     def _create(self, name: str, tags: Mapping[str, str]) -> str:
         run = self.client.create_run(self.experiment_id, run_name=name, tags={**_origin(), **git_tags(), **tags})
@@ -189,21 +230,6 @@ class Tracker:
         texts = {key: str(value)[:MAX_PARAM_LENGTH] for key, value in params.items() if key not in known}
         for part in _chunks([Param(key, text) for key, text in texts.items()], 100):
             self.client.log_batch(run_id, params=part)
-
-    @contextmanager
-    def _closing(self, run_id: str) -> Iterator[None]:
-        try:
-            yield
-        except BaseException as error:
-            status, reason = how_it_ended(error)
-
-            def close() -> None:
-                self.client.set_terminated(run_id, status)
-                self.client.set_tag(run_id, "kdpipe.reason", reason)
-
-            at_most(LITTLE_PATIENCE, close)
-            raise
-        self.client.set_terminated(run_id, FINISHED)
 
     def log_dataset(self, run_id: str, name: str, fingerprint: str, source: str, splits: Mapping[str, int]) -> None:
         """Say what a run was fed, as MLflow's dataset input."""
@@ -260,7 +286,9 @@ class Tracker:
         """A run by its id, None where the store has no such run."""
         try:
             return _record(self.client.get_run(run_id))
-        except MlflowException:
+        except MlflowException as error:
+            if error.error_code not in UNKNOWN:
+                raise
             return None
 
     def download_weights(self, run_id: str, key: str) -> Path:
@@ -342,16 +370,17 @@ def how_it_ended(error: BaseException) -> tuple[str, str]:
     return status, f"{type(error).__name__}: {reason}"[:MAX_PARAM_LENGTH]
 
 
-def at_most(seconds: float, work: Callable[[], None]) -> None:
-    """Do something that may hang or fail, and need not be done."""
+def at_most(seconds: float, work: Callable[[], None]) -> bool:
+    """Do something that may hang or fail; whether it is done within so many seconds."""
+    done = threading.Event()
 
     def quietly() -> None:
         with suppress(Exception):
             work()
+            done.set()
 
-    thread = threading.Thread(target=quietly, daemon=True)
-    thread.start()
-    thread.join(seconds)
+    threading.Thread(target=quietly, daemon=True).start()
+    return done.wait(seconds)
 
 
 def set_aside_half_made(uri: str) -> None:
@@ -374,8 +403,12 @@ def is_half_made(file: Path) -> bool:
         return False
     try:
         with closing(sqlite3.connect(file, timeout=10)) as database:
-            (there,) = database.execute("SELECT count(*) FROM sqlite_master WHERE name = 'experiments'").fetchone()
-            return not there or database.execute("SELECT count(*) FROM experiments").fetchone() == (0,)
+            tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if tables and "alembic_version" not in tables and not MLFLOW_TABLES & tables:
+                return False  # somebody else's
+            if "experiments" not in tables:
+                return True
+            return bool(database.execute("SELECT count(*) FROM experiments").fetchone() == (0,))
     except sqlite3.Error:  # no database, or in use
         return False
 
