@@ -111,11 +111,11 @@ class Journal:
     def settled(self) -> None:
         """The store knows all of it: what is only there to go on from is not needed, unless the run is to go on."""
         self.delivered = True
-        if self.status == FINISHED:
-            shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
-            (self.folder / TRACKING).unlink(missing_ok=True)
-        else:
-            with suppress(OSError):  # then it is told again
+        with suppress(OSError):  # then it is told again
+            if self.status == FINISHED:
+                shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
+                (self.folder / TRACKING).unlink(missing_ok=True)
+            else:
                 self.write()
 
 

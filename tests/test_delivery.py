@@ -138,6 +138,7 @@ def test_the_same_command_delivers_what_is_missing_too(start: Callable[..., Star
     the_server_has_it_all(mlflow_server, 8)
 
 
+@pytest.mark.faults
 def test_a_server_that_hangs_keeps_no_epoch_waiting(start: Callable[..., Started], mlflow_server: Server) -> None:
     run = start(*LONG, f"tracking.uri={mlflow_server.uri}")
     run.wait_for("epoch 3/15")
@@ -217,6 +218,7 @@ def test_a_locked_sqlite_file_keeps_no_epoch_waiting(start: Callable[..., Starte
     assert [point.step for point in client.get_metric_history(found.info.run_id, "val/loss")] == list(range(1, 16))
 
 
+@pytest.mark.faults
 def test_eight_runs_at_once_on_one_sqlite_file_lose_nothing(start: Callable[..., Started], tmp_path: Path) -> None:
     runs = [start(*STUDENT, "train.epochs=5", f"seed={seed}", folder=_folder(tmp_path, seed)) for seed in range(8)]
     assert [run.end() for run in runs] == [0] * 8, "".join(run.output for run in runs)
@@ -286,7 +288,9 @@ def test_lines_that_a_kill_left_torn_are_not_read(tmp_path: Path) -> None:
     ):
         (tmp_path / "metrics.jsonl").write_text(text + end)
         assert read_rows(tmp_path) == whole
-    assert rows_since(tmp_path, whole[:1]) == whole  # later lines stand
+    assert rows_since(tmp_path, whole[:1]) == whole[:1]  # there is no checkpoint of the second
+    Journal(tmp_path, "sqlite:///mlflow.db", "0", {}, released=2).write()
+    assert rows_since(tmp_path, whole[:1]) == whole  # there was one, which is damaged
     assert rows_since(tmp_path, [*whole, {"step": 3, "train/loss": 0.1}])[-1]["step"] == 3  # lost ones come back
     assert has_row(whole, 2, {"train/loss": 9.0})
     assert not has_row(whole, 2, {"test/loss": 9.0})

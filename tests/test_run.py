@@ -250,7 +250,13 @@ def test_a_run_that_breaks_is_marked_failed_with_its_reason(kdpipe: Callable) ->
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_an_interrupted_run_is_marked_killed(kdpipe: Callable, number: signal.Signals, status: int) -> None:
     command = [sys.executable, "-m", "kdpipe", *STUDENT, "train.epochs=1000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        # It is ignored where tests run in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     assert process.stdout is not None
     while "epoch 1/" not in process.stdout.readline():
         assert process.poll() is None

@@ -144,13 +144,6 @@ class Delivery:
                 rows, ending = self._rows[: self._release], self._ending
             try:
                 deliver(self._client, self._journal, rows, self._told, lambda: not self._given_up, ending)
-                with self._state:
-                    self._failures = 0
-                    if ending and not self._given_up:
-                        self._journal.settled()
-                        self._done = True
-                        self._state.notify_all()
-                        return
             except Exception as error:  # of MLflow, SQLAlchemy, drivers, requests
                 if is_final(error):
                     with self._state:
@@ -177,6 +170,13 @@ class Delivery:
             if silent:
                 log.info("%s is back, and has what it missed", self._journal.uri)
             silent = False
+            with self._state:
+                self._failures = 0
+                if ending and not self._given_up:
+                    self._journal.settled()
+                    self._done = True
+                    self._state.notify_all()
+                    return
 
 
 class Told:
