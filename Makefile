@@ -24,6 +24,8 @@ comma := ,
 names = localhost 127.0.0.1 $(HOST) $(own_names) $(subst $(comma), ,$(ALLOWED_HOSTS))
 LISTEN = --host "$(or $(HOST),127.0.0.1)" --port "$(PORT)" \
 	--allowed-hosts "[::1],[[]::1]:*$(foreach name,$(names),$(comma)$(name)$(comma)$(name):*)"
+# MLflow's queue of jobs is for language models, and takes six processes.
+export MLFLOW_SERVER_ENABLE_JOB_EXECUTION ?= false
 # It would turn that check off, whatever the command line says.
 unexport MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE
 DEMO := dataset=digits tracking.experiment=demo train.epochs=15

@@ -44,7 +44,7 @@ from kdpipe.shortcuts import answer_in_advance, build_features, build_views
 from kdpipe.store import PATIENCE, WEIGHTS, store_uri, wait_for_store
 from kdpipe.targets import guard_hydra, refuse_pickled_config
 from kdpipe.teacher import Teacher
-from kdpipe.teacher_check import check_teacher
+from kdpipe.teacher_check import check_teacher, warn_once
 from kdpipe.train import Training, batches, fit, named
 
 log = logging.getLogger("kdpipe")
@@ -291,6 +291,7 @@ def show_result(metrics: Mapping[str, float], config: DictConfig, link: str) -> 
 def job(config: DictConfig) -> float:
     """`run`, with its error as one line; in a sweep each run is one line, and the others go on after an error."""
     interruption.handle_signals(worker=True)  # where `cli` has not
+    logging.raiseExceptions = False  # a log file on a full disk is no reason for tracebacks
     if HydraConfig.get().mode != RunMode.MULTIRUN:
         try:
             return run(config)
@@ -331,12 +332,12 @@ def details_to_file_only() -> None:
 def cli() -> None:
     """`kdpipe` and `python -m kdpipe`: errors as one line, exit status 1; 130 and 143 when interrupted."""
     forget_data()
+    warn_once.cache_clear()
     # One of the processes that torchrun started tells of their work.
     if distributed.is_torchelastic_launched() and os.environ["RANK"] != "0":
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
         logging.getLogger("kdpipe").setLevel(logging.ERROR)
     interruption.handle_signals()
-    logging.raiseExceptions = False  # a log file on a full disk is no reason for tracebacks
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on to us instead of printing them
     start = hydra.main(version_base="1.3", config_path=str(settings.CONF), config_name="config")

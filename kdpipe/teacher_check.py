@@ -2,6 +2,7 @@
 
 import logging
 import math
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -23,12 +24,12 @@ ONE_HOT = 0.05
 
 
 def check_teacher(
-    name: str, teacher: Teacher, temperature: float | None, data: ImageDataset, cache: Path, hardware: Hardware
+    name: str, teacher: Teacher, temperature: float | None, data: ImageDataset, folder: Path, hardware: Hardware
 ) -> None:
     """Say how good a teacher is and how soft its answers are; warn where distilling from it is mostly a no-op.
 
     It is asked about at most 1,000 validation images (training images where there are none), for how good it is, and
-    1,000 training images, for how soft; the answers are kept in `cache`.
+    1,000 training images, for how soft; the answers are kept in `folder`.
 
     Args:
         temperature: T of the loss; None where it has none, and the softness does not matter.
@@ -37,7 +38,7 @@ def check_teacher(
     judged, taught = evenly_spaced(data.splits[split]), evenly_spaced(data.splits["train"])
     positions = torch.cat([judged, taught]).unique()
     question = Question("logits", name, teacher.classifier, teacher.classifier, data, positions)
-    (answers,) = known_outputs(question, cache, math.inf, hardware, logging.DEBUG)
+    (answers,) = known_outputs(question, folder, math.inf, hardware, logging.DEBUG)
 
     labels = data.labels[judged]
     correct, commonest = int((answers[judged].argmax(dim=1) == labels).sum()), int(labels.bincount().max())
@@ -49,17 +50,23 @@ def check_teacher(
         is_one_hot = entropy < ONE_HOT * highest
     log.info("teacher %s: %s", name, told)
     if no_better_than_chance(correct, commonest, len(judged)):
-        log.warning(
+        warn_once(
             "teacher %s is no better than chance (%s; always saying the most common class: %.1f %%): distilling "
             "from it is mostly a no-op; train it longer, or take other teacher.weights",
             *(name, told, 100 * commonest / len(judged)),
         )
     if is_one_hot:
-        log.warning(
+        warn_once(
             "teacher %s answers near one-hot (%s), as the labels do: distilling from it is mostly a no-op; "
             "a higher loss.temperature softens its answers",
             *(name, told),
         )
+
+
+@cache
+def warn_once(message: str, *values: object) -> None:
+    """Not for each run of a sweep in this process."""
+    log.warning(message, *values)
 
 
 def evenly_spaced(positions: Tensor) -> Tensor:

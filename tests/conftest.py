@@ -33,6 +33,8 @@ from kdpipe.schedulers import constant
 from kdpipe.teacher import Teacher
 from kdpipe.train import Training, fit
 
+# Of the servers that tests start: their queue of jobs would be six processes each.
+os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
 SHARED_DATA = Path(os.environ.get("KDPIPE_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
 settings.register_resolvers()

@@ -46,7 +46,8 @@ class Server:
                 urllib.request.urlopen(f"{self.uri}/health", timeout=1).close()
                 return
             except OSError:
-                assert self.process.poll() is None and time.monotonic() < deadline
+                told = (self.folder / "server.log").read_text()
+                assert self.process.poll() is None and time.monotonic() < deadline, told
                 time.sleep(0.2)
 
     def send(self, number: signal.Signals) -> None:
@@ -102,7 +103,9 @@ def test_a_server_that_dies_and_comes_back_misses_nothing(start: Callable[..., S
     mlflow_server.send(signal.SIGKILL)
     run.wait_for("training goes on")
     run.wait_for("epoch 8/15")
+    run.send(signal.SIGSTOP)  # while the server starts, which may take longer than the run
     mlflow_server.start()
+    run.send(signal.SIGCONT)
     assert run.end() == 0, run.output
     assert "is back, and has what it missed" in run.output
     the_server_has_it_all(mlflow_server, 15)

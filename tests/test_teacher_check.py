@@ -19,10 +19,15 @@ from kdpipe.losses import CrossEntropy
 from kdpipe.models import Classifier
 from kdpipe.models.resnet import ResNet
 from kdpipe.teacher import Teacher
-from kdpipe.teacher_check import check_teacher, evenly_spaced, mean_entropy, no_better_than_chance
+from kdpipe.teacher_check import check_teacher, evenly_spaced, mean_entropy, no_better_than_chance, warn_once
 
 CPU = Hardware(torch.device("cpu"))
 DIGITS = split(digits(), "digits", train_fraction=1, val_fraction=0.2, test_fraction=0.2, split_seed=0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_warned() -> None:
+    warn_once.cache_clear()
 
 
 def untrained() -> Classifier:
