@@ -1,5 +1,6 @@
 """What several tests share: real photos, a fresh folder with an MLflow store, and a run as a user starts one."""
 
+import atexit
 import multiprocessing
 import os
 import shutil
@@ -166,7 +167,14 @@ def _command(folder: Path, overrides: list[str], log: Path) -> None:
     sys.stdout.reconfigure(line_buffering=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where tests run in the background
     sys.argv = ["kdpipe", *overrides]
-    main.cli()
+    status: int | str | None = 0
+    try:
+        main.cli()
+    except SystemExit as end:
+        status = end.code
+    # As at the end of any other process; this one would wait for joblib's idle workers instead.
+    atexit._run_exitfuncs()
+    os._exit(status if isinstance(status, int) else 1)
 
 
 class Started:
