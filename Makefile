@@ -60,7 +60,7 @@ test: setup  ## run the tests, a process for each core, and show what of kdpipe/
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup --cov --cov-report=term $(ARGS)
 
 test-faults: setup  ## run the long fault tests
-	$(BIN)/python -m pytest -m faults -n auto --maxprocesses 8 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -m faults $(ARGS)
 
 teacher: setup  ## train a teacher: DenseNet-121 on CIFAR-10
 	$(RUN) experiment=teacher $(ARGS)
