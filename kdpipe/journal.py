@@ -24,9 +24,7 @@ CHECKPOINTS = "checkpoints"  # a folder
 RUNNING, FINISHED, KILLED, FAILED = "RUNNING", "FINISHED", "KILLED", "FAILED"  # as MLflow has them
 
 Row = dict[str, float]  # {"step": 3, "train/loss": 0.5, …}
-
-
-KINDS = {
+KINDS = {  # of what tracking.json holds
     "uri": str,
     "run_id": str,
     "tags": dict,

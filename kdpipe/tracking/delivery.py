@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -227,7 +227,7 @@ def deliver(
             client.set_terminated(journal.run_id, journal.status, end_time=journal.ended)
 
 
-def rows_known(client: MlflowClient, run_id: str, rows: Iterable[Row]) -> int:
+def rows_known(client: MlflowClient, run_id: str, rows: Sequence[Row]) -> int:
     """How many of the rows the store has, which is told them in turn."""
     steps: dict[str, set[int]] = {}
     for number, row in enumerate(rows):
@@ -236,7 +236,7 @@ def rows_known(client: MlflowClient, run_id: str, rows: Iterable[Row]) -> int:
             steps[name] = {point.step for point in client.get_metric_history(run_id, name)}
         if row["step"] not in steps[name]:
             return number
-    return len(list(rows))
+    return len(rows)
 
 
 def is_final(error: Exception) -> bool:

@@ -46,7 +46,7 @@ class RunRecord:
     metrics: dict[str, float]
     tags: dict[str, str]
     ended: float  # seconds since 1970
-    seconds: float  # from start to end
+    seconds: float  # that processes worked on it
 
 
 class Tracker:
@@ -276,8 +276,7 @@ class Tracker:
             self.client.log_artifacts(run_id, folder)
         for key, value in tags.items():
             self.set_tag(run_id, key, value)
-        now = int(time.time() * 1000)
-        self.client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in metrics.items()])
+        self.client.log_batch(run_id, metrics=[Metric(name, value, now(), 0) for name, value in metrics.items()])
 
     def set_tag(self, run_id: str, key: str, value: str) -> None:
         self.client.set_tag(run_id, key, value)
