@@ -34,6 +34,7 @@ from kdpipe.claim import ClaimedError, claim
 from kdpipe.data import ImageDataset
 from kdpipe.errors import one_line
 from kdpipe.evaluate import evaluate
+from kdpipe.files import write_whole
 from kdpipe.hardware import Hardware
 from kdpipe.interruption import Interrupted, InterruptedJobError
 from kdpipe.journal import CHECKPOINTS, Journal, is_unfinished, rows_since
@@ -255,7 +256,7 @@ def describe_inputs(config: DictConfig, current: Any, tracker: Any, data: ImageD
     """Keep the composed config and say what the run is fed."""
     composed = {key: value for key, value in settings.settings_of(config).items() if key not in ("tracking", "sweep")}
     file = current.folder / "config.yaml"
-    file.write_text(OmegaConf.to_yaml(OmegaConf.create(composed)))
+    write_whole(file, OmegaConf.to_yaml(OmegaConf.create(composed)).encode())
     current.save(file)
     sizes = {name: len(positions) for name, positions in data.splits.items()}
     tracker.log_dataset(current.id, data.name, data.fingerprint, str(config.dataset.get("root", data.name)), sizes)

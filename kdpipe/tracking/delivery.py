@@ -15,8 +15,8 @@ from kdpipe.store import check_uri
 
 log = logging.getLogger("kdpipe")
 
-PATIENCE = {FINISHED: 30.0}  # seconds that the end of a run waits for the store
-LITTLE_PATIENCE = 4.0  # where somebody waits for the process to end
+AT_THE_END = 30.0  # seconds that a finished run waits for the store
+IN_A_HURRY = 4.0  # where somebody waits for the process to end
 PAUSES = (1, 2, 4, 8, 15)  # seconds between attempts
 # Of MLflow: what will not be another time.
 FINAL = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")
@@ -50,7 +50,7 @@ class Run:
         """Let all that was logged stand, and have the store told: a process that goes on will not log it again."""
         self._journal.released, self._journal.seconds = len(self.rows), self.seconds
         self._journal.write()
-        self._delivery.wake(len(self.rows))
+        self._delivery.wake()
 
     def save(self, file: Path) -> None:
         """Keep a file of the run's folder as an artifact."""
@@ -76,8 +76,7 @@ class Run:
         if status == FINISHED:
             self._journal.released = len(self.rows)
         self._journal.end(status, reason)
-        self._delivery.wake(self._journal.released)
-        if not self._delivery.finish(PATIENCE.get(status, LITTLE_PATIENCE)):
+        if not self._delivery.finish(AT_THE_END if status == FINISHED else IN_A_HURRY):
             log.warning(
                 "%s has not got all of this run%s; %s has, and this delivers it: python -m kdpipe.sync",
                 self._journal.uri,
@@ -91,7 +90,6 @@ class Delivery:
 
     def __init__(self, client: MlflowClient, journal: Journal, rows: list[Row]) -> None:
         self._client, self._journal, self._rows = client, journal, rows
-        self._release = 0  # so many rows may be told
         self._told = Told()
         self._state = threading.Condition()
         self._work = self._ending = self._done = self._given_up = False
@@ -99,10 +97,9 @@ class Delivery:
         self._refusal: Exception | None = None
         threading.Thread(target=self._run, name="kdpipe-delivery", daemon=True).start()
 
-    def wake(self, rows: int = 0) -> None:
-        """Tell the store of the files that there are, and of so many rows."""
+    def wake(self) -> None:
+        """Tell the store of the files that there are, and of the rows that stand."""
         with self._state:
-            self._release = max(self._release, rows)
             self._work = True
             self._state.notify_all()
 
@@ -141,7 +138,7 @@ class Delivery:
                 if self._given_up:
                     return
                 self._work = False
-                rows, ending = self._rows[: self._release], self._ending
+                rows, ending = self._rows[: self._journal.released], self._ending
             try:
                 deliver(self._client, self._journal, rows, self._told, lambda: not self._given_up, ending)
             except Exception as error:  # of MLflow, SQLAlchemy, drivers, requests

@@ -25,7 +25,7 @@ from kdpipe.claim import ClaimedError, claim, is_of_this_machine, locked
 from kdpipe.interruption import postponed
 from kdpipe.journal import FAILED, FINISHED, KILLED, METRICS, Journal, Row, now, undelivered, write_rows
 from kdpipe.store import WEIGHTS
-from kdpipe.tracking.delivery import LITTLE_PATIENCE, Run, Stores
+from kdpipe.tracking.delivery import IN_A_HURRY, Run, Stores
 
 MAX_PARAM_LENGTH = 6000  # MLflow's own limit
 PAGE = 1000
@@ -204,7 +204,7 @@ class Tracker:
                     self.client.set_terminated(run_id, journal.status)
                     self.client.set_tag(run_id, "kdpipe.reason", journal.reason)
 
-                journal.delivered = at_most(LITTLE_PATIENCE, close)
+                journal.delivered = at_most(IN_A_HURRY, close)
                 raise
             finally:
                 if is_first and (journal.status == FINISHED or journal.delivered):
