@@ -66,6 +66,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory, store_template: Path) -> dic
     return result(folder, the_run(folder))
 
 
+def kill_at(text: str, run: Started) -> None:
+    """SIGKILL when it has printed this."""
+    run.wait_for(text)
+    run.kill()
+
+
 def checkpoints() -> list[Path]:
     """The oldest first."""
     return sorted(Path("outputs/runs").glob("*/checkpoints/*.pt"))
@@ -146,9 +152,7 @@ def test_inside_an_epoch_only_what_is_missing_is_trained(
 def test_a_damaged_checkpoint_is_left_for_the_one_before(
     start: Callable[..., Started], whole: dict[str, object], damage: str
 ) -> None:
-    run = start(*STUDENT)
-    run.wait_for("epoch 3/4")
-    run.kill()
+    kill_at("epoch 3/4", start(*STUDENT))
     before, newest = checkpoints()
     for file in (before, newest) if damage == "both" else (newest,):
         content = file.read_bytes()
@@ -179,9 +183,7 @@ def test_a_second_ctrl_c_stops_at_once(start: Callable[..., Started]) -> None:
 
 
 def test_resume_never_begins_anew(start: Callable[..., Started], whole: dict[str, object]) -> None:
-    run = start(*STUDENT)
-    run.wait_for("epoch 2/4")
-    run.kill()
+    kill_at("epoch 2/4", start(*STUDENT))
     again = start(*STUDENT, "train.resume=never")
     assert again.end() == 0, again.output
     assert "epoch 1/4" in again.output
@@ -212,21 +214,16 @@ def test_an_interrupted_run_that_trains_anew_goes_on_and_is_not_taken_for_the_ea
 def test_a_head_on_a_frozen_backbone_goes_on_whatever_is_cached(start: Callable[..., Started]) -> None:
     head = [*STUDENT, "model=resnet20", "~model.weights", "+model.weights=null", "model.freeze=backbone"]
     head = [word for word in head if "squeezenet" not in word and "model.weights" not in word]
-    run = start(*head, "train.epochs=300", "augmentation=none")
-    run.wait_for("epoch 2/300")
-    run.kill()
+    kill_at("epoch 2/300", start(*head, "train.epochs=300", "augmentation=none"))
     rest = start(*head, "train.epochs=300", "augmentation=none", "distillation.cache_max_gb=0")
     rest.wait_for("goes on at epoch")
-    rest.wait_for("/300  loss")
-    rest.kill()
+    kill_at("/300  loss", rest)
 
 
 def test_in_another_store_the_run_goes_on_and_that_store_gets_all_of_it(
     start: Callable[..., Started], whole: dict[str, object], tmp_path: Path
 ) -> None:
-    run = start(*STUDENT)
-    run.wait_for("epoch 2/4")
-    run.kill()
+    kill_at("epoch 2/4", start(*STUDENT))
     Path("outputs/mlflow.db").rename("outputs/lost.db")
     again = start(*STUDENT)
     assert again.end() == 0, again.output
@@ -237,9 +234,7 @@ def test_in_another_store_the_run_goes_on_and_that_store_gets_all_of_it(
 def test_a_run_whose_process_is_gone_is_put_right_by_the_next_command(
     start: Callable[..., Started], kdpipe: Callable
 ) -> None:
-    run = start(*STUDENT)
-    run.wait_for("epoch 1/4")
-    run.kill()
+    kill_at("epoch 1/4", start(*STUDENT))
     assert the_run().info.status == "RUNNING"
     outcome = kdpipe(*SMALL, "experiment=student", "train.epochs=0")
     assert outcome.status == 0, outcome.errors

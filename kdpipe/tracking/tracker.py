@@ -4,12 +4,10 @@ import json
 import logging
 import os
 import shutil
-import sqlite3
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +15,6 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 import mlflow
-from filelock import FileLock
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 from mlflow.exceptions import MlflowException
 
@@ -26,12 +23,11 @@ from kdpipe.interruption import postponed
 from kdpipe.journal import FAILED, FINISHED, KILLED, METRICS, Journal, Row, now, undelivered, write_rows
 from kdpipe.store import WEIGHTS
 from kdpipe.tracking.delivery import IN_A_HURRY, Run, Stores
+from kdpipe.tracking.sqlite import set_aside_half_made, store_lock
 
 MAX_PARAM_LENGTH = 6000  # MLflow's own limit
 PAGE = 1000
 UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # what MLflow says of a run that it does not have
-MLFLOW_TABLES = {"experiments", "runs", "latest_metrics"}  # of its first version, with which a new file begins
-ABANDONED = 10  # seconds without a write, after which nobody is making a database any more
 
 log = logging.getLogger("kdpipe")
 
@@ -71,7 +67,7 @@ class Tracker:
         self.uri = uri
         self.experiment = experiment
         try:
-            with _store_lock(uri):
+            with store_lock(uri):
                 if create:
                     set_aside_half_made(uri)
                 self.client = mlflow.MlflowClient(tracking_uri=uri)
@@ -183,7 +179,7 @@ class Tracker:
                 stack.enter_context(claim(folder))
             except ClaimedError:  # of the processes that share the sweep one keeps the folder
                 is_first = False
-            with _store_lock(self.uri):  # two processes may run the same sweep
+            with store_lock(self.uri):  # two processes may run the same sweep
                 found = self.find_sweep(sweep_id)
                 run_id = found.id if found else self._create(name, {"kdpipe.stage": "sweep", "kdpipe.sweep": sweep_id})
                 if found:
@@ -212,7 +208,7 @@ class Tracker:
 
     def adopt(self, run: RunRecord, sweep_id: str, parent_id: str) -> None:
         """Make a finished run part of a sweep too."""
-        with _store_lock(self.uri):  # another sweep may adopt it, too
+        with store_lock(self.uri):  # another sweep may adopt it, too
             tags = self.client.get_run(run.id).data.tags
             sweeps = tags.get("kdpipe.sweep", "").split()
             if sweep_id not in sweeps:
@@ -382,36 +378,6 @@ def at_most(seconds: float, work: Callable[[], None]) -> bool:
     return done.wait(seconds)
 
 
-def set_aside_half_made(uri: str) -> None:
-    """Rename a sqlite file that a process left half-made when it died, so that a new one can be made."""
-    file = Path(uri.removeprefix("sqlite:///"))
-    if not uri.startswith("sqlite:///"):
-        return
-    while is_half_made(file):
-        if time.time() - file.stat().st_mtime > ABANDONED:
-            aside = file.with_name(f"{file.name}.half-made-{time.strftime('%Y%m%d-%H%M%S')}")
-            file.rename(aside)
-            log.warning("%s was left half-made, without any run: it is now %s, and a new one is made", file, aside.name)
-            return
-        time.sleep(0.5)  # somebody may be making it
-
-
-def is_half_made(file: Path) -> bool:
-    """Whether a file is a database that has not got what MLflow puts into a new one last: an experiment."""
-    if not file.is_file() or not file.stat().st_size:
-        return False
-    try:
-        with closing(sqlite3.connect(file, timeout=10)) as database:
-            tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-            if tables and "alembic_version" not in tables and not MLFLOW_TABLES & tables:
-                return False  # somebody else's
-            if "experiments" not in tables:
-                return True
-            return bool(database.execute("SELECT count(*) FROM experiments").fetchone() == (0,))
-    except sqlite3.Error:  # no database, or in use
-        return False
-
-
 def git_tags() -> dict[str, str]:
     """The commit of the working folder, and whether something was not committed; nothing outside of a repository."""
     try:
@@ -422,18 +388,6 @@ def git_tags() -> dict[str, str]:
     except (OSError, subprocess.SubprocessError):
         return {}
     return {"git.commit": commit, "git.dirty": str(bool(status)).lower()}
-
-
-@contextmanager
-def _store_lock(uri: str) -> Iterator[None]:
-    """Two processes that create the same sqlite file at once would break it."""
-    if not uri.startswith("sqlite"):
-        yield
-        return
-    file = Path(uri.split(":///", 1)[-1])
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{file}.lock"):
-        yield
 
 
 def _origin() -> dict[str, Any]:
