@@ -1,6 +1,5 @@
 """What several tests share: real photos, a fresh folder with an MLflow store, and a run as a user starts one."""
 
-import atexit
 import multiprocessing
 import os
 import shutil
@@ -172,9 +171,9 @@ def _command(folder: Path, overrides: list[str], log: Path) -> None:
         main.cli()
     except SystemExit as end:
         status = end.code
-    # As at the end of any other process; this one would wait for joblib's idle workers instead.
-    atexit._run_exitfuncs()
-    os._exit(status if isinstance(status, int) else 1)
+    if loky := sys.modules.get("joblib.externals.loky"):  # which such a process would wait for
+        loky.get_reusable_executor(reuse=True).shutdown(kill_workers=True)
+    sys.exit(status)
 
 
 class Started:
