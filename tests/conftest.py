@@ -231,6 +231,17 @@ def start(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose downloads are refused at once."""
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    # urllib keeps the proxies of its first download, also for the tests after this one.
+    monkeypatch.setattr(urllib.request, "_opener", None)
+
+
+@pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """`disk("16M")` is the folder of a file system of that size."""
     mounted = []

@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import pickle
-import socket
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -327,14 +326,8 @@ def test_cifar_is_read_from_its_pickled_batches(tmp_path: Path, photo, monkeypat
 
 
 @pytest.mark.parametrize("load", [cifar10, cifar100, fashion_mnist])
-def test_a_refused_download_is_one_line_that_names_the_root_and_the_way_out(tmp_path: Path, monkeypatch, load):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        closed_port = listener.getsockname()[1]
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, f"http://127.0.0.1:{closed_port}")
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
+@pytest.mark.usefixtures("no_network")
+def test_a_refused_download_is_one_line_that_names_the_root_and_the_way_out(tmp_path: Path, load):
     root = tmp_path / "nothing here"
 
     with pytest.raises(ValueError) as error:

@@ -1,9 +1,7 @@
 """Networks against their papers and the tutorial's sizes, preprocessing against NumPy and Pillow."""
 
 import math
-import socket
 import sys
-import urllib.request
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -290,17 +288,8 @@ def test_without_timm_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyP
 
 
 @pytest.fixture
-def torch_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def torch_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None) -> Path:
     """PyTorch's cache, empty, on a machine whose network is down: the folder of downloaded weights."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.setenv(variable, f"http://127.0.0.1:{port}")
-    for variable in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(variable, raising=False)
-    # urllib keeps the proxies of its first download.
-    monkeypatch.setattr(urllib.request, "_opener", None)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     folder = tmp_path / "torch" / "hub" / "checkpoints"
     folder.mkdir(parents=True)
