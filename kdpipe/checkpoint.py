@@ -66,12 +66,13 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
             continue
         try:
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            if not isinstance(state, dict):
+                raise TypeError(f"no checkpoint, but {type(state).__name__}")
         except MemoryError:
             raise
         except Exception as error:  # the unpickler raises whatever it stumbles over
             reason = str(error).split("\n")[0]
             raise ValueError(f"{file}: not readable ({reason}); train.resume=never trains anew") from error
-        assert isinstance(state, dict)
         return state
     return None
 

@@ -123,7 +123,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_nothing_had_been(
     start: Callable[..., Started], whole: dict[str, object], number: int
 ) -> None:
     often = [OFTEN] if number % 2 else []  # else it goes on at the beginning of an epoch
-    kills = killed_until_it_ends(lambda: start(*STUDENT, *often), 6, random.Random(number), seconds=4)
+    kills = killed_until_it_ends(lambda: start(*STUDENT, *often), 6, random.Random(number), seconds=2)
     print(f"{kills} kills survived")
     assert kills > 0
     assert result(Path(), the_run(name="squeezenet1_1_alone_s0")) == whole
@@ -263,7 +263,7 @@ def test_a_sweep_that_is_killed_at_random_moments_ends_as_if_nothing_had_been(
         assert run.end() == 0, run.output
         kills = 0 if folder.name == "whole" else 12
         survived = killed_until_it_ends(
-            lambda folder=folder: start(*sweep, folder=folder), kills, random.Random(launcher), seconds=12
+            lambda folder=folder: start(*sweep, folder=folder), kills, random.Random(launcher), seconds=8
         )
         print(f"{survived} kills survived")
         assert bool(survived) == bool(kills)
