@@ -25,8 +25,10 @@ from kdpipe import config as settings
 from kdpipe.data import ImageDataset, split
 from kdpipe.data.dataset import check_fractions
 from kdpipe.errors import one_line
+from kdpipe.features import Observed
 from kdpipe.hardware import Hardware, keep_freed_memory
 from kdpipe.identity import canonical
+from kdpipe.losses.base import Combined, Distillation
 from kdpipe.models import Classifier
 from kdpipe.models.weights import check_class_names, load_imagenet, load_state, read_weights, weights_digest
 from kdpipe.randomness import derive_seed
@@ -80,7 +82,7 @@ def build_parts(config: DictConfig, tracker: Any, known: KnownTeachers) -> Parts
     data = build_data(config.dataset)
     check_selection(config.train, data)
     key = ""
-    if settings.needs_teacher(config.loss):
+    if settings.needs_teacher(config):
         key = json.dumps([plain(config.dataset), plain(config.teacher)])
     if key not in known:
         known[key] = build_teacher(config, data, tracker)
@@ -165,10 +167,39 @@ def own_gpu(number_of_gpus: int, folder: Path) -> int:
 
 
 def build_loss(config: DictConfig) -> nn.Module:
-    """The loss; its projections, if it has any, start from their own random numbers."""
-    torch.manual_seed(derive_seed(config.seed, "loss"))
+    """The loss, with the other method's term that is added to it, if any."""
     loss: nn.Module = instantiate(config.loss)
-    return loss
+    if "also" not in config:
+        return loss
+    try:
+        also = instantiate(config.also)
+    except InstantiationException as error:  # losses speak of themselves as the loss
+        raise ValueError(re.sub(r"^loss\.", "also.", one_line(error))) from error
+    if not isinstance(also, Distillation):
+        raise ValueError(f"also={config.also._target_}: a method of distillation is accepted, or null")
+    if also.name == getattr(loss, "name", None):
+        raise ValueError(f"also={config.also._target_}: it is the loss's own method; another one, or null, is accepted")
+    return Combined(loss, also)
+
+
+@torch.no_grad()
+def fit_loss(
+    config: DictConfig, loss: nn.Module, student: Observed, teacher: Teacher, data: ImageDataset, device: torch.device
+) -> None:
+    """Let the loss make its projections for these networks, from random numbers of its own."""
+    if not isinstance(loss, Distillation | Combined):
+        return
+    positions = data.splits["train"].sort().values
+    images = data.images[positions[:2]].to(device)
+    student.model.eval()
+    outputs, targets = student(images), teacher.answer(images)
+    for role in ("stages", "preactivations"):
+        for key, maps in (("model", getattr(outputs, role)), ("teacher", getattr(targets, role))):
+            if odd := [tuple(stage.shape) for stage in maps if stage.ndim != 4]:
+                raise ValueError(f"{key}.name={config[key].name}: {role} [N, C, H, W] are accepted, it has {odd[0]}")
+    torch.manual_seed(derive_seed(config.seed, "loss"))
+    loss.fit_to(outputs, targets, positions, data.labels[positions])
+    loss.to(device)
 
 
 def build_optimizer(
@@ -263,7 +294,7 @@ def build_teacher(config: DictConfig, data: ImageDataset, tracker: Any) -> tuple
     Raises:
         ValueError: no teacher found, or weights that do not fit.
     """
-    if not settings.needs_teacher(config.loss):
+    if not settings.needs_teacher(config):
         return None, ""
     classifier = build_network("teacher", config.teacher, data, freeze="none")
     if config.teacher.weights == "auto":

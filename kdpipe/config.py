@@ -38,7 +38,7 @@ def settings_of(config: DictConfig) -> dict[str, Any]:
 
 def effective_settings(config: DictConfig) -> dict[str, Any]:
     """The flat settings of a run, without those that have no effect on it."""
-    return effective(settings_of(config), needs_teacher(config.loss))
+    return effective(settings_of(config), needs_teacher(config))
 
 
 def logged_params(config: DictConfig) -> dict[str, Any]:
@@ -53,15 +53,19 @@ def run_identity(config: DictConfig) -> str:
     return identity(effective_settings(config))
 
 
-def needs_teacher(loss: DictConfig) -> bool:
-    """Whether a teacher is built: the loss asks for one, and its weight is not 0."""
-    asks = getattr(find_target("loss._target_", loss._target_), "uses_teacher", True)
-    return bool(asks and loss.get("alpha") != 0)
+def needs_teacher(config: DictConfig) -> bool:
+    """Whether a teacher is built: a loss asks for one, and its weight is not 0."""
+    return any(
+        getattr(find_target(f"{key}._target_", config[key]._target_), "uses_teacher", True)
+        and config[key].get("alpha") != 0
+        for key in ("loss", "also")
+        if key in config
+    )
 
 
 def stage(config: DictConfig) -> str:
     """teacher, student or distill: what the run is, as its tag says."""
-    return "distill" if needs_teacher(config.loss) else str(config.stage)
+    return "distill" if needs_teacher(config) else str(config.stage)
 
 
 def run_name(config: DictConfig) -> str:
@@ -70,9 +74,9 @@ def run_name(config: DictConfig) -> str:
     if config.sweep.job:
         return str(config.sweep.job.name)
     parts = [config.model.name, stage(config).replace("student", "alone")]
-    if needs_teacher(config.loss) and "alpha" in config.loss:
+    if needs_teacher(config) and "alpha" in config.loss:
         parts.append(f"a{config.loss.alpha:g}")
-    if needs_teacher(config.loss) and "temperature" in config.loss:
+    if needs_teacher(config) and "temperature" in config.loss:
         parts.append(f"T{config.loss.temperature:g}")
     return "_".join([*parts, f"s{config.seed}"])
 
@@ -120,7 +124,7 @@ def check(config: DictConfig) -> None:
     for key in ("weight_decay", "momentum"):
         if key in config.optimizer:
             check_number(f"optimizer.{key}", config.optimizer[key], low=0)
-    for key, needs_weights in (("model", False), ("teacher", needs_teacher(config.loss))):
+    for key, needs_weights in (("model", False), ("teacher", needs_teacher(config))):
         check_weights(f"{key}.weights", config[key].weights, needs_weights)
     if not isinstance(config.tracking.experiment, str) or not config.tracking.experiment.strip():
         raise ValueError(f"tracking.experiment={config.tracking.experiment}: a name is accepted")

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 ROLES = ("stages", "preactivations", "embedding")
 
@@ -63,7 +64,7 @@ class Observed:
 
     Args:
         model: what is called; it may be a wrapper around the network, or around its head.
-        network: where the roles' submodules are.
+        network: where the roles' submodules are; the model itself where it is None.
         roles: of `ROLES`.
         key: where in the config the network stands, for messages ("model" or "teacher").
 
@@ -71,11 +72,14 @@ class Observed:
         ValueError: the network does not say which of its submodules have a role.
     """
 
-    def __init__(self, model: nn.Module, network: nn.Module, roles: Sequence[str], key: str = "model") -> None:
+    def __init__(
+        self, model: nn.Module, network: nn.Module | None = None, roles: Sequence[str] = (), key: str = "model"
+    ) -> None:
         self.model = model
         self._caught: dict[tuple[str, int], Tensor] = {}
         self._listening = False
-        self._hooks = []
+        self._hooks: list[RemovableHandle] = []
+        network = network or model
         for role in roles:
             for number, (name, of_input) in enumerate(places(network, role, key)):
                 self._listen(network.get_submodule(name), (role, number), of_input)
@@ -119,7 +123,7 @@ class Observed:
 
 def places(network: nn.Module, role: str, key: str) -> list[tuple[str, bool]]:
     """The names of the submodules that have a role in a network, each with whether its input is meant."""
-    known: dict[str, Any] = getattr(network, "roles", {})  # type: ignore[assignment]
+    known: dict[str, Any] = getattr(network, "roles", {})
     if role == "embedding":
         name = known.get("embedding", getattr(network, "head_name", None))
         if name is not None:

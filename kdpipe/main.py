@@ -26,6 +26,7 @@ from kdpipe.build import (
     build_optimizer,
     build_parts,
     check_values,
+    fit_loss,
     forget_data,
     use_hardware,
 )
@@ -34,10 +35,12 @@ from kdpipe.claim import ClaimedError, claim
 from kdpipe.data import ImageDataset
 from kdpipe.errors import one_line
 from kdpipe.evaluate import evaluate
+from kdpipe.features import Observed
 from kdpipe.files import write_whole
 from kdpipe.hardware import Hardware
 from kdpipe.interruption import Interrupted, InterruptedJobError
 from kdpipe.journal import CHECKPOINTS, Journal, is_unfinished, rows_since
+from kdpipe.losses.base import roles_of
 from kdpipe.models import Classifier, size_mb
 from kdpipe.profiling import traced, traces
 from kdpipe.report import epoch_line, result_table
@@ -172,13 +175,18 @@ def learn(
     loss = build_loss(config).to(device)
     model = parts.model.to(device)
     teacher = parts.teacher.to(device) if parts.teacher else None
+    roles = roles_of(loss) if teacher else ()
+    student = Observed(model, model.network, roles)
+    if teacher:
+        teacher.ask_for(roles)
+        fit_loss(config, loss, student, teacher, parts.data, device)
     views = build_views(config, parts.data, teacher is not None)
     if teacher and train.epochs > 0:
         cache = Path(config.output_dir) / "cache" / "teacher"
         check_teacher(config.teacher.name, teacher, config.loss.get("temperature"), parts.data, cache, hardware)
         answer_in_advance(config, teacher, parts.data, views, hardware)
     # A head on a frozen backbone trains on the backbone's features, as if they were the images.
-    features = None if views else build_features(config, model, teacher, parts.data, hardware)
+    features = None if views else build_features(config, model, loss, teacher, parts.data, hardware)
     learner, data = (model.head, features) if features else (model, parts.data)
     data = data.near(device)
     if teacher:
@@ -189,7 +197,8 @@ def learn(
         learner.compile()
 
     changing = model.head if model.frozen_backbone else model  # with features or without
-    training = Training(hardware.distribute(learner, loss), loss, optimizer, scheduler, hardware, changing)
+    student.model = hardware.distribute(learner, loss)
+    training = Training(student, loss, optimizer, scheduler, hardware, changing)
     if start := hardware.of_the_first(start):
         training.restore(start)
         if training.epoch <= train.epochs:

@@ -5,11 +5,13 @@ from pathlib import Path
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from torch import nn
 
 from kdpipe.data import ImageDataset
 from kdpipe.data.augmentation import Views
 from kdpipe.hardware import Hardware
 from kdpipe.identity import canonical
+from kdpipe.losses.base import roles_of
 from kdpipe.models import Classifier
 from kdpipe.outputs import Question, TooLargeError, features_of, known_outputs
 from kdpipe.teacher import Teacher
@@ -39,9 +41,18 @@ def answer_in_advance(
     if outputs == "online" or (views and views.number is None):
         return
     positions = data.splits["train"].sort().values
-    question = Question("logits", config.teacher.name, teacher.classifier, teacher.classifier, data, positions, views)
+    like = teacher.answer(data.images[positions[:2]].to(hardware.device))
+    question = Question(
+        ", ".join(["logits", *teacher.roles]),
+        config.teacher.name,
+        teacher.classifier,
+        lambda images: teacher.answer(images).pack(),
+        data,
+        positions,
+        views,
+    )
     try:
-        teacher.remember(known_outputs(question, _cache(config, "teacher"), max_gb, hardware))
+        teacher.remember(known_outputs(question, _cache(config, "teacher"), max_gb, hardware), like)
     except TooLargeError as error:
         if outputs != "auto":
             raise ValueError(
@@ -51,12 +62,18 @@ def answer_in_advance(
 
 
 def build_features(
-    config: DictConfig, model: Classifier, teacher: Teacher | None, data: ImageDataset, hardware: Hardware
+    config: DictConfig,
+    model: Classifier,
+    loss: nn.Module,
+    teacher: Teacher | None,
+    data: ImageDataset,
+    hardware: Hardware,
 ) -> ImageDataset | None:
     """The data set with a frozen backbone's features for images, which a head trains on; None where the images
-    themselves are needed: by a backbone that learns, by a teacher, or because more comes after the head."""
+    themselves are needed: by a backbone that learns, by a teacher, by a loss that asks for what is before the head, or
+    because more comes after it."""
     needed = not model.frozen_backbone or (teacher and not teacher.remembers) or config.train.epochs == 0
-    if needed:
+    if needed or roles_of(loss):
         return None
     if not model.ends_with_head(data.images[data.splits["train"][:2]].to(hardware.device)):
         log.info("%s: more comes after its head, so its backbone runs in each epoch", config.model.name)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kdpipe.data import Rows
 from kdpipe.data.dataset import fits
+from kdpipe.features import Observed, Outputs
 from kdpipe.models import Classifier
 
 
@@ -17,14 +18,32 @@ class Teacher(nn.Module):
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
         self.classifier: Classifier = classifier.requires_grad_(False).eval()
-        self._known: list[Rows] = []
+        self._observed = Observed(classifier)
+        self.ask_for(())
 
     def train(self, mode: bool = True) -> Self:
         return self
 
-    def remember(self, known: Sequence[Rows]) -> None:
-        """From now on answer with these logits [n, classes], one set for each view of the images, seen in turn."""
-        self._known = list(known)
+    def ask_for(self, roles: Sequence[str]) -> None:
+        """From now on answer with these roles beside logits, of `kdpipe.features.ROLES`; what is known is forgotten.
+
+        Raises:
+            ValueError: the network does not say what has that role.
+        """
+        self._observed.remove()
+        self.roles = tuple(roles)
+        self._observed = Observed(self.classifier, self.classifier.network, roles, key="teacher")
+        self._known: list[Rows] = []
+        self._like: Outputs | None = None
+
+    def remember(self, known: Sequence[Rows], like: Outputs | None = None) -> None:
+        """From now on answer with these, one set for each view of the images, seen in turn.
+
+        Args:
+            known: logits [n, classes], or packed outputs.
+            like: outputs of any images, of which packed ones have the shapes.
+        """
+        self._known, self._like = list(known), like
 
     def stay_near(self, device: torch.device) -> None:
         """Keep what is remembered on a GPU, where it fits."""
@@ -37,14 +56,19 @@ class Teacher(nn.Module):
 
     # Not inference_mode: a loss may save the teacher's outputs for its backward pass.
     @torch.no_grad()
-    def forward(self, images: Tensor, indices: Tensor, epoch: int) -> Tensor:
-        """Logits [N, classes] of what an epoch, counted from 1, sees of some images of the data set.
+    def answer(self, images: Tensor) -> Outputs:
+        """What it makes of uint8 images [N, C, H, W]."""
+        return self._observed(images)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, indices: Tensor, epoch: int) -> Outputs:
+        """What it makes of what an epoch, counted from 1, sees of some images of the data set.
 
         Args:
             images: the views, uint8 [N, C, H, W]; not looked at where the answers are known.
             indices: the images' positions in the data set, int64 [N].
         """
         if self._known:
-            return self._known[(epoch - 1) % len(self._known)][indices].to(images.device)
-        answer: Tensor = self.classifier(images)
-        return answer
+            rows = self._known[(epoch - 1) % len(self._known)][indices].to(images.device)
+            return self._like.unpack(rows) if self._like else Outputs(rows)
+        return self.answer(images)

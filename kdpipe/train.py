@@ -14,6 +14,7 @@ from kdpipe.checkpoint import State, copy_state
 from kdpipe.data import ImageDataset
 from kdpipe.data.augmentation import Views
 from kdpipe.evaluate import evaluate
+from kdpipe.features import Observed
 from kdpipe.hardware import Hardware
 from kdpipe.interruption import postponed
 from kdpipe.progress import progress
@@ -25,8 +26,8 @@ class Training:
     """A network as it learns, and how far it is: all that a step changes, and so all that a checkpoint holds.
 
     Args:
-        model: what is called with images; under `torchrun` the module that shares its gradients.
-        learner: the network in it, whose weights are kept.
+        student: what is called with images; under `torchrun` its model is the one that shares its gradients.
+        learner: the network in it, whose weights are kept; the model itself where it is None.
 
     Attributes:
         epoch: the one in progress, counted from 1.
@@ -41,14 +42,15 @@ class Training:
 
     def __init__(
         self,
-        model: nn.Module,
+        student: Observed,
         loss: nn.Module,
         optimizer: Optimizer,
         scheduler: LRScheduler,
         hardware: Hardware,
         learner: nn.Module | None = None,
     ) -> None:
-        self.model, self.learner, self.loss = model, learner or model, loss
+        self.student, self.model, self.loss = student, student.model, loss
+        self.learner = learner or student.model
         self.optimizer, self.scheduler, self.hardware = optimizer, scheduler, hardware
         self.selected: dict[str, float] = {"selected/epoch": 0}
         self.best: State = {}
@@ -234,9 +236,9 @@ def train_epoch(
                 if views and draws is not None:
                     images = views.augment(images, draws[batch].to(hardware.device, non_blocking=True))
                 with hardware.autocast():
-                    targets = teacher(images, batch, epoch).float() if teacher else None
-                    logits = model(images).float()
-                parts = loss(logits, targets, labels, batch, epoch)
+                    targets = teacher(images, batch, epoch) if teacher else None
+                    outputs = training.student(images)
+                parts = loss(outputs, targets, labels, batch, epoch)
                 training.optimizer.zero_grad()
                 # Gradients are averaged over processes, whose shares of a batch may differ by an image.
                 (parts["loss"] * (len(batch) * hardware.processes / len(whole_batch))).backward()
@@ -245,7 +247,7 @@ def train_epoch(
                 training.optimizer.step()
                 training.scheduler.step()
                 sums = {name: value.detach() * len(batch) for name, value in parts.items()}
-                training.add(sums | {"accuracy": (logits.argmax(dim=1) == labels).sum()}, len(batch))
+                training.add(sums | {"accuracy": (outputs.logits.argmax(dim=1) == labels).sum()}, len(batch))
                 training.seconds = time.perf_counter() - started
                 on_step()
 

@@ -28,6 +28,7 @@ from kdpipe import config as settings
 from kdpipe import main
 from kdpipe.data import ImageDataset
 from kdpipe.data.augmentation import Views
+from kdpipe.features import Observed
 from kdpipe.hardware import Hardware
 from kdpipe.schedulers import constant
 from kdpipe.teacher import Teacher
@@ -345,7 +346,7 @@ def fit_for_test(
     """The metrics of each epoch of a training on the CPU, without those that depend on the clock."""
     told: list[dict[str, float]] = []
     fit(
-        Training(learner, loss, optimizer, constant(optimizer, epochs, 1), Hardware(torch.device("cpu"))),
+        Training(Observed(learner), loss, optimizer, constant(optimizer, epochs, 1), Hardware(torch.device("cpu"))),
         data,
         teacher=teacher,
         views=views,

@@ -157,14 +157,15 @@ def test_places_are_left_out_whole() -> None:
 
 ROOMS = {
     "models": {"checks"},
-    "losses": {"checks"},
+    "losses": {"checks", "features"},
     "data": {"cache", "checks", "progress", "randomness"},
     "train": {
-        *("data", "models", "losses", "evaluate", "teacher", "checkpoint"),
+        *("data", "models", "losses", "evaluate", "features", "teacher", "checkpoint"),
         *("hardware", "interruption", "progress", "randomness"),
     },
     "evaluate": {"data", "models", "hardware", "progress"},
-    "teacher": {"data", "models"},
+    "teacher": {"data", "features", "models"},
+    "features": set(),
     "outputs": {"cache", "data", "hardware", "models", "progress"},
     "teacher_check": {"data", "hardware", "outputs", "teacher"},
     "hardware": set(),

@@ -17,6 +17,7 @@ from test_resume import OFTEN, STUDENT, checkpoints, result, the_run, whole  # n
 from torch import Tensor, nn
 
 from kdpipe.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from kdpipe.features import Outputs
 from kdpipe.files import append_whole, write_whole
 
 DIGITS = ["dataset=digits", "dataset.train_fraction=0.3", "train.threads=1", "experiment=student"]
@@ -132,10 +133,10 @@ class Poisoned(nn.Module):
         self.step, self.factor, self.steps = step, factor, 0
 
     def forward(
-        self, student: Tensor, teacher: Tensor | None, labels: Tensor, indices: Tensor, epoch: int
+        self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int
     ) -> dict[str, Tensor]:
         self.steps += 1
-        loss = nn.functional.cross_entropy(student, labels)
+        loss = nn.functional.cross_entropy(student.logits, labels)
         return {"loss": loss * self.factor if self.steps == self.step else loss}
 
 

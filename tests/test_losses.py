@@ -15,6 +15,7 @@ from scipy.special import log_softmax, rel_entr, softmax
 from torch import Tensor, nn
 
 from kdpipe.checks import as_typed
+from kdpipe.features import Outputs
 from kdpipe.losses import KD, CrossEntropy, KDTutorial, cross_entropy, kd, kd_tutorial
 
 TEMPERATURES = [0.5, 1, 2, 5, 20]
@@ -31,7 +32,8 @@ def labels(images: int = 6, classes: int = 10) -> Tensor:
 
 
 def parts(loss: nn.Module, student: Tensor, teacher: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
-    return loss(student, teacher, labels, torch.arange(len(labels)), 1)
+    answers = None if teacher is None else Outputs(teacher)
+    return loss(Outputs(student), answers, labels, torch.arange(len(labels)), 1)
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> float:

@@ -72,7 +72,7 @@ def test_cached_answers_are_those_of_the_network(tmp_path: Path) -> None:
     data = some_digits()
     some = data.splits["train"][torch.randperm(len(data.splits["train"]))[:50]]
     online, cached = Teacher(network()), taught(tmp_path, Teacher(network()), data)
-    torch.testing.assert_close(cached(data.images[some], some, 1), online(data.images[some], some, 1))
+    torch.testing.assert_close(cached(data.images[some], some, 1).logits, online(data.images[some], some, 1).logits)
 
 
 def test_cached_and_online_training_give_the_same_losses(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_each_view_has_its_own_answer(tmp_path: Path) -> None:
     data, views = some_digits(), crops(2)
     teacher = taught(tmp_path, Teacher(network()), data, views)
     some = data.splits["train"][:20]
-    first, second, third = (teacher(data.images[some], some, epoch) for epoch in (1, 2, 3))
+    first, second, third = (teacher(data.images[some], some, epoch).logits for epoch in (1, 2, 3))
     assert torch.equal(first, third) and not torch.allclose(first, second)
 
 
@@ -150,7 +150,7 @@ def test_a_damaged_entry_is_noticed_and_worked_out_again(
 ) -> None:
     data = some_digits()
     positions = data.splits["train"]
-    right = taught(tmp_path, Teacher(network()), data)(data.images, positions, 1).clone()
+    right = taught(tmp_path, Teacher(network()), data)(data.images, positions, 1).logits.clone()
     (file,) = tmp_path.glob("*/outputs.npy")
     content, meta, shape = file.read_bytes(), file.with_name("meta.json"), np.load(file).shape
     if damage == "no meta":
@@ -168,7 +168,7 @@ def test_a_damaged_entry_is_noticed_and_worked_out_again(
         )
     assert not is_whole(file.parent, shape)
     with caplog.at_level(logging.WARNING, "kdpipe"):
-        again = taught(tmp_path, Teacher(network()), data)(data.images, positions, 1)
+        again = taught(tmp_path, Teacher(network()), data)(data.images, positions, 1).logits
     assert torch.equal(right, again)
     assert is_whole(file.parent, shape)
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]

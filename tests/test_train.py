@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kdpipe.data import ImageDataset, split
 from kdpipe.data.augmentation import CropFlip, Views
 from kdpipe.data.digits import digits
+from kdpipe.features import Outputs
 from kdpipe.losses import KD, CrossEntropy
 from kdpipe.models import Classifier
 from kdpipe.models.resnet import ResNet
@@ -36,7 +37,7 @@ class Kept(nn.Module):
         self.epochs: list[int] = []
 
     def forward(
-        self, student: Tensor, teacher: Tensor | None, labels: Tensor, indices: Tensor, epoch: int
+        self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int
     ) -> dict[str, Tensor]:
         self.indices.append(indices)
         self.epochs.append(epoch)
@@ -89,7 +90,7 @@ def test_a_teacher_stays_as_it_is() -> None:
     assert not any(module.training for module in teacher.classifier.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
-    assert not teacher(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.zeros(1).long(), 1).requires_grad
+    assert not teacher(torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.zeros(1).long(), 1).logits.requires_grad
 
 
 def test_a_last_image_by_itself_joins_the_batch_before() -> None:

@@ -36,7 +36,7 @@ class Distillation(nn.Module):
         one_label: whether each image has to have one label: neither mixed nor without.
 
     Raises:
-        ValueError: a weight that is not above 0, or a ce_weight below 0.
+        ValueError: a weight below 0.
     """
 
     uses_teacher = True
@@ -46,7 +46,7 @@ class Distillation(nn.Module):
 
     def __init__(self, weight: float, ce_weight: float) -> None:
         super().__init__()
-        check_number("loss.weight", weight, above=0)
+        check_number("loss.weight", weight, low=0)
         check_number("loss.ce_weight", ce_weight, low=0)
         self.weight = weight
         self.ce_weight = ce_weight
@@ -102,7 +102,8 @@ class Combined(nn.Module):
 
 def roles_of(loss: nn.Module) -> tuple[str, ...]:
     """What a loss asks of both networks beside logits."""
-    return getattr(loss, "roles", ())  # type: ignore[return-value]
+    roles: tuple[str, ...] = getattr(loss, "roles", ())
+    return roles
 
 
 def last_pairs(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
@@ -113,7 +114,5 @@ def last_pairs(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> list
 
 def smaller(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Two maps [N, C, H, W], both averaged down to the smaller one's height and width."""
-    size = [min(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True)]
-    return tuple(  # type: ignore[return-value]
-        maps if list(maps.shape[2:]) == size else F.adaptive_avg_pool2d(maps, size) for maps in (student, teacher)
-    )
+    size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
+    return F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size)

@@ -1,12 +1,9 @@
 """The true labels alone."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def cross_entropy(student: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of the student's logits, float [N, classes], with the labels, int64 [N]; averaged over N."""
-    return F.cross_entropy(student, labels)
+from kdpipe.features import Outputs
+from kdpipe.losses.base import cross_entropy
 
 
 class CrossEntropy(nn.Module):
@@ -15,7 +12,7 @@ class CrossEntropy(nn.Module):
     uses_teacher = False
 
     def forward(
-        self, student: Tensor, teacher: Tensor | None, labels: Tensor, indices: Tensor, epoch: int
+        self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int
     ) -> dict[str, Tensor]:
-        ce = cross_entropy(student, labels)
+        ce = cross_entropy(student.logits, labels)
         return {"loss": ce, "ce": ce}

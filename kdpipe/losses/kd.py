@@ -1,9 +1,11 @@
 """Distillation through softened outputs: Hinton, Vinyals & Dean 2015, https://arxiv.org/abs/1503.02531."""
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdpipe.checks import check_number
+from kdpipe.features import Outputs
+from kdpipe.losses.base import Distillation, cross_entropy
 
 
 def kd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -24,29 +26,31 @@ def kd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     )
 
 
-class KD(nn.Module):
+class KD(Distillation):
     """(1 − alpha)·CE + alpha·T²·KL(teacher ‖ student).
 
     Raises:
         ValueError: alpha outside of [0, 1], or a temperature that is not above 0.
     """
 
-    uses_teacher = True
+    name = "kd"
     distillation_term = staticmethod(kd)
 
     def __init__(self, alpha: float, temperature: float) -> None:
-        super().__init__()
         check_number("loss.alpha", alpha, low=0, high=1)
         check_number("loss.temperature", temperature, above=0)
+        super().__init__(weight=alpha, ce_weight=1 - alpha)
         self.alpha = alpha
         self.temperature = temperature
 
+    def term(self, student: Outputs, teacher: Outputs, labels: Tensor, indices: Tensor, epoch: int) -> Tensor:
+        return self.distillation_term(student.logits, teacher.logits, self.temperature)
+
     def forward(
-        self, student: Tensor, teacher: Tensor | None, labels: Tensor, indices: Tensor, epoch: int
+        self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int
     ) -> dict[str, Tensor]:
-        ce = F.cross_entropy(student, labels)
         if teacher is None:
             assert self.alpha == 0, "a teacher may be missing at alpha 0 only"
+            ce = cross_entropy(student.logits, labels)
             return {"loss": ce, "ce": ce}
-        term = self.distillation_term(student, teacher, self.temperature)
-        return {"loss": (1 - self.alpha) * ce + self.alpha * term, "ce": ce, "kd": term}
+        return super().forward(student, teacher, labels, indices, epoch)

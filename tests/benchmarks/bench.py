@@ -42,6 +42,7 @@ from kdpipe.build import build_data, build_loss, build_network, build_optimizer,
 from kdpipe.checkpoint import save_checkpoint, save_weights
 from kdpipe.data import ImageDataset, Rows, split
 from kdpipe.data.dataset import Source
+from kdpipe.features import Observed
 from kdpipe.hardware import Hardware
 from kdpipe.outputs import Question, work_out
 from kdpipe.progress import progress
@@ -97,7 +98,7 @@ class Bench:
 
         def train(positions: Tensor) -> float:
             metrics = train_epoch(
-                Training(learner, criterion, optimizer, scheduler, self.hardware),
+                Training(Observed(learner), criterion, optimizer, scheduler, self.hardware),
                 replace(data, splits={"train": positions}),
                 teacher=teacher,
                 views=None,
@@ -362,7 +363,7 @@ def bookkeeping_line(bench: Bench, images_per_second: float) -> dict[str, Any]:
     model = bench.model()
     loss = nn.Identity()
     optimizer, scheduler = build_optimizer(bench.config("loss=cross_entropy"), model, loss, 1)
-    training = Training(model, loss, optimizer, scheduler, bench.hardware)
+    training = Training(Observed(model), loss, optimizer, scheduler, bench.hardware)
     with tracker.run("bench", folder, {}, {}) as current:
         logging = statistics.median(bench.seconds(lambda n=n: current.log(metrics, n)) for n in range(20))
 
