@@ -3,8 +3,8 @@
 A module's `forward(student, teacher, labels, indices, epoch)` takes the `Outputs` of both networks (`teacher` is None
 where none was built), the labels, int64 [N] (float [N, classes] of mixed images), the images' positions in the data
 set, int64 [N], and the epoch, counted from 1; it returns the named parts, scalars, of which `loss` is minimised.
-`uses_teacher` says whether it asks for a teacher (at `alpha` 0 none is built all the same), `roles` what it asks of both
-networks beside logits. Most modules are a `Distillation` and define its `term` alone.
+`uses_teacher` says whether it asks for a teacher (at `alpha` 0 none is built all the same), `roles` what it asks of
+both networks beside logits. Most modules are a `Distillation` and define its `term` alone.
 """
 
 from kdpipe.losses.cross_entropy import CrossEntropy, cross_entropy
