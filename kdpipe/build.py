@@ -24,21 +24,23 @@ from torch.optim.lr_scheduler import LRScheduler
 from kdpipe import config as settings
 from kdpipe.data import ImageDataset, split
 from kdpipe.data.dataset import check_fractions
+from kdpipe.data.unlabelled import with_unlabelled
 from kdpipe.errors import one_line
 from kdpipe.features import Observed
 from kdpipe.hardware import Hardware, keep_freed_memory
 from kdpipe.identity import canonical
+from kdpipe.losses import Mutual
 from kdpipe.losses.base import Combined, Distillation
 from kdpipe.models import Classifier
 from kdpipe.models.weights import check_class_names, load_imagenet, load_state, read_weights, weights_digest
 from kdpipe.randomness import derive_seed
-from kdpipe.teacher import Teacher
+from kdpipe.teacher import Peer, Teacher
 
 log = logging.getLogger("kdpipe")
 
 
 # Teachers that were built already and where their weights are from, by what the config says of them.
-KnownTeachers = dict[str, tuple[Teacher | None, str]]
+KnownTeachers = dict[str, tuple[Teacher | Peer | None, str]]
 _own_gpu: list[FileLock] = []  # held until the process ends
 
 
@@ -52,7 +54,7 @@ class Parts:
     """
 
     data: ImageDataset
-    teacher: Teacher | None
+    teacher: Teacher | Peer | None
     teacher_source: str
     model: Classifier
     tags: dict[str, str]
@@ -68,10 +70,20 @@ def check_values(config: DictConfig) -> None:
         raise ValueError(
             "distillation.outputs=cached: augmentation gives each epoch other views; auto, online, views are accepted"
         )
+    if outputs in ("cached", "views") and settings.mixes(config):
+        raise ValueError(
+            f"distillation.outputs={outputs}: train.mixup and train.cutmix give each epoch other images; auto, online "
+            "are accepted"
+        )
     if outputs == "views" and augment is None:
         raise ValueError(
             "distillation.outputs=views: without augmentation there is but one view; auto, cached, online are accepted"
         )
+    if getattr(loss, "one_label", False):
+        for key in ("train.mixup", "train.cutmix", "dataset.unlabelled_root"):
+            if (value := OmegaConf.select(config, key)) is not None:
+                method = config.loss._target_
+                raise ValueError(f"{key}={value}: {method} needs one label for each image; null is accepted")
     build_optimizer(config, nn.Linear(1, 1), loss, steps_per_epoch=1)
     dataset = config.dataset
     check_fractions(dataset.train_fraction, dataset.val_fraction, dataset.test_fraction, dataset.split_seed)
@@ -82,11 +94,15 @@ def build_parts(config: DictConfig, tracker: Any, known: KnownTeachers) -> Parts
     data = build_data(config.dataset)
     check_selection(config.train, data)
     key = ""
-    if settings.needs_teacher(config):
+    if settings.teacher_learns(config):  # another one for each run
+        known = {}
+    elif settings.needs_teacher(config):
         key = json.dumps([plain(config.dataset), plain(config.teacher)])
     if key not in known:
         known[key] = build_teacher(config, data, tracker)
     teacher, teacher_source = known[key]
+    if teacher and config.dataset.get(settings.UNLABELLED) is not None:
+        data = build_unlabelled(config)
     model = build_model(config, data, tracker)
     tags = {
         "kdpipe.identity": settings.run_identity(config),
@@ -171,6 +187,8 @@ def build_loss(config: DictConfig) -> nn.Module:
     loss: nn.Module = instantiate(config.loss)
     if "also" not in config:
         return loss
+    if getattr(loss, "teacher_learns", False):
+        raise ValueError(f"also={config.also._target_}: not beside {config.loss._target_}; null is accepted")
     try:
         also = instantiate(config.also)
     except InstantiationException as error:  # losses speak of themselves as the loss
@@ -184,7 +202,12 @@ def build_loss(config: DictConfig) -> nn.Module:
 
 @torch.no_grad()
 def fit_loss(
-    config: DictConfig, loss: nn.Module, student: Observed, teacher: Teacher, data: ImageDataset, device: torch.device
+    config: DictConfig,
+    loss: nn.Module,
+    student: Observed,
+    teacher: Teacher | Peer,
+    data: ImageDataset,
+    device: torch.device,
 ) -> None:
     """Let the loss make its projections for these networks, from random numbers of its own."""
     if not isinstance(loss, Distillation | Combined):
@@ -193,6 +216,8 @@ def fit_loss(
     images = data.images[positions[:2]].to(device)
     student.model.eval()
     outputs, targets = student(images), teacher.answer(images)
+    if isinstance(loss, Mutual):
+        loss.peer = teacher.classifier
     for role in ("stages", "preactivations"):
         for key, maps in (("model", getattr(outputs, role)), ("teacher", getattr(targets, role))):
             if odd := [tuple(stage.shape) for stage in maps if stage.ndim != 4]:
@@ -224,7 +249,7 @@ def build_data(dataset: DictConfig) -> ImageDataset:
 def _read_data(described: str) -> ImageDataset:
     dataset = json.loads(described)
     log.info("data set %s", dataset["name"])
-    arguments = {key: value for key, value in dataset.items() if key not in settings.SPLITTING}
+    arguments = {key: value for key, value in dataset.items() if key not in (*settings.SPLITTING, settings.UNLABELLED)}
     if "root" in arguments:
         if arguments["root"] in (None, ""):
             raise ValueError(f"dataset.root={arguments['root'] or ''}: a folder is accepted")
@@ -237,9 +262,24 @@ def _read_data(described: str) -> ImageDataset:
     return data
 
 
+def build_unlabelled(config: DictConfig) -> ImageDataset:
+    """The data set with the images that have no label; the runs of a sweep in one process share it."""
+    cache = Path(config.output_dir) / "cache" / "images"
+    return _read_unlabelled(json.dumps(plain(config.dataset)), config.dataset.get("cache_dir", str(cache)))
+
+
+@lru_cache(maxsize=1)
+def _read_unlabelled(described: str, cache: str) -> ImageDataset:
+    dataset, data = json.loads(described), _read_data(described)
+    data = with_unlabelled(data, str(dataset[settings.UNLABELLED]), dataset.get("on_bad_image", "stop"), cache)
+    log.info("images without a label: %s", f"{int((data.labels < 0).sum()):,}")
+    return data
+
+
 def forget_data() -> None:
     """Read the images anew: a new command may find others."""
     _read_data.cache_clear()
+    _read_unlabelled.cache_clear()
 
 
 def check_selection(train: DictConfig, data: ImageDataset) -> None:
@@ -288,7 +328,7 @@ def build_model(config: DictConfig, data: ImageDataset, tracker: Any) -> Classif
     return model
 
 
-def build_teacher(config: DictConfig, data: ImageDataset, tracker: Any) -> tuple[Teacher | None, str]:
+def build_teacher(config: DictConfig, data: ImageDataset, tracker: Any) -> tuple[Teacher | Peer | None, str]:
     """The frozen teacher, and where its weights are from; None where the loss needs none.
 
     Raises:
@@ -296,6 +336,12 @@ def build_teacher(config: DictConfig, data: ImageDataset, tracker: Any) -> tuple
     """
     if not settings.needs_teacher(config):
         return None, ""
+    if settings.teacher_learns(config):
+        torch.manual_seed(derive_seed(config.seed, "peer"))
+        classifier = build_network("teacher", config.teacher, data, config.teacher.freeze)
+        if config.teacher.weights != "auto":
+            load_weights("teacher", config.teacher, classifier, data, tracker)
+        return Peer(classifier), ""
     classifier = build_network("teacher", config.teacher, data, freeze="none")
     if config.teacher.weights == "auto":
         network = {
@@ -363,10 +409,11 @@ def load_trained(key: str, weights: str, name: str, classifier: Classifier, data
     load_state(key, weights, classifier.network, state, name, data.num_classes)
 
 
-def inputs_digest(data: ImageDataset, teacher: Teacher | None, model: Classifier) -> str:
+def inputs_digest(data: ImageDataset, teacher: Teacher | Peer | None, model: Classifier) -> str:
     """What the config only points to: the images, the teacher's weights, the first weights."""
     networks = [model.network] + ([teacher.classifier.network] if teacher else [])
-    return "-".join([data.fingerprint, *(weights_digest(network) for network in networks)])
+    images = [data.fingerprint, data.unlabelled] if data.unlabelled else [data.fingerprint]
+    return "-".join([*images, *(weights_digest(network) for network in networks)])
 
 
 def plain(part: DictConfig) -> dict[str, Any]:

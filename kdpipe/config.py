@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ CONF = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") i
 PREPROCESSING = ("image_size", "mean", "std")
 NOT_ARCHITECTURE = (*PREPROCESSING, "name", "weights", "freeze")
 # Keys of a data set's settings that say how it is named and split, whatever its source.
+UNLABELLED = "unlabelled_root"
 SPLITTING = ("name", "train_fraction", "val_fraction", "test_fraction", "split_seed")
 
 
@@ -61,6 +63,16 @@ def needs_teacher(config: DictConfig) -> bool:
         for key in ("loss", "also")
         if key in config
     )
+
+
+def teacher_learns(config: DictConfig) -> bool:
+    """Whether a second student stands in the teacher's place."""
+    return bool(getattr(find_target("loss._target_", config.loss._target_), "teacher_learns", False))
+
+
+def mixes(config: DictConfig) -> bool:
+    """Whether images are mixed, so that no two epochs see the same."""
+    return config.train.mixup is not None or config.train.cutmix is not None
 
 
 def stage(config: DictConfig) -> str:
@@ -106,7 +118,7 @@ def check(config: DictConfig) -> None:
         raise ValueError(f"train.device={train.device}: auto, cpu, cuda, cuda:<number> or mps is accepted")
     check_choice("train.precision", train.precision, ["auto", "float32", "bfloat16"])
     check_choice("train.resume", train.resume, ["auto", "never"])
-    for key in ("checkpoint_minutes", "clip_norm"):
+    for key in ("checkpoint_minutes", "clip_norm", "mixup", "cutmix"):
         if train[key] is not None:
             check_number(f"train.{key}", train[key], above=0)
     check_choice("train.select", train.select, ["last", "best"])
@@ -124,8 +136,11 @@ def check(config: DictConfig) -> None:
     for key in ("weight_decay", "momentum"):
         if key in config.optimizer:
             check_number(f"optimizer.{key}", config.optimizer[key], low=0)
-    for key, needs_weights in (("model", False), ("teacher", needs_teacher(config))):
-        check_weights(f"{key}.weights", config[key].weights, needs_weights)
+    check_weights("model.weights", config.model.weights, [None, "imagenet"])
+    if needs_teacher(config):
+        # A second student, too, learns from random weights unless it is told otherwise.
+        choices = ["auto", None, "imagenet"] if teacher_learns(config) else ["auto"]
+        check_weights("teacher.weights", config.teacher.weights, choices)
     if not isinstance(config.tracking.experiment, str) or not config.tracking.experiment.strip():
         raise ValueError(f"tracking.experiment={config.tracking.experiment}: a name is accepted")
     for key in ("model.name", "dataset.name"):
@@ -133,13 +148,11 @@ def check(config: DictConfig) -> None:
             raise ValueError(f"{key}={OmegaConf.select(config, key)}: a name is accepted")
 
 
-def check_weights(key: str, weights: object, is_teacher: bool) -> None:
-    """Raise ValueError for weights that a network cannot have: a missing file, or none for a teacher."""
-    if key.startswith("teacher") and not is_teacher:
-        return  # there is none
-    accepted = "auto" if is_teacher else "null, imagenet"
-    if weights in (["auto"] if is_teacher else [None, "imagenet"]) or str(weights).startswith("runs:/"):
+def check_weights(key: str, weights: object, choices: Sequence[str | None]) -> None:
+    """Raise ValueError for weights that are none of the choices, no run and no file that is there."""
+    if weights in choices or str(weights).startswith("runs:/"):
         return
     if weights is None or not Path(str(weights)).expanduser().is_file():
         problem = "" if weights in (None, "imagenet", "auto") else "there is no such file; "
+        accepted = ", ".join(map(as_typed, choices))
         raise ValueError(f"{key}={as_typed(weights)}: {problem}{accepted}, a file or runs:/<run id> is accepted")

@@ -24,6 +24,9 @@ PLACES = (
     "sweep",
 )
 
+# Settings that came later, and have no effect where they are null.
+LATER = ("train.clip_norm", "train.mixup", "train.cutmix", "dataset.unlabelled_root")
+
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"loss": {"alpha": 0.5}} as {"loss.alpha": 0.5}; lists stay whole."""
@@ -41,7 +44,7 @@ def effective(settings: Mapping[str, Any], needs_teacher: bool) -> dict[str, Any
     flat = {key: canonical(value) for key, value in flatten(settings).items() if key != "teacher.freeze"}
     if needs_teacher:
         return flat
-    without = ("teacher.", "distillation.", "loss.temperature")
+    without = ("teacher.", "distillation.", "loss.temperature", "dataset.unlabelled_root")
     return {key: value for key, value in flat.items() if not key.startswith(without)}
 
 
@@ -52,8 +55,9 @@ def what_matters(flat: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in flat.items()
         if key not in PLACES and not key.startswith(tuple(f"{place}." for place in PLACES))
     }
-    if str(matters.get("train.clip_norm")) == "None":  # as in versions that did not have it; MLflow's params are text
-        matters.pop("train.clip_norm", None)
+    for key in LATER:  # as in versions that did not have them; MLflow's params are text
+        if str(matters.get(key)) == "None":
+            matters.pop(key, None)
     if matters.get("distillation.outputs") != "views":  # else only where the same answers come from
         matters = {key: value for key, value in matters.items() if not key.startswith("distillation.")}
     if str(matters.get("loss.alpha")) == "0":

@@ -44,10 +44,10 @@ from kdpipe.losses.base import roles_of
 from kdpipe.models import Classifier, size_mb
 from kdpipe.profiling import traced, traces
 from kdpipe.report import epoch_line, result_table
-from kdpipe.shortcuts import answer_in_advance, build_features, build_views
-from kdpipe.store import PATIENCE, WEIGHTS, store_uri, wait_for_store
+from kdpipe.shortcuts import answer_in_advance, build_features, build_mixing, build_views
+from kdpipe.store import PATIENCE, PEER_WEIGHTS, WEIGHTS, store_uri, wait_for_store
 from kdpipe.targets import guard_hydra, refuse_pickled_config
-from kdpipe.teacher import Teacher
+from kdpipe.teacher import Peer, Teacher
 from kdpipe.teacher_check import check_teacher, warn_once
 from kdpipe.train import Training, batches, fit, named
 
@@ -117,7 +117,11 @@ def lead(config: DictConfig, parts: Parts, tracker: Any, folder: Path, hardware:
         with traced(folder, config.train.profile, hardware.device) as on_step:
             metrics = learn(config, parts, hardware, start["training"] if start else None, on_epoch, keep, on_step)
         save_weights(parts.model.network, folder / WEIGHTS, parts.data.class_names)
-        for file in (folder / WEIGHTS, *traces(folder)):
+        files = [folder / WEIGHTS, *traces(folder)]
+        if isinstance(parts.teacher, Peer):
+            files.append(folder / PEER_WEIGHTS)
+            save_weights(parts.teacher.classifier.network, files[-1], parts.data.class_names)
+        for file in files:
             current.save(file)
         current.log(metrics, step=config.train.epochs)
     show_result(metrics, config, tracker.link(current.id))
@@ -177,11 +181,12 @@ def learn(
     teacher = parts.teacher.to(device) if parts.teacher else None
     roles = roles_of(loss) if teacher else ()
     student = Observed(model, model.network, roles)
-    if teacher:
+    if isinstance(teacher, Teacher):
         teacher.ask_for(roles)
+    if teacher:
         fit_loss(config, loss, student, teacher, parts.data, device)
     views = build_views(config, parts.data, teacher is not None)
-    if teacher and train.epochs > 0:
+    if isinstance(teacher, Teacher) and train.epochs > 0:
         cache = Path(config.output_dir) / "cache" / "teacher"
         check_teacher(config.teacher.name, teacher, config.loss.get("temperature"), parts.data, cache, hardware)
         answer_in_advance(config, teacher, parts.data, views, hardware)
@@ -189,7 +194,7 @@ def learn(
     features = None if views else build_features(config, model, loss, teacher, parts.data, hardware)
     learner, data = (model.head, features) if features else (model, parts.data)
     data = data.near(device)
-    if teacher:
+    if isinstance(teacher, Teacher):
         teacher.stay_near(device)
     steps_per_epoch = len(batches(data.splits["train"], train.batch_size, hardware.processes))
     optimizer, scheduler = build_optimizer(config, learner, loss, steps_per_epoch)
@@ -218,6 +223,7 @@ def learn(
             data,
             teacher=teacher,
             views=views,
+            mixing=build_mixing(config, parts.data),
             epochs=train.epochs,
             batch_size=train.batch_size,
             seed=config.seed,
@@ -229,6 +235,8 @@ def learn(
             on_checkpoint=lambda: keep(training.state()),
         )
         metrics = metrics | named("test", evaluate(learner, data, "test", hardware))
+        if isinstance(teacher, Peer):
+            metrics |= named("peer", evaluate(teacher.classifier, data, "test", hardware))
     except Interrupted:
         if hardware.processes == 1:  # several may have been interrupted at different steps
             keep(training.state())
@@ -268,6 +276,8 @@ def describe_inputs(config: DictConfig, current: Any, tracker: Any, data: ImageD
     write_whole(file, OmegaConf.to_yaml(OmegaConf.create(composed)).encode())
     current.save(file)
     sizes = {name: len(positions) for name, positions in data.splits.items()}
+    if data.unlabelled:
+        sizes["unlabelled"] = int((data.labels < 0).sum())
     tracker.log_dataset(current.id, data.name, data.fingerprint, str(config.dataset.get("root", data.name)), sizes)
 
 
@@ -276,7 +286,7 @@ def report_epoch(current: Any, epochs: int, epoch: int, metrics: dict[str, float
     log.info(epoch_line(epoch, epochs, metrics))
 
 
-def cost(model: Classifier, teacher: Teacher | None) -> dict[str, float]:
+def cost(model: Classifier, teacher: Teacher | Peer | None) -> dict[str, float]:
     """Parameters, and sizes in MB of 2²⁰ bytes."""
     sizes = {
         "model/params": float(sum(parameter.numel() for parameter in model.network.parameters())),

@@ -67,6 +67,7 @@ class Question:
             self.classifier.mean.flatten().tolist(),
             self.classifier.std.flatten().tolist(),
             self.data.fingerprint,
+            self.data.unlabelled,
             hashlib.sha256(self.positions.numpy().tobytes()).hexdigest(),
             [self.views.described, self.views.number] if self.views else None,
             hardware.device.type,

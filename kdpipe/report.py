@@ -27,7 +27,9 @@ def result_table(metrics: Mapping[str, float]) -> str:
         table.add_row("validation accuracy", f"{100 * metrics['selected/accuracy']:.2f} %")
     table.add_row("parameters", f"{metrics['model/params']:,.0f}")
     table.add_row("size", f"{metrics['model/size_mb']:.3f} MB")
-    if "teacher/size_mb" in metrics:
+    if "peer/accuracy" in metrics:
+        table.add_row("second student's", f"{100 * metrics['peer/accuracy']:.2f} %")
+    elif "teacher/size_mb" in metrics:
         reduction = 1 - metrics["model/size_mb"] / metrics["teacher/size_mb"]
         table.add_row(
             "teacher's size", f"{metrics['teacher/size_mb']:.3f} MB ({100 * reduction:.1f} % smaller than it)"

@@ -7,14 +7,16 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
+from kdpipe.config import mixes
 from kdpipe.data import ImageDataset
 from kdpipe.data.augmentation import Views
+from kdpipe.data.mixing import Mixing
 from kdpipe.hardware import Hardware
 from kdpipe.identity import canonical
 from kdpipe.losses.base import roles_of
 from kdpipe.models import Classifier
 from kdpipe.outputs import Question, TooLargeError, features_of, known_outputs
-from kdpipe.teacher import Teacher
+from kdpipe.teacher import Peer, Teacher
 
 log = logging.getLogger("kdpipe")
 
@@ -29,6 +31,11 @@ def build_views(config: DictConfig, data: ImageDataset, is_taught: bool) -> View
     return Views(augment, described, len(data.labels), config.seed, number)
 
 
+def build_mixing(config: DictConfig, data: ImageDataset) -> Mixing | None:
+    """What mixes the images of each batch; None where nothing does."""
+    return Mixing(config.train.mixup, config.train.cutmix, data.num_classes, config.seed) if mixes(config) else None
+
+
 def answer_in_advance(
     config: DictConfig, teacher: Teacher, data: ImageDataset, views: Views | None, hardware: Hardware
 ) -> None:
@@ -38,7 +45,7 @@ def answer_in_advance(
         ValueError: the config insists on it, and the answers are larger than it allows.
     """
     outputs, max_gb = config.distillation.outputs, config.distillation.cache_max_gb
-    if outputs == "online" or (views and views.number is None):
+    if outputs == "online" or mixes(config) or (views and views.number is None):
         return
     positions = data.splits["train"].sort().values
     like = teacher.answer(data.images[positions[:2]].to(hardware.device))
@@ -65,15 +72,15 @@ def build_features(
     config: DictConfig,
     model: Classifier,
     loss: nn.Module,
-    teacher: Teacher | None,
+    teacher: Teacher | Peer | None,
     data: ImageDataset,
     hardware: Hardware,
 ) -> ImageDataset | None:
     """The data set with a frozen backbone's features for images, which a head trains on; None where the images
-    themselves are needed: by a backbone that learns, by a teacher, by a loss that asks for what is before the head, or
-    because more comes after it."""
+    themselves are needed: by a backbone that learns, by a teacher, by a loss that asks for what is before the head, to
+    be mixed, or because more comes after the head."""
     needed = not model.frozen_backbone or (teacher and not teacher.remembers) or config.train.epochs == 0
-    if needed or roles_of(loss):
+    if needed or mixes(config) or roles_of(loss):
         return None
     if not model.ends_with_head(data.images[data.splits["train"][:2]].to(hardware.device)):
         log.info("%s: more comes after its head, so its backbone runs in each epoch", config.model.name)

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 log = logging.getLogger("kdpipe")
 
 WEIGHTS = "model.safetensors"  # a run's weights, in its folder and among its artifacts
+PEER_WEIGHTS = "peer.safetensors"
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 # Not mssql: what stands in the place of its host may be the name of a data source or of an instance.
 PORTS = {"postgresql": 5432, "mysql": 3306}

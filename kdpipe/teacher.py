@@ -8,8 +8,26 @@ from torch import Tensor, nn
 
 from kdpipe.data import Rows
 from kdpipe.data.dataset import fits
-from kdpipe.features import Observed, Outputs
+from kdpipe.features import Observed, Outputs, wide
 from kdpipe.models import Classifier
+
+
+class Peer(nn.Module):
+    """A second student in the teacher's place: it learns while it teaches."""
+
+    remembers = False
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def answer(self, images: Tensor) -> Outputs:
+        """What it makes of uint8 images [N, C, H, W]."""
+        return Outputs(wide(self.classifier(images)))
+
+    def forward(self, images: Tensor, indices: Tensor, epoch: int) -> Outputs:
+        """As a teacher's, with gradients."""
+        return self.answer(images)
 
 
 class Teacher(nn.Module):

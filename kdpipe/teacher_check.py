@@ -35,7 +35,8 @@ def check_teacher(
         temperature: T of the loss; None where it has none, and the softness does not matter.
     """
     split = "validation" if "validation" in data.splits else "train"
-    judged, taught = evenly_spaced(data.splits[split]), evenly_spaced(data.splits["train"])
+    labelled = data.splits[split][data.labels[data.splits[split]] >= 0]
+    judged, taught = evenly_spaced(labelled), evenly_spaced(data.splits["train"])
     positions = torch.cat([judged, taught]).unique()
     question = Question("logits", name, teacher.classifier, teacher.classifier, data, positions)
     (answers,) = known_outputs(question, folder, math.inf, hardware, logging.DEBUG)

@@ -13,13 +13,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from kdpipe.checkpoint import State, copy_state
 from kdpipe.data import ImageDataset
 from kdpipe.data.augmentation import Views
+from kdpipe.data.mixing import Mixing
 from kdpipe.evaluate import evaluate
 from kdpipe.features import Observed
 from kdpipe.hardware import Hardware
 from kdpipe.interruption import postponed
 from kdpipe.progress import progress
 from kdpipe.randomness import generator, random_state, seed_all, set_random_state
-from kdpipe.teacher import Teacher
+from kdpipe.teacher import Peer, Teacher
 
 
 class Training:
@@ -128,8 +129,9 @@ def fit(
     training: Training,
     data: ImageDataset,
     *,
-    teacher: Teacher | None,
+    teacher: Teacher | Peer | None,
     views: Views | None,
+    mixing: Mixing | None = None,
     epochs: int,
     batch_size: int,
     seed: int,
@@ -145,6 +147,7 @@ def fit(
     Args:
         teacher: gives the soft targets, on the views that the model sees; None where the loss needs none.
         views: what each epoch sees; None for the images as they are stored.
+        mixing: mixes the images of each batch, and their labels.
         select_best: leave the model with the weights of the best validation accuracy (the first of equals) instead of
             the last ones.
         test_each_epoch: measure on the test images after each epoch but the last, which is tested by the caller.
@@ -172,6 +175,7 @@ def fit(
             data,
             teacher=teacher,
             views=views,
+            mixing=mixing,
             epochs=epochs,
             batch_size=batch_size,
             seed=seed,
@@ -208,8 +212,9 @@ def train_epoch(
     training: Training,
     data: ImageDataset,
     *,
-    teacher: Teacher | None,
+    teacher: Teacher | Peer | None,
     views: Views | None,
+    mixing: Mixing | None = None,
     epochs: int,
     batch_size: int,
     seed: int,
@@ -220,6 +225,7 @@ def train_epoch(
     seen."""
     model, loss, hardware, epoch = training.model, training.loss, training.hardware, training.epoch
     model.train()
+    loss.train()
     started = time.perf_counter() - training.seconds
     positions = data.splits["train"]  # on the device where the images are, if they fit
     shuffled = torch.randperm(len(positions), generator=generator(seed, f"order/{epoch}"))
@@ -235,6 +241,8 @@ def train_epoch(
                 labels = data.labels[batch].to(hardware.device, non_blocking=True)
                 if views and draws is not None:
                     images = views.augment(images, draws[batch].to(hardware.device, non_blocking=True))
+                if mixing:
+                    images, labels = mixing(images, labels, epoch, training.steps)
                 with hardware.autocast():
                     targets = teacher(images, batch, epoch) if teacher else None
                     outputs = training.student(images)
@@ -247,7 +255,7 @@ def train_epoch(
                 training.optimizer.step()
                 training.scheduler.step()
                 sums = {name: value.detach() * len(batch) for name, value in parts.items()}
-                training.add(sums | {"accuracy": (outputs.logits.argmax(dim=1) == labels).sum()}, len(batch))
+                training.add(sums | {"accuracy": correct_answers(outputs.logits, labels)}, len(batch))
                 training.seconds = time.perf_counter() - started
                 on_step()
 
@@ -256,10 +264,18 @@ def train_epoch(
                 mean = {name: total.item() / training.seen for name, total in training.totals.items()}
                 bar.note(f"loss {mean['loss']:.4f}  accuracy {mean['accuracy']:.1%}")
     metrics = {f"train/{name}": hardware.sum(total).item() / len(order) for name, total in training.totals.items()}
+    metrics["train/accuracy"] *= len(order) / int((data.labels[order] >= 0).sum())
     return metrics | {
         "train/learning_rate": training.learning_rate,
         "train/images_per_second": len(order) / (time.perf_counter() - started),
     }
+
+
+def correct_answers(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many images are taken for their label, int64 [N], or for the class with the largest share in them, float
+    [N, classes]; one without a label, −1, is not counted."""
+    expected = labels.argmax(dim=1) if labels.is_floating_point() else labels
+    return (logits.argmax(dim=1) == expected).sum()
 
 
 def named(prefix: str, measured: dict[str, float]) -> dict[str, float]:

@@ -28,6 +28,7 @@ from kdpipe import config as settings
 from kdpipe import main
 from kdpipe.data import ImageDataset
 from kdpipe.data.augmentation import Views
+from kdpipe.data.mixing import Mixing
 from kdpipe.features import Observed
 from kdpipe.hardware import Hardware
 from kdpipe.schedulers import constant
@@ -342,6 +343,7 @@ def fit_for_test(
     views: Views | None = None,
     seed: int = 0,
     clip_norm: float | None = None,
+    mixing: Mixing | None = None,
 ) -> list[dict[str, float]]:
     """The metrics of each epoch of a training on the CPU, without those that depend on the clock."""
     told: list[dict[str, float]] = []
@@ -350,6 +352,7 @@ def fit_for_test(
         data,
         teacher=teacher,
         views=views,
+        mixing=mixing,
         epochs=epochs,
         batch_size=50,
         seed=seed,

@@ -116,6 +116,10 @@ OTHER = [
     ["loss=kd_tutorial"],
     ["loss.alpha=0"],
     ["distillation.outputs=views"],
+    ["train.mixup=0.2"],
+    ["train.cutmix=1"],
+    ["dataset.unlabelled_root=more"],
+    ["loss@also=kd_tutorial"],
 ]
 
 
@@ -137,6 +141,7 @@ def test_at_alpha_0_teacher_and_temperature_do_not_matter(composed: Callable[...
     assert control == settings.run_identity(composed("loss=kd_tutorial", "loss.alpha=0"))
     assert control == settings.run_identity(composed("experiment=student"))
     assert control == settings.run_identity(composed("loss.alpha=0", "distillation.outputs=views"))
+    assert control == settings.run_identity(composed("loss.alpha=0", "dataset.unlabelled_root=more"))
 
 
 def test_the_number_of_views_matters_where_views_are_taken(composed: Callable[..., DictConfig]) -> None:

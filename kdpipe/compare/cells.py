@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from kdpipe.identity import what_matters
 from kdpipe.tracking import RunRecord
 
+UNLABELLED = "dataset.unlabelled_root"  # more images for what a teacher says; the student alone has none
 STAGES = ("teacher", "student", "distill")
 
 
@@ -65,7 +66,7 @@ def make_cells(records: Iterable[RunRecord]) -> list[Cell]:
         settings = what_matters(record.params)
         seed = int(settings.pop("seed"))
         sources = {key: record.tags.get(key, "") for key in ("kdpipe.stage", "kdpipe.data", "kdpipe.teacher_run")}
-        if sources["kdpipe.stage"] == "distill":  # a file may hold other weights than it did
+        if sources["kdpipe.teacher_run"]:  # a file may hold other weights than it did
             sources["kdpipe.teacher_weights"] = record.tags.get("kdpipe.inputs", "").rpartition("-")[2]
         found.setdefault(frozenset((settings | sources).items()), {}).setdefault(seed, record)
     cells = [Cell(settings, dict(sorted(runs.items()))) for settings, runs in found.items()]
@@ -88,6 +89,7 @@ class Controls:
     @staticmethod
     def _shared(cell: Cell) -> frozenset[tuple[str, str]]:
         shared = cell.settings_without("loss", "teacher", "stage", "kdpipe", "distillation")
+        shared.pop(UNLABELLED, None)
         return frozenset({**shared, "kdpipe.data": cell.first.tags["kdpipe.data"]}.items())
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from kdpipe.compare.cells import Cell, Controls
+from kdpipe.compare.cells import UNLABELLED, Cell, Controls
 from kdpipe.compare.statistics import CANNOT_TELL, Interval, interval, verdict
 from kdpipe.tracking import RunRecord
 
@@ -159,6 +159,8 @@ def notes(best: Row, confirmed: Row | None, distilled: Sequence[Row], get_run: G
 def seen_by_teacher(cell: Cell, get_run: GetRun) -> str:
     """Why the teacher may know images that the student is measured on; "" if it does not."""
     source, settings = cell.teacher_run, cell.first.params
+    if not source:  # a second student, which learns beside the first
+        return ""
     images = "validation images" if VALIDATION in cell.first.metrics else "test images"
     seen = set()
     while source not in seen:
@@ -191,9 +193,8 @@ def check_comparable(cells: Sequence[Cell]) -> None:
         ("budget", students, BUDGET),
         ("teacher", distilled, TEACHER),
     ):
-        for key in sorted(
-            {key for cell in group for key, _ in cell.settings if key.startswith(prefixes)}, key=_own_last
-        ):
+        keys = {key for cell in group for key, _ in cell.settings if key.startswith(prefixes)}
+        for key in sorted(keys - {UNLABELLED}, key=_own_last):
             values = sorted({dict(cell.settings).get(key, "none") for cell in group})
             if len(values) > 1:
                 raise ValueError(
@@ -225,7 +226,8 @@ def families(cells: Sequence[Cell], one_teacher: bool) -> list[list[Cell]]:
 
 
 def _alike(cell: Cell, prefixes: tuple[str, ...]) -> str:
-    return json.dumps(sorted((key, value) for key, value in cell.settings if key.startswith(prefixes)))
+    alike = [(key, value) for key, value in cell.settings if key.startswith(prefixes) and key != UNLABELLED]
+    return json.dumps(sorted(alike))
 
 
 def _own_last(key: str) -> tuple[bool, str]:

@@ -70,11 +70,12 @@ class ImageDataset:
     """
 
     name: str
-    images: Tensor  # uint8 [N, C, H, W], or Rows of what a frozen backbone makes of them
+    images: Tensor  # uint8 [N, C, H, W]; or Joined ones, or Rows of what a frozen backbone makes of them
     labels: Tensor  # int64 [N]
     class_names: tuple[str, ...]
     splits: dict[str, Tensor]  # positions, int64 [n]
     fingerprint: str
+    unlabelled: str = ""  # fingerprint of those training images that have no label (−1), where there are such
 
     @property
     def num_classes(self) -> int:

@@ -10,5 +10,6 @@ both networks beside logits. Most modules are a `Distillation` and define its `t
 from kdpipe.losses.cross_entropy import CrossEntropy, cross_entropy
 from kdpipe.losses.kd import KD, kd
 from kdpipe.losses.kd_tutorial import KDTutorial, kd_tutorial
+from kdpipe.losses.mutual import Mutual
 
-__all__ = ["KD", "CrossEntropy", "KDTutorial", "cross_entropy", "kd", "kd_tutorial"]
+__all__ = ["KD", "CrossEntropy", "KDTutorial", "Mutual", "cross_entropy", "kd", "kd_tutorial"]

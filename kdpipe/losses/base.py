@@ -33,6 +33,7 @@ class Distillation(nn.Module):
         uses_teacher: whether a teacher is built for it.
         roles: what it asks of both networks beside logits, of `kdpipe.features.ROLES`.
         name: of its term among the parts.
+        teacher_learns: whether the network in the teacher's place is trained beside the student.
         one_label: whether each image has to have one label: neither mixed nor without.
 
     Raises:
@@ -42,6 +43,7 @@ class Distillation(nn.Module):
     uses_teacher = True
     roles: tuple[str, ...] = ()
     name: str
+    teacher_learns = False
     one_label = False
 
     def __init__(self, weight: float, ce_weight: float) -> None:

@@ -1,0 +1,38 @@
+"""Mixed images: MixUp (Zhang et al. 2018, https://arxiv.org/abs/1710.09412) and CutMix (Yun et al. 2019,
+https://arxiv.org/abs/1905.04899). Consistent teaching lives on them: student and teacher see the same mixed images
+(Beyer et al. 2022, https://arxiv.org/abs/2106.05237)."""
+
+import random
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from kdpipe.randomness import derive_seed
+
+
+class Mixing:
+    """torchvision's MixUp or CutMix of the images of a batch; where both are asked for, each step takes one by chance.
+
+    Args:
+        mixup, cutmix: alpha of Beta(alpha, alpha), which the shares are drawn from; None for neither.
+        seed: the shares depend on it, the epoch and the step alone, so that all arms of a seed see the same.
+    """
+
+    def __init__(self, mixup: float | None, cutmix: float | None, num_classes: int, seed: int) -> None:
+        self.seed = seed
+        self.ways = [
+            way(alpha=float(alpha), num_classes=num_classes)
+            for way, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix))
+            if alpha is not None
+        ]
+
+    def __call__(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """Mixed images, float [N, C, H, W] from 0 to 255, and the classes' shares in them, float [N, classes], of
+        uint8 images [N, C, H, W] and labels int64 [N]."""
+        seed = derive_seed(self.seed, f"mixing/{epoch}/{step}")
+        way = random.Random(seed).choice(self.ways)
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from PyTorch's own numbers, on the CPU
+            torch.random.default_generator.manual_seed(seed)
+            mixed: tuple[Tensor, Tensor] = way(images.float(), labels)
+        return mixed
