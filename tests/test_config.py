@@ -176,7 +176,7 @@ ROOMS = {
     "interruption": set(),
     "journal": {"files"},
     "sync": {"claim", "journal", "store", "tracking"},
-    "compare": {"identity", "report", "store", "tracking"},
+    "compare": {"config", "identity", "report", "store", "tracking"},
     "tracking": {"claim", "interruption", "journal", "store"},
     "store": set(),
     "report": set(),
