@@ -356,7 +356,7 @@ def build_teacher(config: DictConfig, data: ImageDataset, tracker: Any) -> tuple
         if found is None:
             raise ValueError(
                 f"teacher.weights=auto: no finished teacher run of {config.teacher.name} on these images and split "
-                f"in {tracker.uri}; this trains one: {teacher_command()}"
+                f"in {tracker.uri}; this trains one: {teacher_command(config)}"
             )
         source = found.id
         load_trained("teacher", f"runs:/{source}", config.teacher.name, classifier, data, tracker)
@@ -373,9 +373,15 @@ def build_teacher(config: DictConfig, data: ImageDataset, tracker: Any) -> tuple
     return Teacher(classifier), source
 
 
-def teacher_command() -> str:
+def teacher_command(config: DictConfig) -> str:
     """The command that trains the teacher that the present command asks for."""
     overrides = []
+    experiment, choices = "teacher", HydraConfig.get().runtime.choices
+    if str(choices.get("experiment")).startswith("benchmark/"):  # whose pairs name the teacher themselves
+        experiment = "benchmark/teacher"
+        overrides.append(f"model={choices['model@teacher']}")
+        if "shortcut" in config.teacher:
+            overrides.append(f"model.shortcut={config.teacher.shortcut}")
     for override in HydraConfig.get().overrides.task:
         key, _, value = override.partition("=")
         if key == "model@teacher":
@@ -386,7 +392,7 @@ def teacher_command() -> str:
             overrides.append(override)
     sources = HydraConfig.get().runtime.config_sources
     folders = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
-    return shlex.join(["python", "-m", "kdpipe", *folders, "experiment=teacher", *overrides])
+    return shlex.join(["python", "-m", "kdpipe", *folders, f"experiment={experiment}", *overrides])
 
 
 def load_weights(key: str, model: DictConfig, classifier: Classifier, data: ImageDataset, tracker: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from kdpipe.checks import as_typed, check_choice, check_number
@@ -36,6 +37,12 @@ def settings_of(config: DictConfig) -> dict[str, Any]:
     settings = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
     assert isinstance(settings, dict)
     return {str(key): value for key, value in settings.items()}
+
+
+def settings_composed(overrides: Sequence[str]) -> dict[str, Any]:
+    """The settings that a run with these overrides would have."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return settings_of(compose("config", list(overrides)))
 
 
 def effective_settings(config: DictConfig) -> dict[str, Any]:

@@ -64,8 +64,13 @@ def _unknown_option(error: MissingConfigException, first: str) -> str:
     group, _, option = (error.missing_cfg_file or "").rpartition("/")
     if not group or not error.options:
         return first
-    near = _suggestion(option, error.options)
-    return f"{group}={option}: {near}one of {', '.join(error.options)} is accepted"
+    options = error.options
+    outer, _, inner = group.partition("/")
+    if inner and outer != "hydra":  # experiment=benchmark/…, a folder in a group, in which Hydra does not look
+        group, option = outer, f"{inner}/{option}"
+        options = [f"{inner}/{file.stem}" for file in sorted((CONF / outer / inner).glob("*.yaml"))] or options
+    near = _suggestion(option, options)
+    return f"{group}={option}: {near}one of {', '.join(options)} is accepted"
 
 
 def _bad_config(text: str) -> str:

@@ -40,8 +40,13 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def effective(settings: Mapping[str, Any], needs_teacher: bool) -> dict[str, Any]:
-    """The flat settings without those that have no effect: teacher and temperature where there is no teacher."""
-    flat = {key: canonical(value) for key, value in flatten(settings).items() if key != "teacher.freeze"}
+    """The flat settings without those that have no effect: teacher and temperature where there is no teacher, and
+    what a pair of the benchmark has for losses, which counts where a loss has taken it."""
+    flat = {
+        key: canonical(value)
+        for key, value in flatten(settings).items()
+        if key != "teacher.freeze" and not key.startswith("benchmark.")
+    }
     if needs_teacher:
         return flat
     without = ("teacher.", "distillation.", "loss.temperature", "dataset.unlabelled_root")

@@ -182,7 +182,7 @@ ROOMS = {
     "interruption": set(),
     "journal": {"files"},
     "sync": {"claim", "journal", "store", "tracking"},
-    "compare": {"identity", "report", "store", "tracking"},
+    "compare": {"config", "identity", "report", "store", "tracking"},
     "tracking": {"claim", "interruption", "journal", "store"},
     "store": set(),
     "report": set(),

@@ -23,6 +23,11 @@ def arguments_of(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--mixed", action="store_true", help="students of different data, budgets or teachers: each kind by itself"
     )
+    parser.add_argument(
+        "--published",
+        action="store_true",
+        help="beside the accuracies those of the papers, for what experiment=benchmark/… trains",
+    )
     parser.add_argument("--format", choices=FORMATS, default="table", help="default: %(default)s")
     parser.add_argument("--out", metavar="DIR", type=Path, help="write there, with the pictures, instead of printing")
     parser.add_argument(
@@ -54,7 +59,9 @@ def run(arguments: argparse.Namespace) -> str:
 
     # Seconds of imports, after what can fail sooner.
     from kdpipe.compare import formats
-    from kdpipe.compare.store import compare_experiment, compare_sweep, pictures_of
+    from kdpipe.compare.comparison import with_published
+    from kdpipe.compare.published import NONE_PUBLISHED
+    from kdpipe.compare.store import compare_experiment, compare_sweep, pictures_of, run_finder
     from kdpipe.tracking import Tracker
 
     tracker = Tracker(uri, arguments.experiment, arguments.output_dir / "mlartifacts", create=False)
@@ -63,6 +70,11 @@ def run(arguments: argparse.Namespace) -> str:
         comparisons = compare_sweep(tracker, arguments.sweep, where)
     else:
         comparisons = compare_experiment(tracker, where, arguments.mixed)
+    if arguments.published:
+        comparisons = [with_published(comparison, run_finder(tracker)) for comparison in comparisons]
+        found = any(row.published for comparison in comparisons for row in comparison.rows)
+        if arguments.format == "csv" and not found:  # the other formats have notes
+            print(NONE_PUBLISHED, file=sys.stderr)
     title = f"sweep {arguments.sweep}" if arguments.sweep else arguments.experiment
     drawn = []
     if arguments.out or arguments.format == "html":

@@ -4,10 +4,11 @@ given on test images."""
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 from kdpipe.compare.cells import UNLABELLED, Cell, Controls
+from kdpipe.compare.published import Published, notes_on, published_for, teacher_note
 from kdpipe.compare.statistics import CANNOT_TELL, Interval, interval, verdict
 from kdpipe.tracking import RunRecord
 
@@ -21,7 +22,8 @@ TEACHER = ("teacher.", "kdpipe.teacher_")
 
 @dataclass(frozen=True)
 class Row:
-    """A cell with its means over seeds, fractions, and its gains over the student alone, paired by seed."""
+    """A cell with its means over seeds, fractions, and its gains over the student alone, paired by seed; what a paper
+    reports for it, where that was asked for and there is such a paper."""
 
     cell: Cell
     control: Cell | None
@@ -29,6 +31,7 @@ class Row:
     test: Interval | None
     validation_gain: Interval | None
     gain: Interval | None
+    published: Published | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Comparison:
         verdict: begins with one of the four words of `statistics`.
         notes: what the verdict rests on.
         teacher_accuracy: of the best cell's teacher on the test images, a fraction, where it is known.
+        published: whether published accuracies were looked for.
     """
 
     rows: list[Row]
@@ -49,6 +53,7 @@ class Comparison:
     verdict: str
     notes: list[str] = field(default_factory=list)
     teacher_accuracy: float | None = None
+    published: bool = False
 
 
 def compare(
@@ -78,6 +83,24 @@ def compare(
     teacher = get_run(best.cell.teacher_run)
     accuracy = teacher.metrics.get(TEST) if teacher else None
     return Comparison(rows, best, confirmed, said, notes(best, confirmed, distilled, get_run), accuracy)
+
+
+def with_published(comparison: Comparison, get_run: GetRun) -> Comparison:
+    """The comparison, with what papers report beside its rows; the verdict is the same."""
+
+    def beside(row: Row) -> Row:
+        return replace(row, published=published_for(row.cell))
+
+    rows = [beside(row) for row in comparison.rows]
+    best = next((new for new, row in zip(rows, comparison.rows, strict=True) if row is comparison.best), None)
+    confirmed = beside(comparison.confirmed) if comparison.confirmed else None
+    known = [row for row in (*rows, confirmed) if row and row.published]
+    said = [*comparison.notes, *notes_on(row.published for row in known if row.published)]
+    taught = {row.cell.teacher_run: row.cell for row in known if row.cell.stage == "distill"}
+    for source, cell in taught.items():
+        teacher = get_run(source)
+        said.append(teacher_note(cell.first.params["teacher.name"], teacher.metrics.get(TEST) if teacher else None))
+    return replace(comparison, rows=rows, best=best, confirmed=confirmed, notes=said, published=True)
 
 
 def row_of(cell: Cell, students_alone: Controls) -> Row:

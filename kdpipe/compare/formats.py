@@ -18,9 +18,24 @@ from kdpipe.compare.comparison import Comparison, Row
 from kdpipe.compare.statistics import Interval
 from kdpipe.report import render
 
-# title, and what stands there
-COLUMNS = ("network", "data set", "stage", "loss", "seeds", "epochs", "val %", "test %", "gain", "MB", "seconds")
-RIGHT = ("seeds", "epochs", "val %", "test %", "gain", "MB", "seconds")
+# Where any row has a published accuracy.
+PUBLISHED = ("published", "difference")
+COLUMNS = (
+    "network",
+    "data set",
+    "stage",
+    "loss",
+    "seeds",
+    "epochs",
+    "val %",
+    "test %",
+    "gain",
+    *PUBLISHED,
+    "MB",
+    "seconds",
+)
+RIGHT = ("seeds", "epochs", "val %", "test %", "gain", *PUBLISHED, "MB", "seconds")
+WHERE = "where rows differ"
 
 
 def with_interval(value: Interval | None, sign: str = "") -> str:
@@ -39,29 +54,38 @@ def rows_of(comparison: Comparison) -> list[tuple[Row, str]]:
     return rows + ([(comparison.confirmed, "best, on new seeds")] if comparison.confirmed else [])
 
 
-def texts_of(comparison: Comparison) -> list[list[str]]:
-    """Each row's texts, in the order of `COLUMNS`, then where it differs from the others."""
+def columns_of(comparisons: Sequence[Comparison]) -> list[str]:
+    """The titles of the columns that there is something to write in."""
+    any_published = any(row.published for comparison in comparisons for row, _ in rows_of(comparison))
+    return [title for title in (*COLUMNS, WHERE) if any_published or title not in PUBLISHED]
+
+
+def texts_of(comparison: Comparison) -> list[dict[str, str]]:
+    """Each row's texts by the title of the column."""
     rows = rows_of(comparison)
     differing = differences([row.cell for row, _ in rows])
     texts = []
     for (row, remark), where in zip(rows, differing, strict=True):
         params = row.cell.first.params
         runs = row.cell.runs.values()
+        published = row.published
         texts.append(
-            [
-                params["model.name"],
-                params["dataset.name"],
-                row.cell.stage,
-                row.cell.loss + (f" ← {remark}" if remark else ""),
-                str(len(row.cell.runs)),
-                params["train.epochs"],
-                with_interval(row.validation),
-                with_interval(row.test),
-                with_interval(row.gain, "+") if row.cell.stage == "distill" else "",
-                f"{fmean(run.metrics.get('model/size_mb', math.nan) for run in runs):.3f}",
-                f"{fmean(run.seconds for run in runs):.0f}",
-                where,
-            ]
+            {
+                "network": params["model.name"],
+                "data set": params["dataset.name"],
+                "stage": row.cell.stage,
+                "loss": row.cell.loss + (f" ← {remark}" if remark else ""),
+                "seeds": str(len(row.cell.runs)),
+                "epochs": params["train.epochs"],
+                "val %": with_interval(row.validation),
+                "test %": with_interval(row.test),
+                "gain": with_interval(row.gain, "+") if row.cell.stage == "distill" else "",
+                "published": f"{100 * published.accuracy:.2f} {published.epoch}" if published else "",
+                "difference": with_interval(published.difference, "+") if published else "",
+                "MB": f"{fmean(run.metrics.get('model/size_mb', math.nan) for run in runs):.3f}",
+                "seconds": f"{fmean(run.seconds for run in runs):.0f}",
+                WHERE: where,
+            }
         )
     return texts
 
@@ -70,13 +94,11 @@ def as_table(comparison: Comparison) -> str:
     """For a terminal: the rows, the verdict, and what it rests on."""
     table = Table(box=SIMPLE_HEAD)
     texts = texts_of(comparison)
-    differing = any(line[-1] for line in texts)
-    for title in COLUMNS:
+    titles = [title for title in columns_of([comparison]) if title != WHERE or any(line[WHERE] for line in texts)]
+    for title in titles:
         table.add_column(title, justify="right" if title in RIGHT else "left")
-    if differing:
-        table.add_column("where rows differ")
     for line in texts:
-        table.add_row(*(line if differing else line[:-1]))
+        table.add_row(*(line[title] for title in titles))
     lines = [render(table)]
     if comparison.best:
         lines += ["", student_and_teacher(comparison)]
@@ -134,7 +156,7 @@ def as_records(comparison: Comparison) -> list[dict[str, Any]]:
             ("test_gain", row.gain),
         ):
             record |= _bounds(name, value)
-        records.append(record)
+        records.append(record | (_published(row) if comparison.published else {}))
     return records
 
 
@@ -211,31 +233,33 @@ img { max-width: 100%; height: auto; display: block; margin: 1.5rem 0 }
 
 def as_html(title: str, comparisons: Sequence[Comparison], pictures: Sequence[Mapping[str, bytes]]) -> str:
     """One page with everything inside; `pictures` are PNGs by name, for each comparison."""
+    titles = columns_of(comparisons)
     parts = [
         {
             "verdict": comparison.verdict,
             "notes": comparison.notes,
             "pictures": {name: base64.b64encode(content).decode() for name, content in found.items()},
             "rows": [
-                (bool(remark), texts)
+                (bool(remark), [texts[title] for title in titles])
                 for (_, remark), texts in zip(rows_of(comparison), texts_of(comparison), strict=True)
             ],
         }
         for comparison, found in zip(comparisons, pictures, strict=True)
     ]
     page = Environment(autoescape=True).from_string(PAGE)
-    return page.render(title=title, parts=parts, columns=[*COLUMNS, "where rows differ"], right=RIGHT)
+    return page.render(title=title, parts=parts, columns=titles, right=RIGHT)
 
 
 def as_markdown(comparisons: Sequence[Comparison]) -> str:
     """For the description of a run in MLflow's UI, which keeps 8,000 characters."""
-    titles = [title for title in COLUMNS if title not in ("network", "data set", "epochs", "MB", "seconds")]
+    left_out = ("network", "data set", "epochs", "MB", "seconds", WHERE)
+    titles = [title for title in columns_of(comparisons) if title not in left_out]
     lines = []
     for comparison in comparisons:
         lines += [f"**{comparison.verdict}**", "", *(f"- {note}" for note in comparison.notes), ""]
         lines += [_markdown_row(titles), _markdown_row(["---"] * len(titles))]
         for texts in texts_of(comparison):
-            lines.append(_markdown_row([text for title, text in zip(COLUMNS, texts, strict=False) if title in titles]))
+            lines.append(_markdown_row([texts[title] for title in titles]))
         lines.append("")
     while len("\n".join(lines)) > 7800:
         lines = [*lines[:-2], "the rest is in comparison.txt among the artifacts"]
@@ -271,6 +295,20 @@ def best_metrics(comparison: Comparison) -> dict[str, float]:
         if (value := best.cell.first.params.get(f"loss.{axis}")) is not None:
             values[f"best/{axis}"] = float(value)
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _published(row: Row) -> dict[str, Any]:
+    published = row.published
+    otherwise = (
+        [f"{key}={value} instead of {theirs}" for key, value, theirs in published.otherwise] if published else []
+    )
+    return {
+        "published_accuracy": published.accuracy if published else None,
+        "published_epoch": published.epoch if published else None,
+        "published_source": published.source if published else None,
+        "trained_otherwise": ", ".join(otherwise),
+        **_bounds("difference", published.difference if published else None),
+    }
 
 
 def _bounds(name: str, value: Interval | None) -> dict[str, float | None]:
