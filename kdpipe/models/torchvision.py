@@ -82,9 +82,10 @@ def resnet_roles(network: nn.Module) -> dict[str, Any]:
 
 def check_stages(network: nn.Module, stages: Sequence[str]) -> list[str]:
     """The names in `model.stages`; raise ValueError unless each is a submodule's."""
-    names = {name for name, _ in network.named_modules() if name}
-    if isinstance(stages, str) or not stages or not all(name in names for name in stages):
-        given = stages if isinstance(stages, str) else next((name for name in stages if name not in names), "[]")
+    names = [name for name, _ in network.named_modules() if name]
+    is_list = isinstance(stages, Sequence) and not isinstance(stages, str)
+    if not is_list or not stages or any(name not in names for name in stages):
+        given = f"[{', '.join(map(as_typed, stages))}]" if is_list else as_typed(stages)
         near = ", ".join(name for name, _ in network.named_children())
-        raise ValueError(f"model.stages={as_typed(given)}: a list of submodules' names is accepted, such as {near}")
-    return [str(name) for name in stages]
+        raise ValueError(f"model.stages={given}: a list of submodules' names is accepted, such as {near}")
+    return list(stages)
