@@ -64,7 +64,7 @@ class Observed:
 
     Args:
         model: what is called; it may be a wrapper around the network, or around its head.
-        network: where the roles' submodules are.
+        network: where the roles' submodules are; the model itself where it is None.
         roles: of `ROLES`.
         key: where in the config the network stands, for messages ("model" or "teacher").
 
@@ -73,13 +73,16 @@ class Observed:
             is not what the role stands for.
     """
 
-    def __init__(self, model: nn.Module, network: nn.Module, roles: Sequence[str], key: str = "model") -> None:
+    def __init__(
+        self, model: nn.Module, network: nn.Module | None = None, roles: Sequence[str] = (), key: str = "model"
+    ) -> None:
         self.model = model
         self.key = key
         self._names: dict[tuple[str, int], str] = {}
         self._caught: dict[tuple[str, int], Tensor] = {}
         self._listening = False
         self._hooks: list[RemovableHandle] = []
+        network = network or model
         for role in roles:
             for number, (name, of_input) in enumerate(places(network, role, key)):
                 self._names[role, number] = name
