@@ -69,19 +69,23 @@ class Observed:
         key: where in the config the network stands, for messages ("model" or "teacher").
 
     Raises:
-        ValueError: the network does not say which of its submodules have a role.
+        ValueError: the network does not say which of its submodules have a role; or, when it is called, what they give
+            is not what the role stands for.
     """
 
     def __init__(
         self, model: nn.Module, network: nn.Module | None = None, roles: Sequence[str] = (), key: str = "model"
     ) -> None:
         self.model = model
+        self.key = key
+        self._names: dict[tuple[str, int], str] = {}
         self._caught: dict[tuple[str, int], Tensor] = {}
         self._listening = False
         self._hooks: list[RemovableHandle] = []
         network = network or model
         for role in roles:
             for number, (name, of_input) in enumerate(places(network, role, key)):
+                self._names[role, number] = name
                 self._listen(network.get_submodule(name), (role, number), of_input)
 
     def _listen(self, module: nn.Module, place: tuple[str, int], of_input: bool) -> None:
@@ -109,7 +113,7 @@ class Observed:
             logits = self.model(images)
         finally:
             self._listening = False
-        caught = {place: wide(tensor) for place, tensor in self._caught.items()}
+        caught = {place: wide(self._checked(place)) for place in self._names}
         self._caught.clear()
 
         def of(role: str) -> tuple[Tensor, ...]:
@@ -119,6 +123,14 @@ class Observed:
         return Outputs(
             wide(logits), of("stages"), of("preactivations"), as_embedding(embedding[0]) if embedding else None
         )
+
+    def _checked(self, place: tuple[str, int]) -> Tensor:
+        """What was caught there; a stage's are maps."""
+        given: object = self._caught.get(place)
+        if isinstance(given, Tensor) and (given.ndim == 4 or place[0] == "embedding"):
+            return given
+        shape = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        raise ValueError(f"{self.key}.stages: {self._names[place]} gives {shape}; maps [N, C, H, W] are accepted")
 
 
 def places(network: nn.Module, role: str, key: str) -> list[tuple[str, bool]]:

@@ -1,9 +1,13 @@
-"""The CIFAR ResNets: He, Zhang, Ren & Sun 2015, section 4.2, https://arxiv.org/abs/1512.03385."""
+"""ResNets for small images: He, Zhang, Ren & Sun 2015, section 4.2, https://arxiv.org/abs/1512.03385."""
+
+from collections.abc import Sequence
 
 import torch.nn.functional as F
+import torchvision.models
 from torch import Tensor, nn
 
-from kdpipe.checks import as_typed, check_choice
+from kdpipe.checks import as_typed, check_choice, check_numbers
+from kdpipe.models.torchvision import resnet_roles
 
 
 class Block(nn.Module):
@@ -23,11 +27,13 @@ class Block(nn.Module):
                 nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False),
                 nn.BatchNorm2d(out_channels),
             )
+        self.relu = nn.ReLU()
 
     def forward(self, inputs: Tensor) -> Tensor:
         outputs = F.relu(self.bn1(self.conv1(inputs)))
         outputs = self.bn2(self.conv2(outputs))
-        return F.relu(outputs + self.skip(inputs))
+        activated: Tensor = self.relu(outputs + self.skip(inputs))
+        return activated
 
     def skip(self, inputs: Tensor) -> Tensor:
         if len(self.shortcut) or (self.stride == 1 and not self.new_channels):
@@ -40,36 +46,49 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-`depth` for small images: three stages of (depth − 2) / 6 blocks with 16, 32 and 64 channels.
+    """ResNet-`depth` for small images: three stages of (depth − 2) / 6 blocks.
 
     Takes float images [N, 3, H, W], gives logits [N, num_classes]. Parameters are named as in the published weight
     files of Y. Idelbayev's pytorch_resnet_cifar10.
 
     Args:
         depth: 6n + 2, such as 20, 32, 44, 56, 110.
-        shortcut: "A" (no parameters, the paper's choice for CIFAR) or "B" (1×1 convolution with BatchNorm).
+        shortcut: "A" (no parameters, the paper's choice for CIFAR) or "B" (1×1 convolution with BatchNorm). With B it
+            is the network of the benchmark of Tian et al. 2020 (https://arxiv.org/abs/1910.10699), and starts as theirs
+            does; the one with A starts as Idelbayev's.
+        widths: channels of the first convolution and of each stage; 32, 64, 128, 256 are the benchmark's "x4".
 
     Raises:
-        ValueError: another depth or shortcut.
+        ValueError: another depth or shortcut, or other than four widths.
     """
 
     head_name = "linear"
 
-    def __init__(self, depth: int, num_classes: int, shortcut: str = "A") -> None:
+    def __init__(
+        self, depth: int, num_classes: int, shortcut: str = "A", widths: Sequence[int] = (16, 16, 32, 64)
+    ) -> None:
         super().__init__()
         check_choice("model.shortcut", shortcut, ["A", "B"])
         if not isinstance(depth, int) or depth < 8 or (depth - 2) % 6:
             raise ValueError(f"model.depth={as_typed(depth)}: 6n + 2 is accepted, such as 20, 32, 44, 56, 110")
+        check_numbers("model.widths", widths, low=1, integer=True)
+        if len(widths) != 4:
+            raise ValueError(f"model.widths={list(widths)}: four numbers are accepted, such as [16, 16, 32, 64]")
         blocks = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, 16, kernel_size=3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = self._stage(16, 16, blocks, 1, shortcut)
-        self.layer2 = self._stage(16, 32, blocks, 2, shortcut)
-        self.layer3 = self._stage(32, 64, blocks, 2, shortcut)
-        self.linear = nn.Linear(64, num_classes)
+        stem, *stages = widths
+        self.conv1 = nn.Conv2d(3, stem, kernel_size=3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        self.layer1 = self._stage(stem, stages[0], blocks, 1, shortcut)
+        self.layer2 = self._stage(stages[0], stages[1], blocks, 2, shortcut)
+        self.layer3 = self._stage(stages[1], stages[2], blocks, 2, shortcut)
+        self.linear = nn.Linear(stages[2], num_classes)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_in" if shortcut == "A" else "fan_out")
+            elif isinstance(module, nn.Linear) and shortcut == "A":
                 nn.init.kaiming_normal_(module.weight)
+        names = [f"layer{number}" for number in (1, 2, 3)]
+        self.roles = {"stages": names, "preactivations": [f"{name}.{blocks - 1}.relu" for name in names]}
 
     @staticmethod
     def _stage(in_channels: int, out_channels: int, blocks: int, stride: int, shortcut: str) -> nn.Sequential:
@@ -82,3 +101,18 @@ class ResNet(nn.Module):
         outputs = self.layer3(self.layer2(self.layer1(outputs)))
         logits: Tensor = self.linear(outputs.mean(dim=(2, 3)))
         return logits
+
+
+def resnet50(num_classes: int) -> nn.Module:
+    """torchvision's ResNet-50 for images of 32×32 pixels, as in the benchmark of Tian et al. 2020.
+
+    Its first convolution is 3×3 without a stride, and no pooling follows. It takes float images [N, 3, H, W] and gives
+    logits [N, num_classes].
+    """
+    network: nn.Module = torchvision.models.resnet50(num_classes=num_classes)
+    network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out")
+    network.maxpool = nn.Identity()
+    network.head_name = "fc"  # type: ignore[assignment]
+    network.roles = resnet_roles(network)  # type: ignore[assignment]
+    return network

@@ -1,5 +1,7 @@
 """The tutorial's student."""
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 
@@ -10,6 +12,8 @@ class StudentCNN(nn.Module):
     """
 
     head_name = "classifier"
+    # Its stages end with a pooling, so that the ReLUs before are no part of the roles.
+    roles: ClassVar = {"stages": ["features.2", "features.5", "features.8"], "embedding": "classifier.5"}
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()

@@ -1,15 +1,23 @@
 """Any timm classifier, by name; timm is an extra."""
 
 import difflib
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
+from kdpipe.models.torchvision import check_stages
 
-def classifier(architecture: str, num_classes: int) -> nn.Module:
+
+def classifier(architecture: str, num_classes: int, stages: Sequence[str] | None = None) -> nn.Module:
     """timm's `architecture` without weights, with `num_classes` logits.
 
+    Args:
+        stages: names of the submodules whose outputs are what its stages make of the images; None for those that timm
+            takes features from.
+
     Raises:
-        ValueError: timm is not installed, or has no such network.
+        ValueError: timm is not installed, or has no such network, or that one no such submodule.
     """
     try:
         import timm
@@ -23,6 +31,8 @@ def classifier(architecture: str, num_classes: int) -> nn.Module:
     if not isinstance(name, str):
         raise ValueError(f"model.name={architecture}: a network with one head is accepted, this one has {name}")
     network.head_name = name  # type: ignore[assignment]
+    names = stages_of(network) if stages is None else check_stages(network, stages)
+    network.roles = {"stages": names}  # type: ignore[assignment]
     expected = network.pretrained_cfg
     network.preprocessing = {  # type: ignore[assignment]
         "image_size": expected["input_size"][1],  # type: ignore[index]
@@ -36,3 +46,12 @@ def classifier(architecture: str, num_classes: int) -> nn.Module:
 
     network.imagenet_backbone = imagenet_backbone  # type: ignore[assignment]
     return network
+
+
+def stages_of(network: nn.Module) -> list[str]:
+    """The submodules that timm takes features from, where these are known to be maps [N, C, H, W]."""
+    if getattr(network, "output_fmt", "NCHW") != "NCHW":
+        return []
+    names = {name for name, _ in network.named_modules()}
+    known: list[dict[str, Any]] = getattr(network, "feature_info", [])
+    return [info["module"] for info in known if info["module"] in names]

@@ -1,16 +1,23 @@
 """Any torchvision classifier, by name, with its head replaced."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torchvision.models
 from torch import Tensor, nn
 
+from kdpipe.checks import as_typed
 
-def classifier(architecture: str, num_classes: int) -> nn.Module:
+
+def classifier(architecture: str, num_classes: int, stages: Sequence[str] | None = None) -> nn.Module:
     """torchvision's `architecture` without weights; its last layer gives `num_classes` logits.
 
+    Args:
+        stages: names of the submodules whose outputs are what its stages make of the images; ResNets and DenseNets
+            know theirs.
+
     Raises:
-        ValueError: torchvision has no such classifier.
+        ValueError: torchvision has no such classifier, or it no such submodule.
     """
     known = torchvision.models.list_models(module=torchvision.models)
     if architecture not in known:
@@ -33,6 +40,7 @@ def classifier(architecture: str, num_classes: int) -> nn.Module:
             if hasattr(network, name):
                 setattr(network, name, None)
     network.head_name = path
+    network.roles = roles_of(network) if stages is None else {"stages": check_stages(network, stages)}
     network.imagenet_backbone = imagenet_backbone(architecture, path)
     expected = torchvision.models.get_model_weights(architecture)["DEFAULT"].transforms()
     network.preprocessing = {"image_size": expected.crop_size[0], "mean": expected.mean, "std": expected.std}
@@ -51,3 +59,33 @@ def imagenet_backbone(architecture: str, head_name: str) -> Callable[[], dict[st
         }
 
     return load
+
+
+def roles_of(network: nn.Module) -> dict[str, Any]:
+    """The roles of a network's submodules, as `kdpipe.features` wants them, where its family is known."""
+    if isinstance(network, torchvision.models.ResNet):
+        return resnet_roles(network)
+    if isinstance(network, torchvision.models.DenseNet):
+        return {"stages": [f"features.denseblock{number}" for number in (1, 2, 3, 4)]}
+    return {}
+
+
+def resnet_roles(network: nn.Module) -> dict[str, Any]:
+    """The roles of a torchvision ResNet's submodules; the last ReLU of each stage stops working in place."""
+    stages = [f"layer{number}" for number in (1, 2, 3, 4)]
+    # A block calls its one ReLU after each convolution, of which the last call counts.
+    last = [f"{name}.{len(network.get_submodule(name)) - 1}.relu" for name in stages]  # type: ignore[arg-type]
+    for name in last:
+        network.get_submodule(name).inplace = False  # type: ignore[assignment]
+    return {"stages": stages, "preactivations": last}
+
+
+def check_stages(network: nn.Module, stages: Sequence[str]) -> list[str]:
+    """The names in `model.stages`; raise ValueError unless each is a submodule's."""
+    names = [name for name, _ in network.named_modules() if name]
+    is_list = isinstance(stages, Sequence) and not isinstance(stages, str)
+    if not is_list or not stages or any(name not in names for name in stages):
+        given = f"[{', '.join(map(as_typed, stages))}]" if is_list else as_typed(stages)
+        near = ", ".join(name for name, _ in network.named_children())
+        raise ValueError(f"model.stages={given}: a list of submodules' names is accepted, such as {near}")
+    return list(stages)

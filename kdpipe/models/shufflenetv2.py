@@ -1,0 +1,92 @@
+"""ShuffleNetV2 for small images: Ma, Zhang, Zheng & Sun 2018, https://arxiv.org/abs/1807.11164."""
+
+import torch
+from torch import Tensor, nn
+
+STEM, LAST = 24, 1024
+STAGES = ((116, 4), (232, 8), (464, 4))  # channels and units
+
+
+class Unit(nn.Module):
+    """One half of the channels passes three convolutions, the other stays as it is; then both are shuffled.
+
+    [N, channels, H, W] to the same.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layers = branch(channels // 2, channels // 2, 1)
+        self.relu = nn.ReLU()
+        self.shuffle = nn.ChannelShuffle(2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        kept, passed = inputs.chunk(2, dim=1)
+        # The kept half comes from a ReLU, so that another one leaves it as it is.
+        outputs: Tensor = self.shuffle(self.relu(torch.cat([kept, self.layers(passed)], dim=1)))
+        return outputs
+
+
+class DownUnit(nn.Module):
+    """All channels pass two branches with a stride of 2; [N, in, H, W] to [N, out, H / 2, W / 2]."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        half = out_channels // 2
+        self.left = nn.Sequential(
+            nn.Conv2d(in_channels, in_channels, kernel_size=3, stride=2, padding=1, groups=in_channels, bias=False),
+            nn.BatchNorm2d(in_channels),
+            nn.Conv2d(in_channels, half, kernel_size=1, bias=False),
+            nn.BatchNorm2d(half),
+        )
+        self.right = branch(in_channels, half, 2)
+        self.relu = nn.ReLU()
+        self.shuffle = nn.ChannelShuffle(2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        joined = torch.cat([self.left(inputs), self.right(inputs)], dim=1)
+        outputs: Tensor = self.shuffle(self.relu(joined))
+        return outputs
+
+
+class ShuffleNetV2(nn.Module):
+    """ShuffleNetV2 1×; its first convolution is 1×1 without a stride, and no pooling follows.
+
+    Takes float images [N, 3, H, W], gives logits [N, num_classes]. Layers, first weights (PyTorch's) and roles are
+    those of the benchmark of Tian et al. 2020 (https://arxiv.org/abs/1910.10699): a stage's preactivation is not
+    shuffled, its output is.
+    """
+
+    head_name = "linear"
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, STEM, kernel_size=1, bias=False), nn.BatchNorm2d(STEM), nn.ReLU())
+        self.stages = nn.Sequential()
+        channels = STEM
+        for out, units in STAGES:
+            self.stages.append(nn.Sequential(DownUnit(channels, out), *(Unit(out) for _ in range(units - 1))))
+            channels = out
+        self.last = nn.Sequential(nn.Conv2d(channels, LAST, kernel_size=1, bias=False), nn.BatchNorm2d(LAST), nn.ReLU())
+        self.linear = nn.Linear(LAST, num_classes)
+        self.roles = {
+            "stages": [f"stages.{number}" for number in range(3)],
+            "preactivations": [f"stages.{number}.{units - 1}.relu" for number, (_, units) in enumerate(STAGES)],
+        }
+
+    def forward(self, images: Tensor) -> Tensor:
+        outputs = self.last(self.stages(self.stem(images)))
+        logits: Tensor = self.linear(outputs.mean(dim=(2, 3)))
+        return logits
+
+
+def branch(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    """1×1, depthwise 3×3 and 1×1 convolutions, without the last ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(out_channels, out_channels, kernel_size=3, stride=stride, padding=1, groups=out_channels, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.Conv2d(out_channels, out_channels, kernel_size=1, bias=False),
+        nn.BatchNorm2d(out_channels),
+    )

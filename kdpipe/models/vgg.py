@@ -1,0 +1,55 @@
+"""VGG for small images: Simonyan & Zisserman 2014, https://arxiv.org/abs/1409.1556."""
+
+from torch import Tensor, nn
+
+from kdpipe.checks import check_choice
+
+WIDTHS = (64, 128, 256, 512, 512)
+CONVOLUTIONS = {8: 1, 13: 2}  # in each block, by depth
+
+
+class VGG(nn.Module):
+    """Five blocks of 3×3 convolutions with BatchNorm, and one linear layer in place of the paper's three.
+
+    Takes float images [N, 3, H, W], gives logits [N, num_classes]. Layers, first weights and roles are those of the
+    benchmark of Tian et al. 2020 (https://arxiv.org/abs/1910.10699): of images with 32×32 pixels the last two blocks
+    see 4×4, and the first block is no stage.
+
+    Args:
+        depth: 8 or 13, as if there were three linear layers.
+
+    Raises:
+        ValueError: another depth.
+    """
+
+    head_name = "classifier"
+
+    def __init__(self, depth: int, num_classes: int) -> None:
+        super().__init__()
+        check_choice("model.depth", depth, list(CONVOLUTIONS))
+        self.blocks = nn.Sequential()
+        channels = 3
+        for number, width in enumerate(WIDTHS):
+            block = nn.Sequential()
+            if number in (1, 2, 3):
+                block.append(nn.MaxPool2d(2))
+            for _ in range(CONVOLUTIONS[depth]):
+                block.extend([nn.Conv2d(channels, width, kernel_size=3, padding=1), nn.BatchNorm2d(width), nn.ReLU()])
+                channels = width
+            self.blocks.append(block)
+        self.classifier = nn.Linear(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)
+        stages = {f"blocks.{number}": len(self.blocks[number]) for number in (1, 2, 3, 4)}  # type: ignore[arg-type]
+        self.roles = {
+            "stages": list(stages),
+            "preactivations": [f"{name}.{layers - 1}" for name, layers in stages.items()],
+        }
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.blocks(images).mean(dim=(2, 3)))
+        return logits
