@@ -218,10 +218,6 @@ def fit_loss(
     outputs, targets = student(images), teacher.answer(images)
     if isinstance(loss, Mutual):
         loss.peer = teacher.classifier
-    for role in ("stages", "preactivations"):
-        for key, maps in (("model", getattr(outputs, role)), ("teacher", getattr(targets, role))):
-            if odd := [tuple(stage.shape) for stage in maps if stage.ndim != 4]:
-                raise ValueError(f"{key}.name={config[key].name}: {role} [N, C, H, W] are accepted, it has {odd[0]}")
     torch.manual_seed(derive_seed(config.seed, "loss"))
     loss.fit_to(outputs, targets, positions, data.labels[positions])
     loss.to(device)
@@ -345,7 +341,9 @@ def build_teacher(config: DictConfig, data: ImageDataset, tracker: Any) -> tuple
     classifier = build_network("teacher", config.teacher, data, freeze="none")
     if config.teacher.weights == "auto":
         network = {
-            f"model.{key}": value for key, value in plain(config.teacher).items() if key not in ("weights", "freeze")
+            f"model.{key}": value
+            for key, value in plain(config.teacher).items()
+            if key not in ("weights", "freeze", "stages")
         }
         # A teacher with another test split would have been trained on images that the student is tested on.
         images = {f"dataset.{key}": config.dataset[key] for key in ("name", "test_fraction", "split_seed")}

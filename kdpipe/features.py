@@ -146,7 +146,7 @@ def places(network: nn.Module, role: str, key: str) -> list[tuple[str, bool]]:
         return [(name, False) for name in known["stages"]]
     raise ValueError(
         f"{key}={type(network).__name__}: it does not say what its {role} are, which the loss asks for; "
-        "a network with `roles` is accepted"
+        f"a network with `roles`, or {key}.stages=[…] for one of torchvision or timm, is accepted"
     )
 
 

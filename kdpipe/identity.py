@@ -25,7 +25,10 @@ PLACES = (
 )
 
 # Settings that came later, and have no effect where they are null.
-LATER = ("train.clip_norm", "train.mixup", "train.cutmix", "dataset.unlabelled_root")
+LATER = (
+    *("train.clip_norm", "train.mixup", "train.cutmix", "dataset.unlabelled_root"),
+    *("model.stages", "teacher.stages"),
+)
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
