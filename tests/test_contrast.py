@@ -175,9 +175,9 @@ CLASSES = 4
 def fitted(
     images: int = 40, seed: int = 0, classes: int = CLASSES, dtype: torch.dtype = torch.float32, **values: Any
 ) -> tuple[CRD, Tensor, Tensor]:
-    """A loss for images at every third position of a data set, their positions and labels."""
+    """A loss for some of the images of a data set, their positions and labels."""
     loss = CRD(**{"negatives": 10, **values})
-    positions, labels = 3 * torch.arange(images), torch.arange(images) % classes
+    positions, labels = torch.arange(images) ** 2 + 5, torch.arange(images) % classes
     torch.manual_seed(seed)
     loss.fit_to(outputs(1, 2, 16), outputs(2, 2, 24), positions, labels)
     return loss.to(dtype), positions, labels

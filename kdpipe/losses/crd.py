@@ -94,7 +94,7 @@ def products(embeddings: Tensor, memory: Tensor, candidates: Tensor) -> Tensor:
     # a row for each pair takes ten times as long (at 16,384 negatives and 64 images, half a gigabyte of rows).
     if len(memory) <= 32 * candidates.shape[1]:
         return (embeddings @ memory.clone().t()).gather(1, candidates)
-    return torch.bmm(memory[candidates], embeddings.unsqueeze(2)).squeeze(2)
+    return torch.bmm(F.embedding(candidates, memory), embeddings.unsqueeze(2)).squeeze(2)
 
 
 class CRD(Distillation):
@@ -102,7 +102,8 @@ class CRD(Distillation):
 
     Both networks' embeddings are projected to `dimensions` and scaled to length 1; both projections learn. Z is
     measured on the first batch of the training, and stays. Once a batch is scored, its rows of the memory become
-    `momentum`·row + (1 − `momentum`)·embedding, scaled to length 1 (not in evaluation mode, where nothing changes).
+    `momentum`·row + (1 − `momentum`)·embedding, scaled to length 1 (not in evaluation mode, where nothing changes). The term may rise for some epochs, while the
+    memory fills with embeddings that are still alike; then it falls.
 
     Which negatives an image gets depends on the run's seed, the epoch and the image alone: neither on what else is in
     its batch nor on whatever draws random numbers beside it, so that a training that goes on from a checkpoint sees
