@@ -35,8 +35,8 @@ def crd(
         −log(P / (P + K/n + 1e-7)) for its own row, −log((K/n) / (P + K/n + 1e-7)) for each negative,
 
     summed over the candidates and averaged over the batch, once for the student's embeddings with the teacher's
-    memory, once for the teacher's with the student's. (In the paper's formulas there are neither Z nor 1e-7, and it is
-    not said that the constants stay.) Worked out in logarithms, which overflow at no temperature.
+    memory, once for the teacher's with the student's. (The paper's formulas have neither
+    Z nor 1e-7.) Worked out in logarithms, which overflow at no temperature.
 
     Args:
         student: embeddings of length 1, float [N, D].
@@ -91,7 +91,8 @@ def products(embeddings: Tensor, memory: Tensor, candidates: Tensor) -> Tensor:
     """The products of embeddings [N, D] with their candidates' rows of a memory [n, D]: [N, 1 + K]."""
     embeddings, memory = wide(embeddings), wide(memory)
     # Where a good part of the memory is asked for, all of it is multiplied in one go, and products are picked: fetching
-    # a row for each pair takes ten times as long (at 16,384 negatives and 64 images, half a gigabyte of rows).
+    # a row for each pair takes ten times as long (at 16,384 negatives and 64 images, half a gigabyte of rows). The
+    # copy is for the gradient: the memory itself changes before that is worked out.
     if len(memory) <= 32 * candidates.shape[1]:
         return (embeddings @ memory.clone().t()).gather(1, candidates)
     return torch.bmm(F.embedding(candidates, memory), embeddings.unsqueeze(2)).squeeze(2)
@@ -102,8 +103,8 @@ class CRD(Distillation):
 
     Both networks' embeddings are projected to `dimensions` and scaled to length 1; both projections learn. Z is
     measured on the first batch of the training, and stays. Once a batch is scored, its rows of the memory become
-    `momentum`·row + (1 − `momentum`)·embedding, scaled to length 1 (not in evaluation mode, where nothing changes). The term may rise for some epochs, while the
-    memory fills with embeddings that are still alike; then it falls.
+    `momentum`·row + (1 − `momentum`)·embedding, scaled to length 1 (in evaluation mode they stay as they are). The
+    term may rise for some epochs, while the memory fills with embeddings that are still alike; then it falls.
 
     Which negatives an image gets depends on the run's seed, the epoch and the image alone: neither on what else is in
     its batch nor on whatever draws random numbers beside it, so that a training that goes on from a checkpoint sees
