@@ -35,8 +35,8 @@ def crd(
         −log(P / (P + K/n + 1e-7)) for its own row, −log((K/n) / (P + K/n + 1e-7)) for each negative,
 
     summed over the candidates and averaged over the batch, once for the student's embeddings with the teacher's
-    memory, once for the teacher's with the student's. (The paper's formulas have neither
-    Z nor 1e-7.) Worked out in logarithms, which overflow at no temperature.
+    memory, once for the teacher's with the student's. (The paper's formulas have neither Z nor
+    1e-7.) Worked out in logarithms, which overflow at no temperature.
 
     Args:
         student: embeddings of length 1, float [N, D].
