@@ -7,9 +7,23 @@ set, int64 [N], and the epoch, counted from 1; it returns the named parts, scala
 both networks beside logits. Most modules are a `Distillation` and define its `term` alone.
 """
 
+from kdpipe.losses.crd import CRD, crd
 from kdpipe.losses.cross_entropy import CrossEntropy, cross_entropy
 from kdpipe.losses.kd import KD, kd
 from kdpipe.losses.kd_tutorial import KDTutorial, kd_tutorial
 from kdpipe.losses.mutual import Mutual
+from kdpipe.losses.reviewkd import ReviewKD, reviewkd
 
-__all__ = ["KD", "CrossEntropy", "KDTutorial", "Mutual", "cross_entropy", "kd", "kd_tutorial"]
+__all__ = [
+    "CRD",
+    "KD",
+    "CrossEntropy",
+    "KDTutorial",
+    "Mutual",
+    "ReviewKD",
+    "crd",
+    "cross_entropy",
+    "kd",
+    "kd_tutorial",
+    "reviewkd",
+]
