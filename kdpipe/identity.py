@@ -23,6 +23,7 @@ PLACES = (
     "distillation.cache_max_gb",
     "sweep",
 )
+LABELS_ALONE = "kdpipe.losses.CrossEntropy"  # the loss of the student alone
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -37,29 +38,38 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def effective(settings: Mapping[str, Any], needs_teacher: bool) -> dict[str, Any]:
-    """The flat settings without those that have no effect: teacher and temperature where there is no teacher."""
+    """The flat settings without those that have no effect where there is no teacher: its own, and what softens its
+    answers."""
     flat = {key: canonical(value) for key, value in flatten(settings).items() if key != "teacher.freeze"}
     if needs_teacher:
         return flat
-    without = ("teacher.", "distillation.", "loss.temperature")
-    return {key: value for key, value in flat.items() if not key.startswith(without)}
+    idle = ("teacher.", "distillation.", "loss.temperature", "loss.standardize", "also.")
+    return {key: value for key, value in flat.items() if not key.startswith(idle)}
 
 
 def what_matters(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The flat settings that a result depends on; any loss at alpha 0 is cross-entropy."""
+    """The flat settings that a result depends on; any loss at alpha 0 is cross-entropy, any second one is none."""
     matters = {
         key: value
         for key, value in flat.items()
         if key not in PLACES and not key.startswith(tuple(f"{place}." for place in PLACES))
     }
-    if str(matters.get("train.clip_norm")) == "None":  # as in versions that did not have it; MLflow's params are text
-        matters.pop("train.clip_norm", None)
+    # As in versions that did not have these; MLflow's params are text.
+    for key, absent in (("train.clip_norm", "None"), ("loss.standardize", "False")):
+        if str(matters.get(key)) == absent:
+            matters.pop(key, None)
     if matters.get("distillation.outputs") != "views":  # else only where the same answers come from
-        matters = {key: value for key, value in matters.items() if not key.startswith("distillation.")}
+        matters = without(matters, "distillation.")
     if str(matters.get("loss.alpha")) == "0":
-        matters = {key: value for key, value in matters.items() if not key.startswith("loss.")}
-        matters["loss._target_"] = "kdpipe.losses.CrossEntropy"
+        matters = without(matters, "loss.") | {"loss._target_": LABELS_ALONE}
+    if str(matters.get("also.alpha")) == "0":
+        matters = without(matters, "also.")
+    matters.pop("also.ce_weight", None)  # the cross-entropy is the first one's
     return matters
+
+
+def without(flat: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {key: value for key, value in flat.items() if not key.startswith(prefix)}
 
 
 def identity(flat: Mapping[str, Any]) -> str:
