@@ -96,6 +96,8 @@ def run_name(config: DictConfig) -> str:
                 parts.append(f"a{part.alpha:g}")
             if "temperature" in part:
                 parts.append(f"T{part.temperature:g}")
+            if part.get("standardize"):
+                parts.append("standardized")
     if methods == ["kd"]:
         parts[0] = "distill"
     if stage(config) == "teacher":

@@ -180,6 +180,7 @@ def test_a_second_method_is_part_of_the_identity_where_it_has_an_effect(composed
         (["experiment=teacher"], "densenet121_teacher_s0"),
         (["experiment=teacher", "loss=label_smoothing"], "densenet121_teacher_label_smoothing_s0"),
         (["loss=label_smoothing"], "student_cnn_label_smoothing_s0"),
+        (["loss.standardize=true"], "student_cnn_distill_a0.5_T5_standardized_s0"),
         (["loss=kd_tutorial"], "student_cnn_kd_tutorial_a0.5_T5_s0"),
         (["loss=logit_mse", "loss.alpha=0.9"], "student_cnn_logit_mse_a0.9_s0"),
         (["loss=dkd"], "student_cnn_dkd_T4_s0"),
