@@ -223,19 +223,15 @@ def test_what_is_added_to_all_logits_of_an_image_changes_nothing(
 
 
 @any_invariant
-@given(st.integers(0, 1000), st.floats(0.1, 10), st.floats(-3, 3), st.floats(0.1, 10), st.floats(-3, 3))
+@given(st.integers(0, 1000), st.floats(0.5, 10), st.floats(-3, 3), st.floats(0.5, 10), st.floats(-3, 3))
 def test_positive_affine_maps_of_probabilities_do_not_change_their_distance(
     seed: int, scale: float, shift: float, other_scale: float, other_shift: float
 ) -> None:
-    one, other = F.softmax(logits(seed), dim=1), F.softmax(logits(seed + 1), dim=1)
+    one, other = F.softmax(logits(seed) / 4, dim=1), F.softmax(logits(seed + 1) / 4, dim=1)
     for rows in (lambda values: values, lambda values: values.T):
-        torch.testing.assert_close(
-            pearson_distance(rows(scale * one + shift), rows(other_scale * other + other_shift)),
-            pearson_distance(rows(one), rows(other)),
-            rtol=0,
-            atol=1e-3,  # the 1e-8 is seen in classes that no image is taken for
-        )
-        assert pearson_distance(rows(-scale * one), rows(one)).item() == pytest.approx(2, abs=1e-3)
+        mapped = pearson_distance(rows(scale * one + shift), rows(other_scale * other + other_shift))
+        torch.testing.assert_close(mapped, pearson_distance(rows(one), rows(other)), rtol=0, atol=1e-4)  # for the 1e-8
+        assert pearson_distance(rows(-scale * one), rows(one)).item() == pytest.approx(2, abs=1e-4)
 
 
 @any_invariant
