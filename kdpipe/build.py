@@ -188,15 +188,17 @@ def build_loss(config: DictConfig) -> nn.Module:
     if "also" not in config:
         return loss
     if getattr(loss, "teacher_learns", False):
-        raise ValueError(f"also={config.also._target_}: not beside {config.loss._target_}; null is accepted")
+        raise ValueError(
+            f"also={config.also._target_}: {config.loss._target_} takes no second method; another loss is accepted"
+        )
     try:
         also = instantiate(config.also)
     except InstantiationException as error:  # losses speak of themselves as the loss
         raise ValueError(re.sub(r"^loss\.", "also.", one_line(error))) from error
     if not isinstance(also, Distillation):
-        raise ValueError(f"also={config.also._target_}: a method of distillation is accepted, or null")
+        raise ValueError(f"also={config.also._target_}: a method of distillation is accepted")
     if also.name == getattr(loss, "name", None):
-        raise ValueError(f"also={config.also._target_}: it is the loss's own method; another one, or null, is accepted")
+        raise ValueError(f"also={config.also._target_}: it is the loss's own method; another one is accepted")
     return Combined(loss, also)
 
 

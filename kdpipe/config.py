@@ -87,17 +87,50 @@ def stage(config: DictConfig) -> str:
     return "distill" if needs_teacher(config) else str(config.stage)
 
 
+def method(part: DictConfig) -> str:
+    """What a loss's function is called, kd or logit_mse; "" where it comes to the labels alone, or to nothing."""
+    name = str(part._target_).rpartition(".")[2]
+    if name == "CrossEntropy" or part.get("alpha") == 0:
+        return ""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def blends(part: DictConfig) -> bool:
+    """Whether a loss's alpha weighs the teacher against the labels: where there is a weight, it is another alpha."""
+    return "alpha" in part and "weight" not in part
+
+
 def run_name(config: DictConfig) -> str:
-    """A name for people: student_cnn_distill_a0.5_T5_s0, student_cnn_alone_s0, resnet20_teacher_s0; in a sweep what
-    the run differs in, a0.5_T5_s0."""
+    """A name for people: student_cnn_alone_s0, resnet20_teacher_s0, student_cnn_distill_a0.5_T5_s0; with another
+    method than kd student_cnn_dkd_T4_s0, with two of them student_cnn_kd_a0.5_T5_attention_s0; in a sweep what the run
+    differs in, a0.5_T5_s0."""
     if config.sweep.job:
         return str(config.sweep.job.name)
-    parts = [config.model.name, stage(config).replace("student", "alone")]
-    if needs_teacher(config) and "alpha" in config.loss:
-        parts.append(f"a{config.loss.alpha:g}")
-    if needs_teacher(config) and "temperature" in config.loss:
-        parts.append(f"T{config.loss.temperature:g}")
-    return "_".join([*parts, f"s{config.seed}"])
+    parts, methods = [], []
+    for part in (config[key] for key in ("loss", "also") if key in config):
+        if name := method(part):
+            methods.append(name)
+            parts.append(name)
+            if blends(part):
+                parts.append(f"a{part.alpha:g}")
+            if "temperature" in part:
+                parts.append(f"T{part.temperature:g}")
+            if part.get("standardize"):
+                parts.append("standardized")
+    if methods == ["kd"]:
+        parts[0] = "distill"
+    if stage(config) == "teacher":
+        parts.insert(0, "teacher")
+    return "_".join([config.model.name, *(parts or ["alone"]), f"s{config.seed}"])
+
+
+def softening(config: DictConfig) -> float | None:
+    """The temperature at which the teacher's answers are listened to; None where a loss has none, or standardises them
+    first."""
+    for part in (config[key] for key in ("loss", "also") if key in config):
+        if method(part) and "temperature" in part and not part.get("standardize"):
+            return float(part.temperature)
+    return None
 
 
 def compare_command(config: DictConfig) -> str:

@@ -23,12 +23,14 @@ PLACES = (
     "distillation.cache_max_gb",
     "sweep",
 )
+LABELS_ALONE = "kdpipe.losses.CrossEntropy"  # the loss of the student alone
 
-# Settings that came later, and have no effect where they are null.
-LATER = (
-    *("train.clip_norm", "train.mixup", "train.cutmix", "dataset.unlabelled_root"),
-    *("model.stages", "teacher.stages"),
-)
+# Settings that came later, as MLflow tells them (params are text), with the value that means what was done before.
+LATER = {
+    **dict.fromkeys(("train.clip_norm", "train.mixup", "train.cutmix", "dataset.unlabelled_root"), "None"),
+    **dict.fromkeys(("model.stages", "teacher.stages"), "None"),
+    "loss.standardize": "False",
+}
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -43,8 +45,8 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def effective(settings: Mapping[str, Any], needs_teacher: bool) -> dict[str, Any]:
-    """The flat settings without those that have no effect: teacher and temperature where there is no teacher, and
-    what a pair of the benchmark has for losses, which counts where a loss has taken it."""
+    """The flat settings without those that have no effect: what a pair of the benchmark has for losses, which counts
+    where a loss has taken it; and where there is no teacher its own, and what softens its answers."""
     flat = {
         key: canonical(value)
         for key, value in flatten(settings).items()
@@ -52,26 +54,35 @@ def effective(settings: Mapping[str, Any], needs_teacher: bool) -> dict[str, Any
     }
     if needs_teacher:
         return flat
-    without = ("teacher.", "distillation.", "loss.temperature", "dataset.unlabelled_root")
-    return {key: value for key, value in flat.items() if not key.startswith(without)}
+    idle = (
+        *("teacher.", "distillation.", "dataset.unlabelled_root"),
+        *("loss.temperature", "loss.standardize", "also."),
+    )
+    return {key: value for key, value in flat.items() if not key.startswith(idle)}
 
 
 def what_matters(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The flat settings that a result depends on; any loss at alpha 0 is cross-entropy."""
+    """The flat settings that a result depends on; any loss at alpha 0 is cross-entropy, any second one is none."""
     matters = {
         key: value
         for key, value in flat.items()
         if key not in PLACES and not key.startswith(tuple(f"{place}." for place in PLACES))
     }
-    for key in LATER:  # as in versions that did not have them; MLflow's params are text
-        if str(matters.get(key)) == "None":
+    for key, absent in LATER.items():
+        if str(matters.get(key)) == absent:
             matters.pop(key, None)
     if matters.get("distillation.outputs") != "views":  # else only where the same answers come from
-        matters = {key: value for key, value in matters.items() if not key.startswith("distillation.")}
+        matters = without(matters, "distillation.")
     if str(matters.get("loss.alpha")) == "0":
-        matters = {key: value for key, value in matters.items() if not key.startswith("loss.")}
-        matters["loss._target_"] = "kdpipe.losses.CrossEntropy"
+        matters = without(matters, "loss.") | {"loss._target_": LABELS_ALONE}
+    if str(matters.get("also.alpha")) == "0":
+        matters = without(matters, "also.")
+    matters.pop("also.ce_weight", None)  # the cross-entropy is the first one's
     return matters
+
+
+def without(flat: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {key: value for key, value in flat.items() if not key.startswith(prefix)}
 
 
 def identity(flat: Mapping[str, Any]) -> str:

@@ -188,7 +188,7 @@ def learn(
     views = build_views(config, parts.data, teacher is not None)
     if isinstance(teacher, Teacher) and train.epochs > 0:
         cache = Path(config.output_dir) / "cache" / "teacher"
-        check_teacher(config.teacher.name, teacher, config.loss.get("temperature"), parts.data, cache, hardware)
+        check_teacher(config.teacher.name, teacher, settings.softening(config), parts.data, cache, hardware)
         answer_in_advance(config, teacher, parts.data, views, hardware)
     # A head on a frozen backbone trains on the backbone's features, as if they were the images.
     features = None if views else build_features(config, model, loss, teacher, parts.data, hardware)

@@ -182,11 +182,22 @@ def check_confirmation(sweep: Sweep, planned: Sequence[Planned]) -> None:
     distilled = [run for run in planned if run.tags["kdpipe.stage"] == "distill"]
     if not distilled:
         raise ValueError(f"{asked}: the grid has no distilled student to confirm; 0 is accepted")
-    for run in distilled:
-        if "alpha" not in run.config.loss:
-            raise ValueError(
-                f"{asked}: loss={run.config.loss._target_} has no alpha, so no student alone; 0 is accepted"
-            )
+    for overrides in dict.fromkeys(tuple(alone(run)) for run in distilled):
+        try:
+            check_values(compose(sweep.sweeper, overrides))
+        except Exception as error:
+            raise ValueError(f"{asked}: no student alone, {one_line(error)}; 0 is accepted") from error
+
+
+def alone(run: Planned) -> list[str]:
+    """The overrides of the same student on the labels alone, but for its seed."""
+    kept = _without(run.overrides, "seed", "loss.alpha", "loss@also")
+    kept = [override for override in kept if not override.lstrip("+").startswith("also.")]
+    no_other = ["~loss@also"] if "also" in run.config else []
+    if settings.blends(run.config.loss):
+        return [*kept, "loss.alpha=0", *no_other]
+    kept = [override for override in _without(kept, "loss") if not override.lstrip("+").startswith("loss.")]
+    return [*kept, "loss=cross_entropy", *no_other]
 
 
 def plan_confirmation(sweep: Sweep, planned: Sequence[Planned]) -> list[Planned]:
@@ -205,7 +216,7 @@ def plan_confirmation(sweep: Sweep, planned: Sequence[Planned]) -> list[Planned]
             ids = {run.id for run in comparison.best.cell.runs.values()}
             chosen = next(run for run in planned if sweep.finished[run.identity].id in ids)
             log.info("best is %s: it and the student alone on seeds %s", comparison.best.cell.title, ", ".join(numbers))
-            grid += [[*_without(chosen.overrides, "seed", "loss.alpha"), "loss.alpha=0", seed] for seed in seeds]
+            grid += [[*alone(chosen), seed] for seed in seeds]
             grid += [[*_without(chosen.overrides, "seed"), seed] for seed in seeds]
     configs = [compose(sweep.sweeper, overrides) for overrides in grid]
     return plan(sweep.axes, grid, configs, sweep.tracker, sweep.teachers)

@@ -107,6 +107,69 @@ def test_runs_on_other_images_are_no_control() -> None:
     assert Controls(cells).of(cells[-1]) is None
 
 
+SMOOTHED = {"loss___target_": "kdpipe.losses.LabelSmoothing", "loss__smoothing": "0.1"}
+ATTENTION = {"also___target_": "kdpipe.losses.Attention", "also__weight": "1000", "also__ce_weight": "1"}
+
+
+def test_another_loss_without_a_teacher_is_no_control_and_has_a_gain_of_its_own() -> None:
+    runs = [record("student", seed, 0.8) for seed in (0, 1)]
+    smoothed = [record("student", seed, 0.83 + seed / 1000, **SMOOTHED) for seed in (0, 1)]
+    distilled = [record("distill", seed, 0.85) for seed in (0, 1)]
+    for order in ([*runs, *smoothed, *distilled], [*smoothed, *runs, *distilled]):
+        comparison = compare(make_cells(order), teacher_run)
+        titles = {row.cell.title: row for row in comparison.rows}
+        names = [
+            "student_cnn alone",
+            "student_cnn LabelSmoothing smoothing 0.1",
+            "student_cnn KD alpha 0.5 temperature 4",
+        ]
+        assert list(titles) == names
+        alone, other, best = titles.values()
+        assert alone.gain is None
+        assert other.gain == interval([0.83 - 0.8, 0.831 - 0.8])
+        assert best.gain == interval([0.85 - 0.8, 0.85 - 0.8])
+        assert best.control is not None and best.control.first == runs[0]
+        assert comparison.best is best
+    table = formats.as_table(comparison)
+    assert "+3.05 [+2.41, +3.69]" in table and "+5.00" in table
+
+    without_control = compare(make_cells([*smoothed, *distilled]), teacher_run)
+    assert without_control.verdict.startswith("cannot tell: the same student alone has not been trained")
+    assert [row.control for row in without_control.rows] == [None, None]
+
+
+def test_a_student_alone_may_have_been_trained_at_alpha_0_of_any_method() -> None:
+    alone = record("student", 0, 0.8, loss___target_="kdpipe.losses.LogitMSE", loss__alpha="0")
+    cells = make_cells([alone, record("student", 0, 0.83, **SMOOTHED), record("distill", 0, 0.9)])
+    assert [cell.loss for cell in cells] == [
+        "CrossEntropy",
+        "LabelSmoothing smoothing 0.1",
+        "KD alpha 0.5 temperature 4",
+    ]
+    control = Controls(cells).of(cells[-1])
+    assert control is not None and control.first == alone
+
+
+def test_a_second_method_is_told_with_the_loss() -> None:
+    alone, one, two = record("student", 0, 0.8), record("distill", 0, 0.9), record("distill", 0, 0.9, **ATTENTION)
+    cells = make_cells([alone, one, two])
+    assert cells[-1].loss == "KD alpha 0.5 temperature 4 + Attention weight 1000"
+    assert cells[-1].title == "student_cnn KD alpha 0.5 temperature 4 + Attention weight 1000"
+    assert differences(cells) == ["", "", ""]  # it stands in the column of the loss
+    control = Controls(cells).of(cells[-1])
+    assert control is not None and control.first == alone
+    records = formats.as_records(compare(cells, teacher_run))
+    assert [line.get("also.weight") for line in records] == [None, None, 1000]
+
+
+def test_runs_from_before_logits_could_be_standardised_are_of_the_same_cell() -> None:
+    before, now = record("distill", 0, 0.9), record("distill", 1, 0.9, loss__standardize="False")
+    other = record("distill", 0, 0.9, loss__standardize="True")
+    for cells in (make_cells([before, now, other]), make_cells([now, before, other])):
+        found = {cell.loss: list(cell.runs) for cell in cells}
+        assert found == {"KD alpha 0.5 temperature 4": [0, 1], "KD alpha 0.5 standardize True temperature 4": [0]}
+
+
 @pytest.mark.parametrize(
     ("gains", "word"),
     [

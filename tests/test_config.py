@@ -93,6 +93,7 @@ def test_the_command_line_wins_over_an_experiment(composed: Callable[..., DictCo
 SAME = [
     ["loss.alpha=0.50"],
     ["loss.temperature=5.0"],
+    ["loss.standardize=false"],
     ["output_dir=elsewhere"],
     ["tracking.uri=http://host"],
     ["tracking.experiment=another"],
@@ -114,6 +115,10 @@ OTHER = [
     ["model@teacher=resnet56"],
     ["augmentation=crop_flip"],
     ["loss=kd_tutorial"],
+    ["loss=dkd"],
+    ["loss=label_smoothing"],
+    ["loss.standardize=true"],
+    ["loss@also=dist"],
     ["loss.alpha=0"],
     ["distillation.outputs=views"],
     ["train.mixup=0.2"],
@@ -142,6 +147,84 @@ def test_at_alpha_0_teacher_and_temperature_do_not_matter(composed: Callable[...
     assert control == settings.run_identity(composed("experiment=student"))
     assert control == settings.run_identity(composed("loss.alpha=0", "distillation.outputs=views"))
     assert control == settings.run_identity(composed("loss.alpha=0", "dataset.unlabelled_root=more"))
+    assert control == settings.run_identity(composed("loss.alpha=0", "loss.standardize=true"))
+    assert control == settings.run_identity(composed("loss=logit_mse", "loss.alpha=0"))
+
+
+def test_an_identity_is_the_one_that_it_was_before_logits_could_be_standardised() -> None:
+    before = {"loss._target_": "kdpipe.losses.KD", "loss.alpha": 0.5, "loss.temperature": 5}
+    assert identity(before | {"loss.standardize": False}) == identity(before)
+    assert identity(before | {"loss.standardize": "False"}) == identity(before)  # as MLflow tells it
+    assert identity(before | {"loss.standardize": True}) != identity(before)
+
+
+def test_a_second_method_is_part_of_the_identity_where_it_has_an_effect(composed: Callable[..., DictConfig]) -> None:
+    def known_as(*overrides: str) -> str:
+        return settings.run_identity(composed(*overrides))
+
+    both = known_as("loss=cross_entropy", "loss@also=dist")
+    assert (
+        both
+        == known_as("loss.alpha=0", "loss@also=dist")
+        == known_as("loss=logit_mse", "loss.alpha=0", "loss@also=dist")
+    )
+    assert both == known_as("loss=cross_entropy", "loss@also=dist", "also.ce_weight=5")  # that of the loss counts
+    others = [["loss@also=dist"], ["loss=cross_entropy"], ["loss=cross_entropy", "loss@also=dist", "also.weight=2"]]
+    assert len({both, *(known_as(*overrides) for overrides in others)}) == 4
+    assert known_as("loss=dist", "loss@also=kd", "also.alpha=0") == known_as("loss=dist")
+    assert known_as("loss.alpha=0", "loss@also=logit_mse", "also.alpha=0") == known_as("experiment=student")
+    assert not settings.needs_teacher(composed("loss.alpha=0", "loss@also=logit_mse", "also.alpha=0"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], "student_cnn_distill_a0.5_T5_s0"),
+        (["loss.alpha=0"], "student_cnn_alone_s0"),
+        (["experiment=student", "seed=3"], "student_cnn_alone_s3"),
+        (["experiment=teacher"], "densenet121_teacher_s0"),
+        (["experiment=teacher", "loss=label_smoothing"], "densenet121_teacher_label_smoothing_s0"),
+        (["loss=label_smoothing"], "student_cnn_label_smoothing_s0"),
+        (["loss.standardize=true"], "student_cnn_distill_a0.5_T5_standardized_s0"),
+        (["loss=kd_tutorial"], "student_cnn_kd_tutorial_a0.5_T5_s0"),
+        (["loss=logit_mse", "loss.alpha=0.9"], "student_cnn_logit_mse_a0.9_s0"),
+        (["loss=dkd"], "student_cnn_dkd_T4_s0"),
+        (["loss=dist"], "student_cnn_dist_T4_s0"),
+        (["loss@also=dist"], "student_cnn_kd_a0.5_T5_dist_T4_s0"),
+        (["loss=label_smoothing", "loss@also=logit_mse"], "student_cnn_label_smoothing_logit_mse_a1_s0"),
+        (["loss=cross_entropy", "loss@also=dkd"], "student_cnn_dkd_T4_s0"),
+        (["loss.alpha=0", "loss@also=dkd"], "student_cnn_dkd_T4_s0"),
+        (["loss@also=logit_mse", "also.alpha=0"], "student_cnn_distill_a0.5_T5_s0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_run_is_called_by_its_methods(composed: Callable[..., DictConfig], overrides: list[str], name: str) -> None:
+    assert settings.run_name(composed(*overrides)) == name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "temperature"),
+    [
+        ([], 5),
+        (["loss=dkd"], 4),
+        (["loss=logit_mse"], None),
+        (["loss.standardize=true"], None),
+        (["loss.standardize=true", "loss@also=dist"], 4),
+        (["loss=cross_entropy", "loss@also=kd"], 5),
+        (["loss.alpha=0", "loss@also=logit_mse"], None),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_temperature_at_which_a_teacher_is_listened_to(
+    composed: Callable[..., DictConfig], overrides: list[str], temperature: float | None
+) -> None:
+    assert settings.softening(composed(*overrides)) == temperature
+
+
+def test_beta_of_dkd_is_the_pair_s(composed: Callable[..., DictConfig]) -> None:
+    assert composed("loss=dkd").loss.beta == 8
+    assert composed("loss=dkd", "+benchmark.dkd_beta=6").loss.beta == 6
+    assert composed("loss=dkd", "+benchmark.dkd_beta=6", "loss.beta=1").loss.beta == 1
 
 
 def test_the_number_of_views_matters_where_views_are_taken(composed: Callable[..., DictConfig]) -> None:

@@ -158,6 +158,25 @@ def test_the_best_cell_is_run_again_on_new_seeds(kdpipe: Callable, teacher: Run)
     assert "the verdict rests on seeds that the choice did not see: 2, 3" in again.output
 
 
+def test_any_method_is_confirmed_against_the_student_alone(kdpipe: Callable, teacher: Run) -> None:
+    """DKD's alpha is no weight against the labels: the student alone is another loss, without the second method."""
+    methods = ["loss=dkd", "loss.beta=1,2", "loss@also=logit_mse", "also.alpha=0.5", "seed=0"]
+    outcome = kdpipe("-m", *SMALL, *STUDENT, *methods, "sweep.confirm_seeds=1")
+    assert outcome.status == 0, outcome.errors
+    children = [run for found in runs().values() for run in found if run.data.tags.get("mlflow.parentRunId")]
+    distilled = [run for run in children if run.data.tags["kdpipe.stage"] == "distill"]
+    (alone,) = (run for run in children if run not in distilled)
+    assert [(run.data.params["seed"], run.data.params["loss.beta"]) for run in distilled[:2]] == [
+        ("0", "1"),
+        ("0", "2"),
+    ]
+    assert [run.data.params["seed"] for run in (*distilled[2:], alone)] == ["1", "1"]
+    assert alone.data.params["loss._target_"] == "kdpipe.losses.CrossEntropy"
+    assert not any(key.startswith("also.") for key in alone.data.params)
+    assert "the verdict rests on seeds that the choice did not see: 1" in outcome.output
+    assert "DKD alpha 1 beta" in outcome.output and "+ LogitMSE alpha 0.5" in outcome.output
+
+
 def test_a_failing_cell_leaves_the_others_and_the_summary(kdpipe: Callable, teacher: Run) -> None:
     outcome = kdpipe("-m", *SWEEP, "loss.temperature=2", "seed=0", "optimizer=sgd", "optimizer.lr=0.01,1e30")
     assert outcome.status == 1

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from kdpipe.identity import what_matters
+from kdpipe.identity import LABELS_ALONE, what_matters
 from kdpipe.tracking import RunRecord
 
 UNLABELLED = "dataset.unlabelled_root"  # more images for what a teacher says; the student alone has none
@@ -31,20 +31,32 @@ class Cell:
         return self.first.tags.get("kdpipe.teacher_run", "")
 
     @property
+    def is_alone(self) -> bool:
+        """Whether it is a student trained on the labels alone, over which others gain."""
+        return self.stage == "student" and dict(self.settings)["loss._target_"] == LABELS_ALONE
+
+    @property
+    def has_gain(self) -> bool:
+        """Whether it is a student that is held against the one alone: distilled, or trained by another loss."""
+        return self.stage != "teacher" and not self.is_alone
+
+    @property
     def loss(self) -> str:
-        """The loss and its settings, such as "KD alpha 0.5 temperature 5"."""
-        params = self.first.params
-        name = params["loss._target_"].rpartition(".")[2]
-        values = [
-            f"{key.removeprefix('loss.')} {value}" for key, value in sorted(params.items()) if key.startswith("loss.")
-        ]
-        return " ".join([name, *(value for value in values if not value.startswith("_target_"))])
+        """The loss and its settings, such as "KD alpha 0.5 temperature 5 + Attention weight 1000"."""
+        settings = dict(sorted(self.settings))
+        told = []
+        for group in ("loss", "also"):
+            if target := settings.pop(f"{group}._target_", ""):
+                keys = [key for key in settings if key.startswith(f"{group}.")]
+                values = [f"{key.removeprefix(f'{group}.')} {settings[key]}" for key in keys]
+                told.append(" ".join([target.rpartition(".")[2], *values]))
+        return " + ".join(told)
 
     @property
     def title(self) -> str:
         """A short name: what is trained, and how."""
         name = self.first.params["model.name"]
-        return f"{name} {'alone' if self.stage == 'student' else self.loss if self.stage == 'distill' else 'teacher'}"
+        return f"{name} {self.loss if self.has_gain else 'alone' if self.is_alone else 'teacher'}"
 
     def values(self, metric: str) -> dict[int, float]:
         """The metric of each seed that has it."""
@@ -74,12 +86,12 @@ def make_cells(records: Iterable[RunRecord]) -> list[Cell]:
 
 
 class Controls:
-    """The students alone among some cells, found by what a distilled student shares with them."""
+    """The students alone among some cells, found by what other students share with them."""
 
     def __init__(self, cells: Iterable[Cell]) -> None:
         self._found: dict[frozenset[tuple[str, str]], Cell] = {}
         for cell in cells:
-            if cell.stage == "student":
+            if cell.is_alone:
                 self._found.setdefault(self._shared(cell), cell)
 
     def of(self, cell: Cell) -> Cell | None:
@@ -88,14 +100,14 @@ class Controls:
 
     @staticmethod
     def _shared(cell: Cell) -> frozenset[tuple[str, str]]:
-        shared = cell.settings_without("loss", "teacher", "stage", "kdpipe", "distillation")
+        shared = cell.settings_without("loss", "also", "teacher", "stage", "kdpipe", "distillation")
         shared.pop(UNLABELLED, None)
         return frozenset({**shared, "kdpipe.data": cell.first.tags["kdpipe.data"]}.items())
 
 
 def differences(cells: Sequence[Cell]) -> list[str]:
     """For each cell the settings, beyond those in the table's own columns, in which cells of its stage differ."""
-    own_column = ("model", "loss", "stage", "kdpipe")
+    own_column = ("model", "loss", "also", "stage", "kdpipe")
     shown = [cell.settings_without(*own_column) for cell in cells]
     values: dict[tuple[str, str], set[str | None]] = {}
     for stage in {cell.stage for cell in cells}:
@@ -113,6 +125,6 @@ def differences(cells: Sequence[Cell]) -> list[str]:
 
 
 def _place(cell: Cell) -> tuple[object, ...]:
-    numbers = [float(cell.first.params.get(key, 0)) for key in ("loss.alpha", "loss.temperature")]
-    params = cell.first.params
-    return (STAGES.index(cell.stage), params["model.name"], params["loss._target_"], *numbers, cell.loss)
+    settings = dict(cell.settings)
+    numbers = [float(settings.get(key, 0)) for key in ("loss.alpha", "loss.temperature")]
+    return (STAGES.index(cell.stage), settings["model.name"], settings["loss._target_"], *numbers, cell.loss)

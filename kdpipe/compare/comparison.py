@@ -105,7 +105,7 @@ def with_published(comparison: Comparison, get_run: GetRun) -> Comparison:
 
 def row_of(cell: Cell, students_alone: Controls) -> Row:
     """A cell held against the student alone on the seeds that both have."""
-    control = students_alone.of(cell) if cell.stage == "distill" else None
+    control = students_alone.of(cell) if cell.has_gain else None
     return Row(
         cell,
         control,

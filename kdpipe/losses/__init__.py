@@ -9,21 +9,33 @@ both networks beside logits. Most modules are a `Distillation` and define its `t
 
 from kdpipe.losses.crd import CRD, crd
 from kdpipe.losses.cross_entropy import CrossEntropy, cross_entropy
+from kdpipe.losses.dist import DIST, dist
+from kdpipe.losses.dkd import DKD, dkd
 from kdpipe.losses.kd import KD, kd
 from kdpipe.losses.kd_tutorial import KDTutorial, kd_tutorial
+from kdpipe.losses.label_smoothing import LabelSmoothing, label_smoothing
+from kdpipe.losses.logit_mse import LogitMSE, logit_mse
 from kdpipe.losses.mutual import Mutual
 from kdpipe.losses.reviewkd import ReviewKD, reviewkd
 
 __all__ = [
     "CRD",
+    "DIST",
+    "DKD",
     "KD",
     "CrossEntropy",
     "KDTutorial",
+    "LabelSmoothing",
+    "LogitMSE",
     "Mutual",
     "ReviewKD",
     "crd",
     "cross_entropy",
+    "dist",
+    "dkd",
     "kd",
     "kd_tutorial",
+    "label_smoothing",
+    "logit_mse",
     "reviewkd",
 ]

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdpipe.checks import check_number
-from kdpipe.features import Outputs
+from kdpipe.features import Outputs, wide
 
 
 def cross_entropy(student: Tensor, labels: Tensor, label_smoothing: float = 0) -> Tensor:
@@ -15,6 +15,7 @@ def cross_entropy(student: Tensor, labels: Tensor, label_smoothing: float = 0) -
         labels: int64 [N], −1 for an image without a label; or the classes' shares, float [N, classes], of mixed images.
         label_smoothing: the share of each label that is spread evenly over all classes.
     """
+    student = wide(student)
     if labels.is_floating_point():
         return F.cross_entropy(student, labels.to(student.dtype), label_smoothing=label_smoothing)
     labelled = labels >= 0
@@ -78,6 +79,28 @@ class Distillation(nn.Module):
         return {"loss": self.ce_weight * ce + self.weight * term, "ce": ce, self.name: term}
 
 
+class AlphaDistillation(Distillation):
+    """(1 − alpha)·CE + alpha·(the method's term); at alpha 0 no teacher is built.
+
+    Raises:
+        ValueError: alpha outside of [0, 1].
+    """
+
+    def __init__(self, alpha: float) -> None:
+        check_number("loss.alpha", alpha, low=0, high=1)
+        super().__init__(weight=alpha, ce_weight=1 - alpha)
+        self.alpha = alpha
+
+    def forward(
+        self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int
+    ) -> dict[str, Tensor]:
+        if teacher is None:
+            assert self.alpha == 0, "a teacher may be missing at alpha 0 only"
+            ce = cross_entropy(student.logits, labels)
+            return {"loss": ce, "ce": ce}
+        return super().forward(student, teacher, labels, indices, epoch)
+
+
 class Combined(nn.Module):
     """A loss, and the term of another method with that one's own weight; the cross-entropy is the first one's."""
 
@@ -96,8 +119,10 @@ class Combined(nn.Module):
     def forward(
         self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int
     ) -> dict[str, Tensor]:
-        assert teacher is not None, f"{type(self.second).__name__} needs a teacher"
-        parts = self.first(student, teacher, labels, indices, epoch)
+        parts: dict[str, Tensor] = self.first(student, teacher, labels, indices, epoch)
+        if teacher is None:
+            assert self.second.weight == 0, f"{type(self.second).__name__} needs a teacher"
+            return parts
         term = self.second.term(student, teacher, labels, indices, epoch)
         return {**parts, "loss": parts["loss"] + self.second.weight * term, self.second.name: term}
 

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdpipe.features import wide
 from kdpipe.losses.kd import KD
 
 
@@ -17,6 +18,7 @@ def kd_tutorial(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         teacher: logits, float [N, classes].
         temperature: T, above 0.
     """
+    student, teacher = wide(student), wide(teacher)
     log_student = F.log_softmax(student / temperature, dim=1)
     soft_targets = F.softmax(teacher / temperature, dim=1)
     # kl_div with reduction="mean", said without the warning that PyTorch gives for it.

@@ -1,0 +1,72 @@
+"""Decoupled distillation: Zhao et al. 2022, https://arxiv.org/abs/2203.08679."""
+
+import torch
+from torch import Tensor
+
+from kdpipe.checks import check_number
+from kdpipe.features import Outputs, wide
+from kdpipe.losses.base import Distillation
+from kdpipe.losses.kd import kd
+
+
+def dkd(student: Tensor, teacher: Tensor, labels: Tensor, alpha: float, beta: float, temperature: float) -> Tensor:
+    """T²·(alpha·KL of the target class against all others + beta·KL among the others), averaged over the batch.
+
+    An image's KD is this with alpha 1 and beta 1 − (the teacher's probability of the target class), equation 7 of the
+    paper: there the surer a teacher is, the less is heard of its opinion on the other classes.
+
+    Both parts are worked out from logits, where the authors' code takes the logarithm of probabilities, which is −∞
+    for one that underflows. Among the others the target class is left out, where their code subtracts 1,000 from its
+    softened logit, which comes to the same unless that is hundreds above the others.
+
+    Args:
+        student: logits, float [N, classes].
+        teacher: logits, float [N, classes].
+        labels: the target classes, int64 [N].
+        alpha: weight of the first part.
+        beta: weight of the second part.
+        temperature: T, above 0.
+    """
+    student_target, student_others = target_and_others(wide(student) / temperature, labels)
+    teacher_target, teacher_others = target_and_others(wide(teacher) / temperature, labels)
+    of_target, of_others = kd(student_target, teacher_target, 1), kd(student_others, teacher_others, 1)
+    return temperature**2 * (alpha * of_target + beta * of_others)
+
+
+def target_and_others(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [N, classes] as a choice between the target class and any other, [N, 2], and among the others,
+    [N, classes − 1]."""
+    numbers = torch.arange(logits.shape[1] - 1, device=logits.device)
+    targets = labels.unsqueeze(1)
+    others = logits.gather(1, numbers + (numbers >= targets))
+    return torch.cat([logits.gather(1, targets), others.logsumexp(dim=1, keepdim=True)], dim=1), others
+
+
+class DKD(Distillation):
+    """ce_weight·CE + weight·min(epoch / warmup, 1)·DKD.
+
+    Args:
+        alpha: of the target class's part; above 0, for alpha 0 would mean that there is no teacher, as in all losses.
+        beta: of the other classes' part.
+        warmup: epochs until the term has its whole weight, to which it grows in equal steps; 0 for at once.
+
+    Raises:
+        ValueError: alpha or the temperature not above 0, or beta, warmup or a weight below 0.
+    """
+
+    name = "dkd"
+    one_label = True
+
+    def __init__(
+        self, alpha: float, beta: float, temperature: float, warmup: float, weight: float, ce_weight: float
+    ) -> None:
+        super().__init__(weight, ce_weight)
+        check_number("loss.alpha", alpha, above=0)
+        check_number("loss.beta", beta, low=0)
+        check_number("loss.temperature", temperature, above=0)
+        check_number("loss.warmup", warmup, low=0)
+        self.alpha, self.beta, self.temperature, self.warmup = alpha, beta, temperature, warmup
+
+    def term(self, student: Outputs, teacher: Outputs, labels: Tensor, indices: Tensor, epoch: int) -> Tensor:
+        share = min(epoch / self.warmup, 1) if self.warmup else 1
+        return share * dkd(student.logits, teacher.logits, labels, self.alpha, self.beta, self.temperature)
