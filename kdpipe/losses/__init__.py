@@ -7,8 +7,38 @@ set, int64 [N], and the epoch, counted from 1; it returns the named parts, scala
 both networks beside logits. Most modules are a `Distillation` and define its `term` alone.
 """
 
+from kdpipe.losses.attention import Attention, attention
+from kdpipe.losses.correlation import Correlation, correlation
 from kdpipe.losses.cross_entropy import CrossEntropy, cross_entropy
+from kdpipe.losses.hint import Hint, hint
 from kdpipe.losses.kd import KD, kd
 from kdpipe.losses.kd_tutorial import KDTutorial, kd_tutorial
+from kdpipe.losses.pkt import PKT, pkt
+from kdpipe.losses.rkd import RKD, rkd, rkd_angle, rkd_distance
+from kdpipe.losses.similarity import Similarity, similarity
+from kdpipe.losses.vid import VID, vid
 
-__all__ = ["KD", "CrossEntropy", "KDTutorial", "cross_entropy", "kd", "kd_tutorial"]
+__all__ = [
+    "KD",
+    "PKT",
+    "RKD",
+    "VID",
+    "Attention",
+    "Correlation",
+    "CrossEntropy",
+    "Hint",
+    "KDTutorial",
+    "Similarity",
+    "attention",
+    "correlation",
+    "cross_entropy",
+    "hint",
+    "kd",
+    "kd_tutorial",
+    "pkt",
+    "rkd",
+    "rkd_angle",
+    "rkd_distance",
+    "similarity",
+    "vid",
+]
