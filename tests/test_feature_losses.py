@@ -507,13 +507,16 @@ def test_hint_s_stage_is_one_that_both_networks_have(stage: int, accepted: bool)
         assert str(error.value) == "loss.stage=4: a whole number from 1 to 3 is accepted"
 
 
-def test_hint_refuses_maps_that_no_regressor_brings_together() -> None:
-    with pytest.raises(ValueError) as error:
-        fitted("hint", network_outputs(1, [(4, 8), (4, 4)]), network_outputs(2, [(4, 32), (4, 16)]))
-    assert str(error.value) == (
-        "loss.stage=2: the student's maps are 4×4 there, the teacher's 16×16; half the teacher's size, its size or a "
-        "larger one is accepted (model.image_size, teacher.image_size or another stage changes it)"
-    )
+@pytest.mark.parametrize(("size", "to_size"), [(7, 16), (3, 4), (4, 16)])
+def test_hint_averages_the_teacher_s_maps_down_to_a_student_s_that_are_not_half_as_large(
+    size: int, to_size: int
+) -> None:
+    student, teacher = network_outputs(1, [(4, size)]), network_outputs(2, [(5, to_size)])
+    loss = fitted("hint", student, teacher, stage=1)
+    assert loss.regressor[0].kernel_size == (1, 1)
+    averaged = nn.functional.adaptive_avg_pool2d(teacher.stages[0], size)
+    expected = hint(loss.regressor(student.stages[0]), averaged)
+    torch.testing.assert_close(parts(loss, student, teacher)["hint"], expected)
 
 
 def test_vid_learns_means_and_variances() -> None:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from kdpipe.checks import check_number
 from kdpipe.features import Outputs, wide
-from kdpipe.losses.base import Distillation, last_pairs
+from kdpipe.losses.base import Distillation, last_pairs, smaller
 
 
 def hint(student: Tensor, teacher: Tensor) -> Tensor:
@@ -24,7 +24,10 @@ def hint(student: Tensor, teacher: Tensor) -> Tensor:
 class Hint(Distillation):
     """ce_weight·CE + weight·hint, after one pair of stages, all in one training as in the benchmark.
 
-    The paper trains in two steps: the student's first half by the hint, then all of it by softened outputs.
+    The paper trains in two steps: the student's first half by the hint, then all of it by softened outputs. The
+    regressor is the benchmark's, a convolution to the teacher's channels and size, BatchNorm and ReLU. Where the
+    student's maps are smaller and not half of the teacher's, which the benchmark refuses, the teacher's are averaged
+    down.
 
     Args:
         stage: which, counted from 1 over the stages that both networks have (the last ones, where one has more).
@@ -47,24 +50,23 @@ class Hint(Distillation):
         check_number("loss.stage", self.stage, low=1, high=len(pairs), integer=True)
         student_map, teacher_map = pairs[self.stage - 1]
         self.regressor = nn.Sequential(
-            self._convolution(student_map, teacher_map), nn.BatchNorm2d(teacher_map.shape[1]), nn.ReLU()
-        )
-
-    def _convolution(self, student: Tensor, teacher: Tensor) -> nn.Module:
-        """From the student's channels, height and width to the teacher's; its choice is the benchmark's."""
-        (_, channels, height, width), (_, to_channels, to_height, to_width) = student.shape, teacher.shape
-        if (height, width) == (2 * to_height, 2 * to_width):
-            return nn.Conv2d(channels, to_channels, kernel_size=3, stride=2, padding=1)
-        if (2 * height, 2 * width) == (to_height, to_width):
-            return nn.ConvTranspose2d(channels, to_channels, kernel_size=4, stride=2, padding=1)
-        if height >= to_height and width >= to_width:
-            return nn.Conv2d(channels, to_channels, kernel_size=(1 + height - to_height, 1 + width - to_width))
-        raise ValueError(
-            f"loss.stage={self.stage}: the student's maps are {height}×{width} there, the teacher's {to_height}×"
-            f"{to_width}; half the teacher's size, its size or a larger one is accepted (model.image_size, "
-            f"teacher.image_size or another stage changes it)"
+            _convolution(student_map, teacher_map), nn.BatchNorm2d(teacher_map.shape[1]), nn.ReLU()
         )
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor, indices: Tensor, epoch: int) -> Tensor:
         student_map, teacher_map = last_pairs(student.stages, teacher.stages)[self.stage - 1]
-        return hint(self.regressor(student_map), teacher_map)
+        return hint(*smaller(self.regressor(student_map), teacher_map))
+
+
+def _convolution(student: Tensor, teacher: Tensor) -> nn.Module:
+    """From the student's channels to the teacher's, and from its size as the benchmark does.
+
+    That leaves a student's map that is smaller than the teacher's, and not half of it, as it is.
+    """
+    (_, channels, height, width), (_, to_channels, to_height, to_width) = student.shape, teacher.shape
+    if (height, width) == (2 * to_height, 2 * to_width):
+        return nn.Conv2d(channels, to_channels, kernel_size=3, stride=2, padding=1)
+    if (2 * height, 2 * width) == (to_height, to_width):
+        return nn.ConvTranspose2d(channels, to_channels, kernel_size=4, stride=2, padding=1)
+    kernel_size = (1 + max(height - to_height, 0), 1 + max(width - to_width, 0))
+    return nn.Conv2d(channels, to_channels, kernel_size)
