@@ -13,7 +13,7 @@ def attention(student: Tensor, teacher: Tensor, p: float = 2) -> Tensor:
     """Mean squared difference of attention maps: where in an image a layer's activations are large.
 
     An attention map is the mean of |x|^p over the channels, at length 1 over an image's positions. The paper sums over
-    positions, the authors' code averages (and has a weight of 1,000); here as in the code. Maps of different sizes are
+    positions, the authors' code averages, here as there (the benchmark's weight is 1,000). Maps of different sizes are
     averaged down to the smaller first, as in the benchmark (Tian et al. 2020, https://arxiv.org/abs/1910.10699).
 
     Args:
