@@ -141,5 +141,10 @@ def last_pairs(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> list
 
 def smaller(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Two maps [N, C, H, W], both averaged down to the smaller one's height and width."""
-    size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
-    return F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size)
+    height, width = (min(student.shape[side], teacher.shape[side]) for side in (2, 3))
+
+    def averaged(maps: Tensor) -> Tensor:
+        # Pooling to the same size changes nothing, but takes as long as a layer of the network.
+        return maps if maps.shape[2:] == (height, width) else F.adaptive_avg_pool2d(maps, (height, width))
+
+    return averaged(student), averaged(teacher)

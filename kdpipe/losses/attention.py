@@ -1,0 +1,50 @@
+"""Attention transfer: Zagoruyko & Komodakis 2017, https://arxiv.org/abs/1612.03928."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdpipe.checks import check_number
+from kdpipe.features import Outputs, wide
+from kdpipe.losses.base import Distillation, last_pairs, smaller
+
+
+def attention(student: Tensor, teacher: Tensor, p: float = 2) -> Tensor:
+    """Mean squared difference of attention maps: where in an image a layer's activations are large.
+
+    An attention map is the mean of |x|^p over the channels, at length 1 over an image's positions. The paper sums over
+    positions, the authors' code averages, here as there (the benchmark's weight is 1,000). Maps of different sizes are
+    averaged down to the smaller first, as in the benchmark (Tian et al. 2020, https://arxiv.org/abs/1910.10699).
+
+    Args:
+        student: maps, float [N, C, H, W].
+        teacher: maps, float [N, C', H', W'].
+        p: from 1; larger ones look at the largest activations more.
+    """
+    student, teacher = smaller(wide(student), wide(teacher))
+    return F.mse_loss(_attention_map(student, p), _attention_map(teacher, p))
+
+
+def _attention_map(maps: Tensor, p: float) -> Tensor:
+    """float [N, H·W]"""
+    return F.normalize(maps.abs().pow(p).mean(dim=1).flatten(1))
+
+
+class Attention(Distillation):
+    """ce_weight·CE + weight·attention, summed over the stages that both networks have.
+
+    Raises:
+        ValueError: a weight below 0, or p below 1.
+    """
+
+    roles = ("stages",)
+    name = "attention"
+
+    def __init__(self, p: float, weight: float, ce_weight: float) -> None:
+        super().__init__(weight, ce_weight)
+        check_number("loss.p", p, low=1)
+        self.p = p
+
+    def term(self, student: Outputs, teacher: Outputs, labels: Tensor, indices: Tensor, epoch: int) -> Tensor:
+        pairs = last_pairs(student.stages, teacher.stages)
+        return torch.stack([attention(*pair, self.p) for pair in pairs]).sum()

@@ -1,0 +1,52 @@
+"""Correlation congruence: Peng et al. 2019, https://arxiv.org/abs/1904.01802."""
+
+from torch import Tensor, nn
+
+from kdpipe.checks import check_number
+from kdpipe.features import Outputs, wide
+from kdpipe.losses.base import Distillation
+
+
+def correlation(student: Tensor, teacher: Tensor) -> Tensor:
+    """How large the two networks' differences are together on images that are neighbours in the batch.
+
+    The mean over i of |s_i − t_i| · |s_{i+1} − t_{i+1}|; 0 for a batch of 1. This is the authors' code, which the
+    benchmark has from them (Tian et al. 2020, https://arxiv.org/abs/1910.10699). The paper compares the networks'
+    kernel matrices over the batch instead.
+
+    Args:
+        student: vectors, float [N, D].
+        teacher: vectors, float [N, D].
+    """
+    differences = (wide(student) - wide(teacher)).abs()
+    products = (differences[:-1] * differences[1:]).sum(dim=1)
+    return products.sum() / max(len(products), 1)
+
+
+class Correlation(Distillation):
+    """ce_weight·CE + weight·correlation of both networks' embeddings, each through a linear layer that is learned.
+
+    Args:
+        dimensions: of what the linear layers give.
+
+    Raises:
+        ValueError: a weight below 0, or dimensions that are no whole number from 1.
+    """
+
+    roles = ("embedding",)
+    name = "correlation"
+    student_projection: nn.Module
+    teacher_projection: nn.Module
+
+    def __init__(self, dimensions: int, weight: float, ce_weight: float) -> None:
+        super().__init__(weight, ce_weight)
+        check_number("loss.dimensions", dimensions, low=1, integer=True)
+        self.dimensions = dimensions
+
+    def fit_to(self, student: Outputs, teacher: Outputs, positions: Tensor, labels: Tensor) -> None:
+        assert student.embedding is not None and teacher.embedding is not None
+        self.student_projection = nn.Linear(student.embedding.shape[1], self.dimensions)
+        self.teacher_projection = nn.Linear(teacher.embedding.shape[1], self.dimensions)
+
+    def term(self, student: Outputs, teacher: Outputs, labels: Tensor, indices: Tensor, epoch: int) -> Tensor:
+        return correlation(self.student_projection(student.embedding), self.teacher_projection(teacher.embedding))

@@ -1,0 +1,72 @@
+"""Hints, the maps in the middle of a network: Romero et al. 2015 (FitNets), https://arxiv.org/abs/1412.6550."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdpipe.checks import check_number
+from kdpipe.features import Outputs, wide
+from kdpipe.losses.base import Distillation, last_pairs, smaller
+
+
+def hint(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of the student's regressed maps and the teacher's, over all elements.
+
+    The benchmark's (Tian et al. 2020, https://arxiv.org/abs/1910.10699). The authors' own code takes half of the
+    squares and sums them over one axis.
+
+    Args:
+        student: maps, float [N, C, H, W], that a regressor brought to the teacher's shape.
+        teacher: maps, float [N, C, H, W].
+    """
+    return F.mse_loss(wide(student), wide(teacher))
+
+
+class Hint(Distillation):
+    """ce_weight·CE + weight·hint, after one pair of stages, all in one training as in the benchmark.
+
+    The paper trains in two steps: the student's first half by the hint, then all of it by softened outputs. The
+    regressor is the benchmark's, a convolution to the teacher's channels and size, BatchNorm and ReLU. Where the
+    student's maps are smaller and not half of the teacher's, which the benchmark refuses, the teacher's are averaged
+    down.
+
+    Args:
+        stage: which, counted from 1 over the stages that both networks have (the last ones, where one has more).
+
+    Raises:
+        ValueError: a weight below 0, or a stage that is no whole number from 1.
+    """
+
+    roles = ("stages",)
+    name = "hint"
+    regressor: nn.Module
+
+    def __init__(self, stage: int, weight: float, ce_weight: float) -> None:
+        super().__init__(weight, ce_weight)
+        check_number("loss.stage", stage, low=1, integer=True)
+        self.stage = stage
+
+    def fit_to(self, student: Outputs, teacher: Outputs, positions: Tensor, labels: Tensor) -> None:
+        pairs = last_pairs(student.stages, teacher.stages)
+        check_number("loss.stage", self.stage, low=1, high=len(pairs), integer=True)
+        student_map, teacher_map = pairs[self.stage - 1]
+        self.regressor = nn.Sequential(
+            _convolution(student_map, teacher_map), nn.BatchNorm2d(teacher_map.shape[1]), nn.ReLU()
+        )
+
+    def term(self, student: Outputs, teacher: Outputs, labels: Tensor, indices: Tensor, epoch: int) -> Tensor:
+        student_map, teacher_map = last_pairs(student.stages, teacher.stages)[self.stage - 1]
+        return hint(*smaller(self.regressor(student_map), teacher_map))
+
+
+def _convolution(student: Tensor, teacher: Tensor) -> nn.Module:
+    """From the student's channels to the teacher's, and from its size as the benchmark does.
+
+    That leaves a student's map that is smaller than the teacher's, and not half of it, as it is.
+    """
+    (_, channels, height, width), (_, to_channels, to_height, to_width) = student.shape, teacher.shape
+    if (height, width) == (2 * to_height, 2 * to_width):
+        return nn.Conv2d(channels, to_channels, kernel_size=3, stride=2, padding=1)
+    if (2 * height, 2 * width) == (to_height, to_width):
+        return nn.ConvTranspose2d(channels, to_channels, kernel_size=4, stride=2, padding=1)
+    kernel_size = (1 + max(height - to_height, 0), 1 + max(width - to_width, 0))
+    return nn.Conv2d(channels, to_channels, kernel_size)

@@ -1,0 +1,39 @@
+"""Similarity-preserving distillation: Tung & Mori 2019, https://arxiv.org/abs/1907.09682."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdpipe.features import Outputs, wide
+from kdpipe.losses.base import Distillation
+
+
+def similarity(student: Tensor, teacher: Tensor) -> Tensor:
+    """How differently two networks see the images of a batch resemble each other.
+
+    ‖G_t − G_s‖²_F / N², where G [N, N] has the dot products of the images' features, each row at length 1.
+
+    Args:
+        student: maps or vectors, float [N, …].
+        teacher: maps or vectors, float [N, …], which may be of another size.
+    """
+    return F.mse_loss(_similarities(student), _similarities(teacher))
+
+
+def _similarities(features: Tensor) -> Tensor:
+    """float [N, N]"""
+    rows = wide(features).flatten(1)
+    return F.normalize(rows @ rows.T)
+
+
+class Similarity(Distillation):
+    """ce_weight·CE + weight·similarity, after the last stage.
+
+    Raises:
+        ValueError: a weight below 0.
+    """
+
+    roles = ("stages",)
+    name = "similarity"
+
+    def term(self, student: Outputs, teacher: Outputs, labels: Tensor, indices: Tensor, epoch: int) -> Tensor:
+        return similarity(student.stages[-1], teacher.stages[-1])
