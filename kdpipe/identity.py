@@ -20,6 +20,7 @@ PLACES = (
     "train.compile",
     "optimizer.fused",
     "train.profile",
+    "train.keep_epochs",
     "distillation.cache_max_gb",
     "sweep",
 )
@@ -39,6 +40,8 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def effective(settings: Mapping[str, Any], needs_teacher: bool) -> dict[str, Any]:
     """The flat settings without those that have no effect: teacher and temperature where there is no teacher."""
     flat = {key: canonical(value) for key, value in flatten(settings).items() if key != "teacher.freeze"}
+    if flat.get("teacher.temperature") == flat.get("loss.temperature", flat.get("also.temperature")):
+        flat.pop("teacher.temperature", None)  # of an ensemble, which takes the loss's
     if needs_teacher:
         return flat
     without = ("teacher.", "distillation.", "loss.temperature")
