@@ -30,10 +30,12 @@ from kdpipe.features import Observed
 from kdpipe.hardware import Hardware, keep_freed_memory
 from kdpipe.identity import canonical
 from kdpipe.losses import Mutual
-from kdpipe.losses.base import Combined, Distillation
-from kdpipe.models import Classifier
+from kdpipe.losses.base import Combined, Distillation, roles_of
+from kdpipe.models import Classifier, Ensemble
 from kdpipe.models.weights import check_class_names, load_imagenet, load_state, read_weights, weights_digest
 from kdpipe.randomness import derive_seed
+from kdpipe.store import CONFIG, run_and_file
+from kdpipe.targets import check_config, check_yaml
 from kdpipe.teacher import Peer, Teacher
 
 log = logging.getLogger("kdpipe")
@@ -49,7 +51,8 @@ class Parts:
     """What a run is made of, before any of it moves to a device.
 
     Attributes:
-        teacher_source: the run or file that the teacher's weights are from; "" where there is no teacher.
+        teacher_source: the run or file that the teacher's weights are from, several runs with commas between them; ""
+            where there is no teacher.
         tags: what a finished run with the same parts is found by.
     """
 
@@ -85,6 +88,12 @@ def check_values(config: DictConfig) -> None:
                 method = config.loss._target_
                 raise ValueError(f"{key}={value}: {method} needs one label for each image; null is accepted")
     build_optimizer(config, nn.Linear(1, 1), loss, steps_per_epoch=1)
+    settings.check_ensemble(config)
+    if settings.is_ensemble(config.teacher) and settings.needs_teacher(config) and roles_of(loss):
+        raise ValueError(
+            f"model@teacher={config.teacher.name}: it answers with logits alone, and the loss asks for "
+            f"{', '.join(roles_of(loss))}; one teacher is accepted"
+        )
     dataset = config.dataset
     check_fractions(dataset.train_fraction, dataset.val_fraction, dataset.test_fraction, dataset.split_seed)
 
@@ -340,6 +349,8 @@ def build_teacher(config: DictConfig, data: ImageDataset, tracker: Any) -> tuple
         if config.teacher.weights != "auto":
             load_weights("teacher", config.teacher, classifier, data, tracker)
         return Peer(classifier), ""
+    if settings.is_ensemble(config.teacher):
+        return build_ensemble(config.teacher, data, tracker)
     classifier = build_network("teacher", config.teacher, data, freeze="none")
     if config.teacher.weights == "auto":
         network = {
@@ -359,7 +370,7 @@ def build_teacher(config: DictConfig, data: ImageDataset, tracker: Any) -> tuple
                 f"in {tracker.uri}; this trains one: {teacher_command(config)}"
             )
         source = found.id
-        load_trained("teacher", f"runs:/{source}", config.teacher.name, classifier, data, tracker)
+        load_trained("teacher.weights", f"runs:/{source}", config.teacher.name, classifier, data, tracker)
         log.info(
             "teacher: run %s (%s), test accuracy %.1f %%",
             found.id,
@@ -367,10 +378,56 @@ def build_teacher(config: DictConfig, data: ImageDataset, tracker: Any) -> tuple
             100 * found.metrics["test/accuracy"],
         )
     else:
-        source = str(config.teacher.weights).removeprefix("runs:/")
+        weights = str(config.teacher.weights)
+        source = run_and_file(weights)[0] if weights.startswith("runs:/") else weights
         load_weights("teacher", config.teacher, classifier, data, tracker)
-        log.info("teacher: %s with the weights of %s", config.teacher.name, config.teacher.weights)
+        log.info("teacher: %s with the weights of %s", config.teacher.name, weights)
     return Teacher(classifier), source
+
+
+def build_ensemble(teacher: DictConfig, data: ImageDataset, tracker: Any) -> tuple[Teacher, str]:
+    """Several teachers as one, and the runs that they are from.
+
+    Raises:
+        ValueError: a run that is not there or not finished, or whose network or classes do not fit.
+    """
+    members = [build_member(address, data, tracker) for address in teacher.members]
+    ensemble = Ensemble(members, teacher.shares or [1] * len(members), teacher.temperature)
+    shares = ", ".join(f"{share:.3g}" for share in ensemble.shares.tolist())
+    log.info("teacher: the mean of their soft targets at T %g, shares %s", teacher.temperature, shares)
+    return Teacher(ensemble), ",".join(dict.fromkeys(run_and_file(address)[0] for address in teacher.members))
+
+
+def build_member(address: str, data: ImageDataset, tracker: Any) -> Classifier:
+    """The network of a run, as the run's own config describes it, with the run's weights."""
+    key = "teacher.members"
+    file = tracker.download(run_and_file(address)[0], CONFIG, key)
+    try:
+        model = read_model(file)
+        classifier = build_network("model", model, data, freeze="none")
+    except ValueError as error:  # which speaks of the model of that config
+        raise ValueError(f"{key}={address}: {error}") from error
+    load_trained(key, address, model.name, classifier, data, tracker)
+    log.info("teacher: %s with the weights of %s", model.name, address)
+    return classifier
+
+
+def read_model(file: Path) -> DictConfig:
+    """What a run's composed config says of its network.
+
+    Raises:
+        ValueError: it says no such thing, or names what is not accepted: it may be somebody else's.
+    """
+    check_yaml(file)
+    composed = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    assert isinstance(composed, dict)
+    model = composed.get("model")
+    needed = ("_target_", "name", *settings.PREPROCESSING)
+    if not isinstance(model, dict) or not all(key in model for key in needed) or "${" in str(model):
+        raise ValueError(f"{file}: the composed config of a run is accepted, with its model's {', '.join(needed)}")
+    checked = OmegaConf.create({"model": model})
+    check_config(checked)
+    return checked.model
 
 
 def teacher_command(config: DictConfig) -> str:
@@ -400,16 +457,13 @@ def load_weights(key: str, model: DictConfig, classifier: Classifier, data: Imag
     if model.weights == "imagenet":
         load_imagenet(f"{key}.weights", classifier.network, model.name)
     elif model.weights is not None:
-        load_trained(key, str(model.weights), model.name, classifier, data, tracker)
+        load_trained(f"{key}.weights", str(model.weights), model.name, classifier, data, tracker)
 
 
 def load_trained(key: str, weights: str, name: str, classifier: Classifier, data: ImageDataset, tracker: Any) -> None:
     """Put the weights of a run or a file into a network."""
-    key = f"{key}.weights"
-    if weights.startswith("runs:/"):
-        path = tracker.download_weights(weights.removeprefix("runs:/"), key)
-    else:
-        path = Path(weights).expanduser()
+    of_run = weights.startswith("runs:/")
+    path = tracker.download(*run_and_file(weights), key) if of_run else Path(weights).expanduser()
     state, class_names = read_weights(key, path)
     check_class_names(key, weights, class_names, data.class_names)
     load_state(key, weights, classifier.network, state, name, data.num_classes)

@@ -2,15 +2,16 @@
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from kdpipe.checks import as_typed, check_choice, check_number
+from kdpipe.checks import as_typed, check_choice, check_number, check_numbers
 from kdpipe.identity import effective, identity
+from kdpipe.store import epoch_file, names_weights
 from kdpipe.targets import find_target
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -80,6 +81,11 @@ def teacher_learns(config: DictConfig) -> bool:
 def mixes(config: DictConfig) -> bool:
     """Whether images are mixed, so that no two epochs see the same."""
     return config.train.mixup is not None or config.train.cutmix is not None
+
+
+def is_ensemble(model: DictConfig) -> bool:
+    """Whether the settings of a network are those of several, which runs of their own describe."""
+    return bool(model.get("_target_") == "kdpipe.models.Ensemble")
 
 
 def stage(config: DictConfig) -> str:
@@ -162,6 +168,10 @@ def check(config: DictConfig) -> None:
         if train[key] is not None:
             check_number(f"train.{key}", train[key], above=0)
     check_choice("train.select", train.select, ["last", "best"])
+    if train.keep_epochs is not None:
+        check_numbers("train.keep_epochs", train.keep_epochs, low=1, integer=True)
+        if beyond := [epoch for epoch in train.keep_epochs if epoch > train.epochs]:
+            raise ValueError(f"train.keep_epochs={beyond[0]}: epochs up to train.epochs={train.epochs} are accepted")
     check_choice("train.test_each_epoch", train.test_each_epoch, [True, False])
     check_choice("train.compile", train.compile, ["auto", True, False])
     check_choice("train.profile", train.profile, [True, False])
@@ -176,6 +186,8 @@ def check(config: DictConfig) -> None:
     for key in ("weight_decay", "momentum"):
         if key in config.optimizer:
             check_number(f"optimizer.{key}", config.optimizer[key], low=0)
+    if is_ensemble(config.model):
+        raise ValueError(f"model={config.model.name}: one network is trained; model@teacher=ensemble is accepted")
     check_weights("model.weights", config.model.weights, [None, "imagenet"])
     if needs_teacher(config):
         # A second student, too, learns from random weights unless it is told otherwise.
@@ -190,9 +202,42 @@ def check(config: DictConfig) -> None:
 
 def check_weights(key: str, weights: object, choices: Sequence[str | None]) -> None:
     """Raise ValueError for weights that are none of the choices, no run and no file that is there."""
-    if weights in choices or str(weights).startswith("runs:/"):
+    if weights in choices or names_weights(weights):
         return
+    if str(weights).startswith("runs:/"):
+        raise ValueError(f"{key}={weights}: runs:/<run id> or runs:/<run id>/epoch_<number> is accepted")
     if weights is None or not Path(str(weights)).expanduser().is_file():
         problem = "" if weights in (None, "imagenet", "auto") else "there is no such file; "
         accepted = ", ".join(map(as_typed, choices))
         raise ValueError(f"{key}={as_typed(weights)}: {problem}{accepted}, a file or runs:/<run id> is accepted")
+
+
+def check_ensemble(config: DictConfig) -> None:
+    """Raise ValueError for several teachers that cannot be one; one alone is checked elsewhere."""
+    teacher = config.teacher
+    if not is_ensemble(teacher) or not needs_teacher(config):
+        return
+    members = teacher.members
+    runs = "runs, [runs:/<run id>,runs:/<run id>]"
+    if not isinstance(members, ListConfig) or not members:
+        raise ValueError(f"teacher.members={as_typed(members)}: a list of {runs}, is accepted")
+    if odd := [member for member in members if not names_weights(member)]:
+        raise ValueError(f"teacher.members={as_typed(odd[0])}: a list of {runs}, is accepted")
+    if twice := [member for number, member in enumerate(members) if member in members[:number]]:
+        raise ValueError(f"teacher.members={twice[0]}: it is there twice; each once, with its share, is accepted")
+    if teacher.shares is not None:
+        check_numbers("teacher.shares", teacher.shares, low=0)
+        if len(teacher.shares) != len(members) or not sum(teacher.shares) > 0:
+            accepted = f"a number for each of the {len(members)} teacher.members, not all 0, is accepted"
+            raise ValueError(f"teacher.shares={as_typed(teacher.shares)}: {accepted}")
+    check_number("teacher.temperature", teacher.temperature, above=0)
+    if teacher.weights != "auto":
+        raise ValueError(f"teacher.weights={teacher.weights}: an ensemble has its members' weights; auto is accepted")
+
+
+def epochs_not_kept(config: DictConfig, over: int, files: Collection[str]) -> str:
+    """A line on the epochs to be kept that are over and not among a run's files; "" where none is missing."""
+    wanted = config.train.keep_epochs or []
+    missing = [str(epoch) for epoch in wanted if epoch <= over and epoch_file(epoch) not in files]
+    line = f"train.keep_epochs=[{','.join(missing)}]: this run has not kept them; train.resume=never trains it anew"
+    return line if missing else ""

@@ -11,7 +11,7 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from kdpipe import config as settings
 from kdpipe.build import KnownTeachers, build_parts
@@ -133,7 +133,12 @@ def name_of(axes: Axes, overrides: Sequence[str], config: DictConfig) -> str:
 
 
 def _written(config: DictConfig, key: str) -> str:
-    value = OmegaConf.select(config, key)
+    return _in_short(OmegaConf.select(config, key))
+
+
+def _in_short(value: object) -> str:
+    if isinstance(value, ListConfig):
+        return "+".join(map(_in_short, value))
     if isinstance(value, float):
         return f"{value:g}"
     return re.sub(r"runs:/(\w{8})\w+", r"\1", str(value))  # MLflow's ids differ in their first digits

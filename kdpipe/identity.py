@@ -20,6 +20,7 @@ PLACES = (
     "train.compile",
     "optimizer.fused",
     "train.profile",
+    "train.keep_epochs",
     "distillation.cache_max_gb",
     "sweep",
 )
@@ -52,6 +53,8 @@ def effective(settings: Mapping[str, Any], needs_teacher: bool) -> dict[str, Any
         for key, value in flatten(settings).items()
         if key != "teacher.freeze" and not key.startswith("benchmark.")
     }
+    if flat.get("teacher.temperature") == flat.get("loss.temperature", flat.get("also.temperature")):
+        flat.pop("teacher.temperature", None)  # of an ensemble, which takes the loss's
     if needs_teacher:
         return flat
     idle = (

@@ -6,8 +6,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -45,7 +44,7 @@ from kdpipe.models import Classifier, size_mb
 from kdpipe.profiling import traced, traces
 from kdpipe.report import epoch_line, result_table
 from kdpipe.shortcuts import answer_in_advance, build_features, build_mixing, build_views
-from kdpipe.store import PATIENCE, PEER_WEIGHTS, WEIGHTS, store_uri, wait_for_store
+from kdpipe.store import CONFIG, PATIENCE, PEER_WEIGHTS, WEIGHTS, epoch_file, store_uri, wait_for_store
 from kdpipe.targets import guard_hydra, refuse_pickled_config
 from kdpipe.teacher import Peer, Teacher
 from kdpipe.teacher_check import check_teacher, warn_once
@@ -85,6 +84,8 @@ def run(config: DictConfig) -> float:
         if finished := find_finished(config, parts, tracker, hardware):
             log.info("this run is finished already (train.resume=never trains anew)")
             tracker.restore(finished.id, folder)
+            if config.train.keep_epochs:
+                warn_of_epochs_not_kept(config, config.train.epochs, tracker.artifacts(finished.id))
             show_result(finished.metrics, config, tracker.link(finished.id))
             return objective(finished.metrics)
         return lead(config, parts, tracker, folder, hardware)
@@ -107,13 +108,19 @@ def lead(config: DictConfig, parts: Parts, tracker: Any, folder: Path, hardware:
     seconds = start["seconds"] if start else 0.0
     with tracker.run(name, folder, params, tags, begun, history, seconds) as current:
         describe_inputs(config, current, tracker, parts.data)
+        save_earlier_epochs(config, current, start["training"]["epoch"] if start else 1)
 
         def keep(state: dict[str, Any]) -> None:
             about = {"tags": parts.tags, "run": current.id, "history": current.rows, "seconds": current.seconds}
             save_checkpoint(folder / CHECKPOINTS, {**about, "training": state})
             current.deliver()
 
-        on_epoch = partial(report_epoch, current, config.train.epochs)
+        def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
+            report_epoch(current, config.train.epochs, epoch, metrics)
+            if epoch in (config.train.keep_epochs or ()):
+                save_weights(parts.model.network, folder / epoch_file(epoch), parts.data.class_names)
+                current.save(folder / epoch_file(epoch))
+
         with traced(folder, config.train.profile, hardware.device) as on_step:
             metrics = learn(config, parts, hardware, start["training"] if start else None, on_epoch, keep, on_step)
         save_weights(parts.model.network, folder / WEIGHTS, parts.data.class_names)
@@ -272,13 +279,30 @@ def run_tags(config: DictConfig, parts: Parts, hardware: Hardware) -> dict[str, 
 def describe_inputs(config: DictConfig, current: Any, tracker: Any, data: ImageDataset) -> None:
     """Keep the composed config and say what the run is fed."""
     composed = {key: value for key, value in settings.settings_of(config).items() if key not in ("tracking", "sweep")}
-    file = current.folder / "config.yaml"
+    file = current.folder / CONFIG
     write_whole(file, OmegaConf.to_yaml(OmegaConf.create(composed)).encode())
     current.save(file)
     sizes = {name: len(positions) for name, positions in data.splits.items()}
     if data.unlabelled:
         sizes["unlabelled"] = int((data.labels < 0).sum())
     tracker.log_dataset(current.id, data.name, data.fingerprint, str(config.dataset.get("root", data.name)), sizes)
+
+
+def save_earlier_epochs(config: DictConfig, current: Any, epoch: int) -> None:
+    """Have the weights that were kept before `epoch`, where the training goes on, among the run's artifacts."""
+    over = [current.folder / epoch_file(number) for number in range(1, epoch)]
+    for file in current.folder.glob(epoch_file("*")):
+        if file in over:
+            current.save(file)
+        else:  # of another run, or this one comes to that epoch again
+            file.unlink()
+    warn_of_epochs_not_kept(config, epoch - 1, [file.name for file in over if file.exists()])
+
+
+def warn_of_epochs_not_kept(config: DictConfig, over: int, files: Sequence[str]) -> None:
+    """For who asked for them too late."""
+    if problem := settings.epochs_not_kept(config, over, files):
+        log.warning(problem)
 
 
 def report_epoch(current: Any, epochs: int, epoch: int, metrics: dict[str, float]) -> None:

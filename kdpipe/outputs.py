@@ -19,7 +19,7 @@ from kdpipe.cache import META, keep, mapped_array, new_array, read_meta
 from kdpipe.data import ImageDataset, Rows
 from kdpipe.data.augmentation import Views
 from kdpipe.hardware import Hardware
-from kdpipe.models import Classifier
+from kdpipe.models import Classifier, Ensemble
 from kdpipe.models.weights import weights_digest
 from kdpipe.progress import progress
 
@@ -45,7 +45,7 @@ class Question:
 
     name: str
     network_name: str
-    classifier: Classifier
+    classifier: Classifier | Ensemble
     answer: Callable[[Tensor], Tensor]
     data: ImageDataset
     positions: Tensor
@@ -61,11 +61,8 @@ class Question:
         parts = [
             __version__,
             self.name,
-            repr(self.classifier.network),
+            repr(self.classifier),
             weights_digest(self.classifier.network, without=head),
-            self.classifier.image_size,
-            self.classifier.mean.flatten().tolist(),
-            self.classifier.std.flatten().tolist(),
             self.data.fingerprint,
             self.data.unlabelled,
             hashlib.sha256(self.positions.numpy().tobytes()).hexdigest(),

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import socket
 import time
 import urllib.error
@@ -12,7 +13,9 @@ from urllib.parse import urlsplit
 
 log = logging.getLogger("kdpipe")
 
-WEIGHTS = "model.safetensors"  # a run's weights, in its folder and among its artifacts
+# In a run's folder and among its artifacts.
+WEIGHTS = "model.safetensors"
+CONFIG = "config.yaml"
 PEER_WEIGHTS = "peer.safetensors"
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 # Not mssql: what stands in the place of its host may be the name of a data source or of an instance.
@@ -24,6 +27,22 @@ SECONDS = 5  # that a connection, and then an answer, may take
 def store_uri(configured: str | None, output_dir: Path) -> str:
     """Which store: what is configured, else MLFLOW_TRACKING_URI, else a sqlite file in the output folder."""
     return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output_dir.resolve() / 'mlflow.db'}"
+
+
+def epoch_file(epoch: object) -> str:
+    """The name of the file with the weights that a run had after an epoch; a pattern for "*"."""
+    return f"epoch_{epoch}.safetensors"
+
+
+def names_weights(address: object) -> bool:
+    """Whether this is how a run's weights are written: runs:/<run id>, runs:/<run id>/epoch_<number>."""
+    return bool(re.fullmatch(r"runs:/[^/]+(/(model|epoch_[1-9]\d*)(\.safetensors)?)?", str(address)))
+
+
+def run_and_file(address: str) -> tuple[str, str]:
+    """The run's id, and the name of its file of weights, that such an address is made of."""
+    run_id, _, name = address.removeprefix("runs:/").partition("/")
+    return run_id, f"{name.removesuffix('.safetensors')}.safetensors" if name else WEIGHTS
 
 
 def wait_for_store(uri: str, seconds: float) -> None:

@@ -134,6 +134,10 @@ def take_finished(sweep: Sweep, run: Planned) -> bool:
     finished = None if is_unfinished(run.folder, run.tags) else sweep.tracker.find_finished(run.tags)
     if finished is None or (sweep.rerun and finished.ended < sweep.started):
         return False
+    if run.config.train.keep_epochs:
+        files = sweep.tracker.artifacts(finished.id)
+        if problem := settings.epochs_not_kept(run.config, run.config.train.epochs, files):
+            log.warning("%s: %s", run.name, problem)
     sweep.tracker.adopt(finished, sweep.id, sweep.parent)
     sweep.finished[run.identity] = finished
     return True

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kdpipe.data import Rows
 from kdpipe.data.dataset import fits
 from kdpipe.features import Observed, Outputs, wide
-from kdpipe.models import Classifier
+from kdpipe.models import Classifier, Ensemble
 
 
 class Peer(nn.Module):
@@ -33,9 +33,9 @@ class Peer(nn.Module):
 class Teacher(nn.Module):
     """Cannot be trained by accident: no gradients, and in evaluation mode whatever `train()` is called around it."""
 
-    def __init__(self, classifier: Classifier) -> None:
+    def __init__(self, classifier: Classifier | Ensemble) -> None:
         super().__init__()
-        self.classifier: Classifier = classifier.requires_grad_(False).eval()
+        self.classifier: Classifier | Ensemble = classifier.requires_grad_(False).eval()
         self._observed = Observed(classifier)
         self.ask_for(())
 

@@ -15,6 +15,8 @@ from omegaconf import DictConfig
 
 from kdpipe import config as settings
 from kdpipe.identity import identity, what_matters
+from kdpipe.models import Ensemble
+from kdpipe.targets import find_target
 
 OPTIONS = sorted(path.relative_to(settings.CONF).with_suffix("").as_posix() for path in settings.CONF.glob("*/*.yaml"))
 DATASETS_ON_DISK = ("cifar10", "cifar100", "fashion_mnist", "dogs_vs_cats", "image_folder")
@@ -24,11 +26,15 @@ DATASETS_ON_DISK = ("cifar10", "cifar100", "fashion_mnist", "dogs_vs_cats", "ima
 def test_every_yaml_composes_and_builds(option: str, composed: Callable[..., DictConfig], tmp_path: Path) -> None:
     group, name = option.split("/")
     folder = ["dataset.root=somewhere"] if name == "image_folder" else []
-    config = composed(f"{group}={name}", *folder)
+    place = "teacher" if name == "ensemble" else group
+    config = composed(f"{group}@{place}={name}" if place != group else f"{group}={name}", *folder)
     settings.check(config)
     assert settings.run_identity(config)
-    part = config[group] if group != "experiment" else config.loss
-    if group == "model":
+    part = config[place] if group != "experiment" else config.loss
+    if name == "ensemble":
+        assert find_target("teacher._target_", part._target_) is Ensemble  # which is made of runs
+        assert part.name == name and part.temperature == config.loss.temperature
+    elif group == "model":
         assert part.name == (name if name not in ("torchvision", "timm") else "resnet18")
         arguments = {key: value for key, value in part.items() if key not in settings.NOT_ARCHITECTURE}
         network = instantiate(arguments, num_classes=3).eval()
@@ -100,7 +106,7 @@ SAME = [
     ["dataset.root=elsewhere"],
     ["train.device=cpu", "train.threads=1", "train.resume=never"],
     ["distillation.outputs=online", "distillation.cache_max_gb=1", "distillation.views=5", "sweep.confirm_seeds=5"],
-    ["train.compile=true", "train.profile=true", "optimizer.fused=false"],
+    ["train.compile=true", "train.profile=true", "train.keep_epochs=[1,5]", "optimizer.fused=false"],
     ["experiment=distill"],
 ]
 OTHER = [
@@ -112,7 +118,9 @@ OTHER = [
     ["dataset.split_seed=1"],
     ["dataset.train_fraction=0.5"],
     ["teacher.weights=a.pth"],
+    ["teacher.weights=runs:/a/epoch_5"],
     ["model@teacher=resnet56"],
+    ["model@teacher=ensemble", "teacher.members=[runs:/a]"],
     ["augmentation=crop_flip"],
     ["loss=kd_tutorial"],
     ["loss=dkd"],

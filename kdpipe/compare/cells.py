@@ -27,8 +27,14 @@ class Cell:
 
     @property
     def teacher_run(self) -> str:
-        """The run or the file that the teacher's weights are from, "" where there was none."""
+        """The run or the file that the teacher's weights are from, several runs with commas between them; "" where
+        there was none."""
         return self.first.tags.get("kdpipe.teacher_run", "")
+
+    @property
+    def teacher_runs(self) -> list[str]:
+        """Each of them."""
+        return teacher_runs(self.first)
 
     @property
     def is_alone(self) -> bool:
@@ -69,6 +75,12 @@ class Cell:
     def settings_without(self, *groups: str) -> dict[str, str]:
         """The settings that remain without some config groups: what two cells share."""
         return {key: value for key, value in self.settings if key.split(".")[0] not in groups}
+
+
+def teacher_runs(record: RunRecord) -> list[str]:
+    """The runs, or the one file, that a run's teachers are from."""
+    source = record.tags.get("kdpipe.teacher_run", "")
+    return source.split(",") if "teacher.members" in record.params else [source] if source else []
 
 
 def make_cells(records: Iterable[RunRecord]) -> list[Cell]:

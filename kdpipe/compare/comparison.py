@@ -10,6 +10,7 @@ from statistics import fmean
 from kdpipe.compare.cells import UNLABELLED, Cell, Controls
 from kdpipe.compare.published import Published, notes_on, published_for, teacher_note
 from kdpipe.compare.statistics import CANNOT_TELL, Interval, interval, verdict
+from kdpipe.store import run_and_file
 from kdpipe.tracking import RunRecord
 
 GetRun = Callable[[str], RunRecord | None]
@@ -80,8 +81,7 @@ def compare(
         said = f"{CANNOT_TELL}: the same student alone has not been trained (loss.alpha=0, or experiment=student)"
     else:
         said = verdict(decisive.gain)
-    teacher = get_run(best.cell.teacher_run)
-    accuracy = teacher.metrics.get(TEST) if teacher else None
+    accuracy = accuracy_of_teacher(best.cell, get_run)
     return Comparison(rows, best, confirmed, said, notes(best, confirmed, distilled, get_run), accuracy)
 
 
@@ -179,11 +179,22 @@ def notes(best: Row, confirmed: Row | None, distilled: Sequence[Row], get_run: G
     return said
 
 
+def accuracy_of_teacher(cell: Cell, get_run: GetRun) -> float | None:
+    """On the test images, a fraction; that of an ensemble, and that after an earlier epoch, was not measured."""
+    params = cell.first.params
+    if "teacher.members" in params or "/epoch_" in params.get("teacher.weights", ""):
+        return None
+    teacher = get_run(cell.teacher_run)
+    return teacher.metrics.get(TEST) if teacher else None
+
+
 def seen_by_teacher(cell: Cell, get_run: GetRun) -> str:
-    """Why the teacher may know images that the student is measured on; "" if it does not."""
-    source, settings = cell.teacher_run, cell.first.params
-    if not source:  # a second student, which learns beside the first
-        return ""
+    """Why a teacher may know images that the student is measured on; "" if none does."""
+    return next(filter(None, (_seen_by(source, cell, get_run) for source in cell.teacher_runs)), "")
+
+
+def _seen_by(source: str, cell: Cell, get_run: GetRun) -> str:
+    settings = cell.first.params
     images = "validation images" if VALIDATION in cell.first.metrics else "test images"
     seen = set()
     while source not in seen:
@@ -203,7 +214,7 @@ def seen_by_teacher(cell: Cell, get_run: GetRun) -> str:
         weights = run.params.get("model.weights", "None")
         if weights in ("None", "imagenet"):
             return ""
-        source = weights.removeprefix("runs:/")
+        source = run_and_file(weights)[0] if weights.startswith("runs:/") else weights
     return ""
 
 
@@ -236,7 +247,7 @@ def families(cells: Sequence[Cell], one_teacher: bool) -> list[list[Cell]]:
             groups.setdefault(_alike(cell, alike), []).append(cell)
     result, placed = [], set()
     for group in groups.values():
-        taught = {cell.teacher_run for cell in group}
+        taught = {source for cell in group for source in cell.teacher_runs}
         teachers = [
             cell for cell in cells if cell.stage == "teacher" and taught & {run.id for run in cell.runs.values()}
         ]

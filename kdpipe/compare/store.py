@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from functools import cache
 
-from kdpipe.compare.cells import Cell, make_cells
+from kdpipe.compare.cells import Cell, make_cells, teacher_runs
 from kdpipe.compare.comparison import Comparison, GetRun, check_comparable, compare, families
 from kdpipe.tracking import RunRecord, Tracker
 
@@ -47,7 +47,7 @@ def compare_sweep(tracker: Tracker, sweep_id: str, where: Mapping[str, str] | No
     if not mine:
         raise ValueError(f"--sweep {sweep_id}: no finished run yet")
     find = run_finder(tracker)
-    teachers = [find(run_id) for run_id in sorted({record.tags.get("kdpipe.teacher_run", "") for record in mine})]
+    teachers = [find(run_id) for run_id in sorted({source for record in mine for source in teacher_runs(record)})]
     controls = make_cells(record for record in records if record not in mine)
     confirm = [int(seed) for seed in parent.tags.get("kdpipe.confirm_seeds", "").split()]
     cells = those(make_cells([*mine, *(teacher for teacher in teachers if teacher)]), where or {})

@@ -112,9 +112,12 @@ class Combined(nn.Module):
         self.one_label = getattr(loss, "one_label", False) or also.one_label
 
     def fit_to(self, student: Outputs, teacher: Outputs, positions: Tensor, labels: Tensor) -> None:
-        for part in (self.first, self.second):
-            if isinstance(part, Distillation):
-                part.fit_to(student, teacher, positions, labels)
+        if isinstance(self.first, Distillation):
+            self.first.fit_to(student, teacher, positions, labels)
+        try:
+            self.second.fit_to(student, teacher, positions, labels)
+        except ValueError as error:  # losses speak of themselves as the loss
+            raise ValueError(str(error).replace("loss.", "also.", 1)) from error
 
     def forward(
         self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int

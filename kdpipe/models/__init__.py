@@ -9,5 +9,6 @@ Four attributes are asked of it only where they are needed:
 """
 
 from kdpipe.models.classifier import Classifier, size_mb
+from kdpipe.models.ensemble import Ensemble
 
-__all__ = ["Classifier", "size_mb"]
+__all__ = ["Classifier", "Ensemble", "size_mb"]

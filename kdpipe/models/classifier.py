@@ -55,6 +55,10 @@ class Classifier(nn.Module):
             network.requires_grad_(False)
             self.head.requires_grad_(True)
 
+    def extra_repr(self) -> str:
+        """The preprocessing, which answers depend on as on the weights."""
+        return f"image_size={self.image_size}, mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
+
     @property
     def head(self) -> nn.Module:
         """The part that stays trainable when the backbone is frozen."""

@@ -21,7 +21,7 @@ from mlflow.exceptions import MlflowException
 from kdpipe.claim import ClaimedError, claim, is_of_this_machine, locked
 from kdpipe.interruption import postponed
 from kdpipe.journal import FAILED, FINISHED, KILLED, METRICS, Journal, Row, now, undelivered, write_rows
-from kdpipe.store import WEIGHTS
+from kdpipe.store import CONFIG, WEIGHTS
 from kdpipe.tracking.delivery import IN_A_HURRY, Run, Stores
 from kdpipe.tracking.sqlite import set_aside_half_made, store_lock
 
@@ -286,26 +286,35 @@ class Tracker:
                 raise
             return None
 
-    def download_weights(self, run_id: str, key: str) -> Path:
-        """A run's weights as a local file.
+    def artifacts(self, run_id: str) -> list[str]:
+        """The names of the files that a run has kept."""
+        return [file.path for file in self.client.list_artifacts(run_id)]
+
+    def download(self, run_id: str, name: str, key: str) -> Path:
+        """A file that a run has kept, as a local one.
 
         Raises:
-            ValueError: no such run, or a run without weights.
+            ValueError: no such run, or one that has not kept this file.
         """
         try:
-            return Path(
-                mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=WEIGHTS, tracking_uri=self.uri)
-            )
+            return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name, tracking_uri=self.uri))
         except (MlflowException, OSError) as error:
-            known = self.get_run(run_id)
-            problem = "this run has no weights" if known else f"there is no such run in {self.uri}"
+            if self.get_run(run_id):
+                alike = [file for file in self.artifacts(run_id) if Path(file).suffix == Path(name).suffix]
+                there = ", ".join(sorted(alike, key=lambda file: (len(file), file)))  # epoch_5 before epoch_10
+                problem = f"this run has no {name}, but {there}" if there else f"this run has no {name}"
+            else:
+                problem = f"there is no such run in {self.uri}"
             raise ValueError(
-                f"{key}=runs:/{run_id}: {problem}; a file or runs:/<id of a finished run> is accepted"
+                f"{key}=runs:/{run_id}: {problem}; the id of a finished run is accepted, runs:/<run id>"
             ) from error
 
     def restore(self, run_id: str, folder: Path) -> None:
         """Put a run's weights and config into its folder, where a later run of the same identity may have been."""
-        mlflow.artifacts.download_artifacts(run_id=run_id, tracking_uri=self.uri, dst_path=str(folder))
+        for name in (WEIGHTS, CONFIG):  # not those of its epochs, of which the later run has its own
+            mlflow.artifacts.download_artifacts(
+                run_id=run_id, artifact_path=name, tracking_uri=self.uri, dst_path=str(folder)
+            )
 
     @property
     def ui(self) -> str:

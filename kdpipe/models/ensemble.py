@@ -1,0 +1,44 @@
+"""Several teachers as one."""
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from kdpipe.models.classifier import Classifier
+
+
+class Ensemble(nn.Module):
+    """The mean of several networks' soft targets (Hinton, Vinyals & Dean 2015, https://arxiv.org/abs/1503.02531):
+    logits z with softmax(z / T) = Σ share · softmax(member's logits / T).
+
+    Its members take the same raw images, each with its own preprocessing; it stands where else a `Classifier` does.
+
+    Args:
+        shares: of each member in the mean, from 0; they are divided by their sum.
+        temperature: T, above 0, the loss's: at another one the soft targets are not exactly the mean.
+    """
+
+    shares: Tensor
+
+    def __init__(self, members: Sequence[Classifier], shares: Sequence[float], temperature: float) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.temperature = temperature
+        self.register_buffer("shares", torch.tensor(shares, dtype=torch.float32), persistent=False)
+        self.shares /= self.shares.sum()
+
+    @property
+    def network(self) -> Self:
+        """What has the weights, as a classifier's network has."""
+        return self
+
+    def extra_repr(self) -> str:
+        return f"shares={self.shares.tolist()}, temperature={self.temperature}"
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [N, classes], float32, of uint8 images [N, C, H, W]."""
+        logits = torch.stack([member(images).float() for member in self.members])
+        soft_targets = (logits / self.temperature).log_softmax(dim=-1) + self.shares.log().view(-1, 1, 1)
+        return self.temperature * soft_targets.logsumexp(dim=0)
