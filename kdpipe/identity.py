@@ -22,6 +22,7 @@ PLACES = (
     "train.profile",
     "distillation.cache_max_gb",
     "sweep",
+    "chain",  # a link is what its own settings say
 )
 
 

@@ -1,12 +1,15 @@
 """Cells: finished runs that differ by their seed alone."""
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kdpipe.identity import what_matters
 from kdpipe.tracking import RunRecord
 
 STAGES = ("teacher", "student", "distill")
+LINK = "kdpipe.link"
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,11 @@ class Cell:
         return self.first.tags.get("kdpipe.teacher_run", "")
 
     @property
+    def teacher_runs(self) -> list[str]:
+        """The same for each seed; in a chain each has a teacher of its own."""
+        return list(dict.fromkeys(run.tags.get("kdpipe.teacher_run", "") for run in self.runs.values()))
+
+    @property
     def loss(self) -> str:
         """The loss and its settings, such as "KD alpha 0.5 temperature 5"."""
         params = self.first.params
@@ -45,6 +53,11 @@ class Cell:
         name = self.first.params["model.name"]
         return f"{name} {'alone' if self.stage == 'student' else self.loss if self.stage == 'distill' else 'teacher'}"
 
+    @property
+    def link(self) -> int:
+        """Its place in a chain, from 1."""
+        return int(dict(self.settings).get(LINK, 1))
+
     def values(self, metric: str) -> dict[int, float]:
         """The metric of each seed that has it."""
         return {seed: run.metrics[metric] for seed, run in self.runs.items() if metric in run.metrics}
@@ -58,18 +71,33 @@ class Cell:
         return {key: value for key, value in self.settings if key.split(".")[0] not in groups}
 
 
-def make_cells(records: Iterable[RunRecord]) -> list[Cell]:
-    """The cells of finished runs (newest first), teachers before students before distilled students."""
+def make_cells(records: Iterable[RunRecord], chain: Iterable[RunRecord] = ()) -> list[Cell]:
+    """The cells of finished runs (newest first), teachers before students before distilled students.
+
+    Args:
+        chain: runs that taught each other. Those whose teachers are of one cell are of one cell, too.
+    """
+    links = {record.id: record for record in chain}
     found: dict[frozenset[tuple[str, str]], dict[int, RunRecord]] = {}
     for record in records:
-        settings = what_matters(record.params)
-        seed = int(settings.pop("seed"))
-        sources = {key: record.tags.get(key, "") for key in ("kdpipe.stage", "kdpipe.data", "kdpipe.teacher_run")}
-        if sources["kdpipe.stage"] == "distill":  # a file may hold other weights than it did
-            sources["kdpipe.teacher_weights"] = record.tags.get("kdpipe.inputs", "").rpartition("-")[2]
-        found.setdefault(frozenset((settings | sources).items()), {}).setdefault(seed, record)
+        found.setdefault(_settings(record, links), {}).setdefault(int(record.params["seed"]), record)
     cells = [Cell(settings, dict(sorted(runs.items()))) for settings, runs in found.items()]
     return sorted(cells, key=_place)
+
+
+def _settings(record: RunRecord, links: Mapping[str, RunRecord]) -> frozenset[tuple[str, str]]:
+    settings = what_matters(record.params)
+    del settings["seed"]
+    sources = {key: record.tags.get(key, "") for key in ("kdpipe.stage", "kdpipe.data", "kdpipe.teacher_run")}
+    if sources["kdpipe.stage"] == "distill":  # a file may hold other weights than it did
+        sources["kdpipe.teacher_weights"] = record.tags.get("kdpipe.inputs", "").rpartition("-")[2]
+        if teacher := links.get(sources["kdpipe.teacher_run"]):
+            its = _settings(teacher, links)
+            number = int(dict(its).get(LINK, 1))
+            settings["teacher.weights"] = f"link {number}"
+            cell = hashlib.sha256(json.dumps(sorted(its)).encode()).hexdigest()
+            sources |= {LINK: str(number + 1), "kdpipe.teacher_weights": "", "kdpipe.teacher_run": cell}
+    return frozenset((settings | sources).items())
 
 
 class Controls:
