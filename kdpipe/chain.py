@@ -105,10 +105,7 @@ def link_overrides(cell: Sequence[str], link: Sequence[str], teacher: Sequence[s
         link: its own, which win.
         teacher: those for its teacher, in links after the first.
     """
-    kept = _without_own(cell, link)
-    if teacher is not None:
-        kept = [override for override in kept if not _is_of_teacher(override)]
-    return [*kept, *(teacher or []), *link]
+    return [*_kept(cell, link, teacher is not None), *(teacher or []), *link]
 
 
 def taught_by(config: DictConfig, run_id: str) -> list[str]:
@@ -127,7 +124,7 @@ def check_links(cell: Sequence[str], links: Sequence[Sequence[str]], drafts: Seq
     """Raise ValueError for an override that no link of a chain takes, and for a link that learns from no teacher."""
     if len(links) == 1:
         return
-    used = {override for link in links for override in _without_own(cell, link)}
+    used = {override for number, link in enumerate(links) for override in _kept(cell, link, number > 0)}
     for override in cell:
         if override not in used and _key(override) not in ("chain", "experiment"):
             raise ValueError(f"{override}: each link of the chain chooses this itself; in the chain it is accepted")
@@ -150,13 +147,20 @@ def networks_of(cells: Sequence[Composed]) -> str:
     return " or ".join(dict.fromkeys(str(cell.config.model.name) for cell in cells))
 
 
-def _without_own(cell: Sequence[str], link: Sequence[str]) -> list[str]:
-    """A cell's overrides without those for what a link chooses itself: with loss=cross_entropy goes no loss.alpha."""
+def _kept(cell: Sequence[str], link: Sequence[str], has_link_before: bool) -> list[str]:
+    """A cell's overrides without those for what a link chooses itself (with loss=cross_entropy goes no loss.alpha),
+    and for the teacher where it is the link before."""
     own = [_key(override) for override in link]
     of_own = [f"{key.rpartition('@')[2]}." for key in own if "." not in key]
     if "loss" in own:  # what is added to the loss is added to that of other links
         of_own += ["loss@also", "also."]
-    return [override for override in cell if _key(override) not in own and not _key(override).startswith(tuple(of_own))]
+    return [
+        override
+        for override in cell
+        if _key(override) not in own
+        and not _key(override).startswith(tuple(of_own))
+        and not (has_link_before and _is_of_teacher(override))
+    ]
 
 
 def _is_of_teacher(override: str) -> bool:

@@ -125,8 +125,8 @@ def plan(
         name = name_of(axes, cell.overrides, cell.config)
         if link is not None:
             name = f"{link}_{cell.config.model.name}_{name}"
-        if name in [run.name for run in planned.values()]:  # links that are alike but for their teachers
-            name = f"{name}_{parts.teacher_source[:8]}"
+            if name in [run.name for run in planned.values()]:  # they are alike but for their teachers
+                name = f"{name}_{parts.teacher_source[:8]}"
         planned[cell.identity] = Planned(name, cell.overrides, cell.config, parts.tags, parts.teacher_source)
     return list(planned.values())
 

@@ -188,6 +188,14 @@ def test_what_a_failed_run_would_have_taught_is_left_out(kdpipe: Callable[..., O
     assert len(rows(outcome)) == 3
 
 
+def test_without_its_last_link_a_chain_cannot_tell(kdpipe: Callable[..., Outcome]) -> None:
+    outcome = kdpipe(*BORN_AGAIN, "chain=[{loss:cross_entropy},{optimizer:sgd,optimizer.lr:1e30}]")
+    assert "1 of 2 runs failed: 2_resnet20_a0.5_T5_s0 (epoch 1: the loss is " in outcome.errors
+    assert "left out" not in outcome.errors
+    assert [stage for _, stage, _ in rows(outcome)] == ["student"]
+    assert "verdict: cannot tell: the chain's last link, which these lead to, has no finished run" in outcome.output
+
+
 def test_all_of_it_can_be_trained_anew(kdpipe: Callable[..., Outcome]) -> None:
     two = "chain=[{loss:cross_entropy},{}]"
     kdpipe(*BORN_AGAIN, two)
@@ -225,6 +233,10 @@ CE = "{loss:cross_entropy}"
         ),
         ([f"chain=[{CE},{{train.select:best}}]", "dataset.val_fraction=0"], "train.select=best: chosen on validation"),
         (["chain=[{model:resnet56,loss:cross_entropy},{model:resnet20}]"], "model=resnet20: each link of the chain"),
+        (
+            ["chain=[{model@teacher:resnet32},{}]", "teacher.mean=[0]"],
+            "teacher.mean=[0]: each link of the chain chooses",
+        ),
         (["teacher.weights=nowhere.pt"], "teacher.weights=nowhere.pt: the first link learns from none"),
         (["sweep.confirm_seeds=2"], "sweep.confirm_seeds=2: a chain is confirmed by the same chain on other seeds"),
         (["experiment=born_again,student"], "one for the whole command is accepted, python -m kdpipe -m 'chain=…'"),

@@ -78,7 +78,7 @@ def compare_chain(cells: Sequence[Cell], links: int, find: GetRun, controls: Seq
         shown += known
     if left := [cell for cell in cells if cell not in shown]:
         rows = [row_of(cell, students_alone) for cell in sorted(left, key=lambda cell: cell.link)]
-        said = f"{CANNOT_TELL}: of the chain's last link, which these lead to, no run is finished"
+        said = f"{CANNOT_TELL}: the chain's last link, which these lead to, has no finished run"
         comparisons.append(Comparison(rows, None, None, said))
     return comparisons
 
