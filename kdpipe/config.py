@@ -53,9 +53,8 @@ def effective_settings(config: DictConfig) -> dict[str, Any]:
 
 def logged_params(config: DictConfig) -> dict[str, Any]:
     """The flat settings of a run as MLflow's params: where it is logged, and which sweep it is from, are none."""
-    return {
-        key: value for key, value in effective_settings(config).items() if not key.startswith(("tracking.", "sweep."))
-    }
+    flat = effective_settings(config)
+    return {key: value for key, value in flat.items() if key != "chain" and not key.startswith(("tracking.", "sweep."))}
 
 
 def run_identity(config: DictConfig) -> str:
@@ -153,6 +152,8 @@ def check(config: DictConfig) -> None:
         if not isinstance(config[key], DictConfig):
             hint = "model@teacher=… chooses the teacher" if key == "teacher" else f"{key}.<key>=… sets what is in it"
             raise ValueError(f"{key}={config[key]}: no value is accepted; {hint}")
+    if config.chain is not None:  # which the run of a link has not
+        raise ValueError(f"chain={config.chain}: one for the whole command is accepted, python -m kdpipe -m 'chain=…'")
     check_choice("stage", config.stage, ["student", "teacher"])
     check_number("seed", config.seed, low=0, integer=True)
     train = config.train

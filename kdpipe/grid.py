@@ -23,6 +23,18 @@ Axes = dict[str, list[str]]
 
 
 @dataclass(frozen=True)
+class Composed:
+    """A cell of a grid: overrides of Hydra, and the config that they compose."""
+
+    overrides: tuple[str, ...]
+    config: DictConfig
+
+    @property
+    def identity(self) -> str:
+        return settings.run_identity(self.config)
+
+
+@dataclass(frozen=True)
 class Planned:
     """One run of a sweep.
 
@@ -73,10 +85,11 @@ def expand(sweeper: BasicSweeper, arguments: Sequence[str]) -> tuple[Axes, list[
     return axes, sweeper.split_arguments(overrides, None)[0]
 
 
-def compose(sweeper: BasicSweeper, overrides: Sequence[str]) -> DictConfig:
-    """The config of one cell, Hydra's own part included."""
+def compose(sweeper: BasicSweeper, overrides: Sequence[str]) -> Composed:
+    """One cell, with Hydra's own part in its config."""
     assert sweeper.hydra_context and sweeper.config
-    return sweeper.hydra_context.config_loader.load_sweep_config(sweeper.config, list(overrides))
+    loader = sweeper.hydra_context.config_loader
+    return Composed(tuple(overrides), loader.load_sweep_config(sweeper.config, list(overrides)))
 
 
 def check_shared(configs: Sequence[DictConfig]) -> None:
@@ -95,23 +108,26 @@ def check_shared(configs: Sequence[DictConfig]) -> None:
 
 
 def plan(
-    axes: Axes,
-    grid: Sequence[Sequence[str]],
-    configs: Sequence[DictConfig],
-    tracker: Any,
-    teachers: KnownTeachers,
+    axes: Axes, cells: Sequence[Composed], tracker: Any, teachers: KnownTeachers, link: int | None = None
 ) -> list[Planned]:
-    """The runs of a grid; cells that are the same run (at alpha 0, whatever the temperature) are planned once. Data,
-    teachers and networks are built here, so that what is wrong with them is known before anything trains."""
+    """The runs of cells; cells that are the same run (at alpha 0, whatever the temperature) are planned once. Data,
+    teachers and networks are built here, so that what is wrong with them is known before anything trains.
+
+    Args:
+        link: the number of the link of a chain that the cells are of.
+    """
     planned: dict[str, Planned] = {}
-    for overrides, config in zip(grid, configs, strict=True):
-        identity = settings.run_identity(config)
-        if identity in planned:
+    for cell in cells:
+        if cell.identity in planned:
             continue
-        HydraConfig.instance().set_config(config)  # messages name the command
-        parts = build_parts(config, tracker, teachers)
-        name = name_of(axes, overrides, config)
-        planned[identity] = Planned(name, tuple(overrides), config, parts.tags, parts.teacher_source)
+        HydraConfig.instance().set_config(cell.config)  # messages name the command
+        parts = build_parts(cell.config, tracker, teachers)
+        name = name_of(axes, cell.overrides, cell.config)
+        if link is not None:
+            name = f"{link}_{cell.config.model.name}_{name}"
+            if name in [run.name for run in planned.values()]:  # they are alike but for their teachers
+                name = f"{name}_{parts.teacher_source[:8]}"
+        planned[cell.identity] = Planned(name, cell.overrides, cell.config, parts.tags, parts.teacher_source)
     return list(planned.values())
 
 
@@ -144,12 +160,17 @@ def _in_short(value: object) -> str:
     return re.sub(r"runs:/(\w{8})\w+", r"\1", str(value))  # MLflow's ids differ in their first digits
 
 
-def identity_of(planned: Sequence[Planned]) -> str:
-    """The sweep's 12 hex digits: a hash of its cells' identities, and of the images and teachers that they found."""
-    text = json.dumps(sorted((run.identity, run.tags["kdpipe.inputs"]) for run in planned))
+def identity_of(planned: Sequence[Planned], later: Sequence[Sequence[Composed]] = ()) -> str:
+    """The sweep's 12 hex digits: a hash of its cells' identities, and of the images and teachers that they found.
+
+    Args:
+        later: the links of a chain after the first, as they are known before they are trained.
+    """
+    found = sorted((run.identity, run.tags["kdpipe.inputs"]) for run in planned)
+    text = json.dumps([*found, *(sorted({cell.identity for cell in cells}) for cells in later)])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def describe(axes: Axes) -> str:
-    """The grid in one line."""
-    return " × ".join(f"{key}={','.join(values)}" for key, values in axes.items()) or "one cell"
+    """The grid in one line, "" where there is one cell."""
+    return " × ".join(f"{key}={','.join(values)}" for key, values in axes.items())

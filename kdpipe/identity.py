@@ -23,6 +23,7 @@ PLACES = (
     "train.keep_epochs",
     "distillation.cache_max_gb",
     "sweep",
+    "chain",  # a link is what its own settings say
 )
 LABELS_ALONE = "kdpipe.losses.CrossEntropy"  # the loss of the student alone
 

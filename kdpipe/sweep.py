@@ -16,10 +16,11 @@ from omegaconf import DictConfig
 from torch import distributed
 
 from kdpipe import config as settings
-from kdpipe.build import KnownTeachers, check_device, check_values
+from kdpipe.build import KnownTeachers, build_data, build_model, check_device, check_selection, check_values
+from kdpipe.chain import check_links, compose_link, draft, links_of, networks_of
 from kdpipe.claim import ClaimedError, locked, wait_until_free, worker_of_ours
 from kdpipe.errors import one_line
-from kdpipe.grid import Axes, Planned, check_shared, compose, describe, expand, identity_of, plan
+from kdpipe.grid import Axes, Composed, Planned, check_shared, compose, describe, expand, identity_of, plan
 from kdpipe.interruption import passed_on
 from kdpipe.journal import is_unfinished
 from kdpipe.store import PATIENCE, check_uri, store_uri, wait_for_store
@@ -32,7 +33,9 @@ class Sweep:
     """A sweep in progress.
 
     Attributes:
-        config: of its first cell, for what all share.
+        grid: the overrides of each cell.
+        links: the overrides of each link of its chain; a sweep without one has one link.
+        drafts: what these compose before anything is trained, link by link.
         teachers: each is looked up once.
         parent: id of its parent run in MLflow.
         finished: its finished runs, by identity.
@@ -40,13 +43,24 @@ class Sweep:
 
     sweeper: BasicSweeper
     axes: Axes
-    config: DictConfig
+    grid: Sequence[Sequence[str]]
+    links: Sequence[Sequence[str]]
+    drafts: Sequence[Sequence[Composed]]
     tracker: Any
     teachers: KnownTeachers = field(default_factory=dict)
     id: str = ""
     parent: str = ""
     finished: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
+
+    @property
+    def config(self) -> DictConfig:
+        """Of its first cell, for what all share."""
+        return self.drafts[0][0].config
+
+    @property
+    def is_chain(self) -> bool:
+        return len(self.links) > 1
 
     @property
     def rerun(self) -> bool:
@@ -65,10 +79,13 @@ def run_sweep(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
             "torchrun: it shares one run between processes; sweeps take hydra/launcher=joblib, a run for each"
         )
     axes, grid = expand(sweeper, arguments)
-    configs = [compose(sweeper, overrides) for overrides in grid]
+    links = links_of(sweeper, axes)
+    drafts = draft(sweeper, grid, links)
+    configs = [cell.config for cells in drafts for cell in cells]
     for config in configs:
         check_values(config)
     check_shared(configs)
+    check_links(grid[0], links, drafts)
     first = configs[0]
     if on_this_machine(first):
         for config in configs:
@@ -81,22 +98,66 @@ def run_sweep(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
     # The store is made here, once: processes that start together would make it at the same time.
     tracker = Tracker(uri, first.tracking.experiment, Path(first.output_dir) / "mlartifacts")
     tracker.settle_all(Path(first.output_dir) / "runs")
-    sweep = Sweep(sweeper, axes, first, tracker)
-    planned = plan(axes, grid, configs, tracker, sweep.teachers)
+    sweep = Sweep(sweeper, axes, grid, links, drafts, tracker)
+    planned = plan(axes, drafts[0], tracker, sweep.teachers, link=1 if sweep.is_chain else None)
+    check_networks(drafts[1:], tracker)
     if first.sweep.confirm_seeds:
         check_confirmation(sweep, planned)
-    sweep.id = identity_of(planned)
-    log.info("sweep %s: %s; %d cells, %d runs", sweep.id, describe(axes), len(grid), len(planned))
-    name, runs = f"sweep {' × '.join(axes)}", Path(first.output_dir) / "runs"
-    with tracker.sweep(sweep.id, name, {"sweep": describe(axes)}, runs) as sweep.parent:
-        failed = train_missing(sweep, planned)
+    sweep.id = identity_of(planned, drafts[1:])
+    chain = f"chain {' → '.join(map(networks_of, drafts))}" if sweep.is_chain else ""
+    described = " × ".join(filter(None, [chain, describe(axes)])) or "one cell"
+    total = sum(len({cell.identity for cell in cells}) for cells in drafts)
+    log.info("sweep %s: %s; %d cells, %d runs", sweep.id, described, len(grid), total)
+    name, runs = chain or f"sweep {' × '.join(axes)}", Path(first.output_dir) / "runs"
+    with tracker.sweep(sweep.id, name, {"sweep": described}, runs) as sweep.parent:
+        if sweep.is_chain:  # which the comparison of its runs has to know
+            tracker.set_tag(sweep.parent, "kdpipe.links", str(len(links)))
+        failed, left_out = train_links(sweep, planned)
         if first.sweep.confirm_seeds and not failed:
             confirming = plan_confirmation(sweep, planned)
             failed = train_missing(sweep, confirming)
-            planned += confirming
+            total += len(confirming)
         summarise(sweep)
         if failed:
-            raise ValueError(failures(failed, len(planned)))
+            raise ValueError(failures(failed, total, left_out))
+
+
+def check_networks(drafts: Sequence[Sequence[Composed]], tracker: Any) -> None:
+    """Raise ValueError where the images or the networks of links after the first will not do: `plan` would know it
+    only when the links before are trained."""
+    configs = [cell.config for cells in drafts for cell in cells]
+    alike = {str([config.model, config.dataset, config.train.select]): config for config in configs}
+    for config in alike.values():
+        data = build_data(config.dataset)
+        check_selection(config.train, data)
+        build_model(config, data, tracker)
+
+
+def train_links(sweep: Sweep, planned: Sequence[Planned]) -> tuple[dict[str, str], int]:
+    """Train what is missing of each link, when the one before it is trained, for the cells that got so far. A sweep
+    without a chain has one link.
+
+    Args:
+        planned: the first link's runs.
+
+    Returns:
+        The names of the runs that failed, with the reason, and how many were left out for that.
+    """
+    failed: dict[str, str] = {}
+    left_out = 0
+    grid, cells = sweep.grid, sweep.drafts[0]
+    for number, (link, drafts) in enumerate(zip(sweep.links, sweep.drafts, strict=True), start=1):
+        if sweep.is_chain:
+            log.info("link %d of %d: %s", number, len(sweep.links), networks_of(drafts))
+        if number > 1:
+            finished = [sweep.finished.get(cell.identity) for cell in cells]
+            teachers = [(cell.config, run.id) for cell, run in zip(cells, finished, strict=True) if run]
+            grid = [overrides for overrides, run in zip(grid, finished, strict=True) if run]
+            cells = compose_link(sweep.sweeper, grid, link, teachers)
+            planned = plan(sweep.axes, cells, sweep.tracker, {}, number)
+            left_out += len({cell.identity for cell in drafts}) - len(planned)
+        failed |= train_missing(sweep, planned)
+    return failed, left_out
 
 
 def on_this_machine(config: DictConfig) -> bool:
@@ -183,12 +244,14 @@ def workers_of(runs: Sequence[Planned]) -> list[int]:
 def check_confirmation(sweep: Sweep, planned: Sequence[Planned]) -> None:
     """Raise ValueError where there is nothing to confirm, or no student alone to hold it against."""
     asked = f"sweep.confirm_seeds={sweep.config.sweep.confirm_seeds}"
+    if sweep.is_chain:
+        raise ValueError(f"{asked}: a chain is confirmed by the same chain on other seeds; 0 is accepted")
     distilled = [run for run in planned if run.tags["kdpipe.stage"] == "distill"]
     if not distilled:
         raise ValueError(f"{asked}: the grid has no distilled student to confirm; 0 is accepted")
     for overrides in dict.fromkeys(tuple(alone(run)) for run in distilled):
         try:
-            check_values(compose(sweep.sweeper, overrides))
+            check_values(compose(sweep.sweeper, overrides).config)
         except Exception as error:
             raise ValueError(f"{asked}: no student alone, {one_line(error)}; 0 is accepted") from error
 
@@ -222,8 +285,8 @@ def plan_confirmation(sweep: Sweep, planned: Sequence[Planned]) -> list[Planned]
             log.info("best is %s: it and the student alone on seeds %s", comparison.best.cell.title, ", ".join(numbers))
             grid += [[*alone(chosen), seed] for seed in seeds]
             grid += [[*_without(chosen.overrides, "seed"), seed] for seed in seeds]
-    configs = [compose(sweep.sweeper, overrides) for overrides in grid]
-    return plan(sweep.axes, grid, configs, sweep.tracker, sweep.teachers)
+    cells = [compose(sweep.sweeper, overrides) for overrides in grid]
+    return plan(sweep.axes, cells, sweep.tracker, sweep.teachers)
 
 
 def _without(overrides: Sequence[str], *keys: str) -> list[str]:
@@ -274,8 +337,12 @@ def _job_overrides(sweep: Sweep, run: Planned, number: int, of: int) -> list[str
     return [f"sweep.job={{{values}}}", *(["train.resume=never"] if sweep.rerun else [])]
 
 
-def failures(failed: dict[str, str], total: int) -> str:
-    """One line on the runs that failed, those with the same reason together."""
+def failures(failed: dict[str, str], total: int, left_out: int = 0) -> str:
+    """One line on the runs that failed, those with the same reason together.
+
+    Args:
+        left_out: how many would have been taught by them.
+    """
     by_reason: dict[str, list[str]] = {}
     for name, reason in failed.items():
         by_reason.setdefault(reason, []).append(name)
@@ -283,4 +350,6 @@ def failures(failed: dict[str, str], total: int) -> str:
     for reason, names in by_reason.items():
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         told.append(f"{', '.join(names[:5])}{more} ({reason})")
+    if left_out:
+        told.append(f"{left_out} that they would have taught left out")
     return f"{len(failed)} of {total} runs failed: {'; '.join(told)}; the same command trains what is missing"

@@ -28,6 +28,7 @@ def test_every_yaml_composes_and_builds(option: str, composed: Callable[..., Dic
     folder = ["dataset.root=somewhere"] if name == "image_folder" else []
     place = "teacher" if name == "ensemble" else group
     config = composed(f"{group}@{place}={name}" if place != group else f"{group}={name}", *folder)
+    config.chain = None  # as in each of its runs
     settings.check(config)
     assert settings.run_identity(config)
     part = config[place] if group != "experiment" else config.loss
@@ -76,6 +77,8 @@ def test_the_root_s_values_are_the_tutorial_s(composed: Callable[..., DictConfig
         ("student", "student", "student_cnn", "CrossEntropy", False),
         ("distill", "distill", "student_cnn", "KD", False),
         ("sweep", "distill", "student_cnn", "KD", False),
+        ("assistants", "distill", "student_cnn", "KD", False),
+        ("born_again", "distill", "student_cnn", "KD", False),
         ("tutorial_teacher", "teacher", "densenet121", "CrossEntropy", True),
         ("tutorial_student", "student", "student_cnn", "CrossEntropy", True),
         ("tutorial_distill", "distill", "student_cnn", "KDTutorial", True),
@@ -108,6 +111,7 @@ SAME = [
     ["distillation.outputs=online", "distillation.cache_max_gb=1", "distillation.views=5", "sweep.confirm_seeds=5"],
     ["train.compile=true", "train.profile=true", "train.keep_epochs=[1,5]", "optimizer.fused=false"],
     ["experiment=distill"],
+    ["chain=[{model:resnet56},{}]"],
 ]
 OTHER = [
     ["seed=1"],
@@ -284,7 +288,7 @@ ROOMS = {
     "schedulers": {"checks"},
     "targets": set(),
 }
-HYDRA_ROOMS = {"main", "build", "shortcuts", "config", "errors", "grid", "sweep", "targets"}
+HYDRA_ROOMS = {"main", "build", "shortcuts", "config", "errors", "grid", "chain", "sweep", "targets"}
 ONLY_IN = {"mlflow": {"tracking"}, "hydra": HYDRA_ROOMS, "omegaconf": HYDRA_ROOMS}
 
 

@@ -1,6 +1,8 @@
 """Cells: finished runs that differ by their seed alone."""
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kdpipe.identity import LABELS_ALONE, what_matters
@@ -8,6 +10,7 @@ from kdpipe.tracking import RunRecord
 
 UNLABELLED = "dataset.unlabelled_root"  # more images for what a teacher says; the student alone has none
 STAGES = ("teacher", "student", "distill")
+LINK = "kdpipe.link"
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,8 @@ class Cell:
 
     @property
     def teacher_runs(self) -> list[str]:
-        """Each of them."""
-        return teacher_runs(self.first)
+        """Several of an ensemble; in a chain each seed has its own."""
+        return list(dict.fromkeys(source for run in self.runs.values() for source in teacher_runs(run)))
 
     @property
     def is_alone(self) -> bool:
@@ -64,6 +67,11 @@ class Cell:
         name = self.first.params["model.name"]
         return f"{name} {self.loss if self.has_gain else 'alone' if self.is_alone else 'teacher'}"
 
+    @property
+    def link(self) -> int:
+        """Its place in a chain, from 1."""
+        return int(dict(self.settings).get(LINK, 1))
+
     def values(self, metric: str) -> dict[int, float]:
         """The metric of each seed that has it."""
         return {seed: run.metrics[metric] for seed, run in self.runs.items() if metric in run.metrics}
@@ -83,18 +91,33 @@ def teacher_runs(record: RunRecord) -> list[str]:
     return source.split(",") if "teacher.members" in record.params else [source] if source else []
 
 
-def make_cells(records: Iterable[RunRecord]) -> list[Cell]:
-    """The cells of finished runs (newest first), teachers before students before distilled students."""
+def make_cells(records: Iterable[RunRecord], chain: Iterable[RunRecord] = ()) -> list[Cell]:
+    """The cells of finished runs (newest first), teachers before students before distilled students.
+
+    Args:
+        chain: runs that taught each other. Those whose teachers are of one cell are of one cell, too.
+    """
+    links = {record.id: record for record in chain}
     found: dict[frozenset[tuple[str, str]], dict[int, RunRecord]] = {}
     for record in records:
-        settings = what_matters(record.params)
-        seed = int(settings.pop("seed"))
-        sources = {key: record.tags.get(key, "") for key in ("kdpipe.stage", "kdpipe.data", "kdpipe.teacher_run")}
-        if sources["kdpipe.teacher_run"]:  # a file may hold other weights than it did
-            sources["kdpipe.teacher_weights"] = record.tags.get("kdpipe.inputs", "").rpartition("-")[2]
-        found.setdefault(frozenset((settings | sources).items()), {}).setdefault(seed, record)
+        found.setdefault(_settings(record, links), {}).setdefault(int(record.params["seed"]), record)
     cells = [Cell(settings, dict(sorted(runs.items()))) for settings, runs in found.items()]
     return sorted(cells, key=_place)
+
+
+def _settings(record: RunRecord, links: Mapping[str, RunRecord]) -> frozenset[tuple[str, str]]:
+    settings = what_matters(record.params)
+    del settings["seed"]
+    sources = {key: record.tags.get(key, "") for key in ("kdpipe.stage", "kdpipe.data", "kdpipe.teacher_run")}
+    if sources["kdpipe.teacher_run"]:  # a file may hold other weights than it did
+        sources["kdpipe.teacher_weights"] = record.tags.get("kdpipe.inputs", "").rpartition("-")[2]
+        if teacher := links.get(sources["kdpipe.teacher_run"]):
+            its = _settings(teacher, links)
+            number = int(dict(its).get(LINK, 1))
+            settings["teacher.weights"] = f"link {number}"
+            cell = hashlib.sha256(json.dumps(sorted(its)).encode()).hexdigest()
+            sources |= {LINK: str(number + 1), "kdpipe.teacher_weights": "", "kdpipe.teacher_run": cell}
+    return frozenset((settings | sources).items())
 
 
 class Controls:

@@ -44,7 +44,8 @@ class Comparison:
         confirmed: the best cell on seeds that the choice did not see, where it was trained on such.
         verdict: begins with one of the four words of `statistics`.
         notes: what the verdict rests on.
-        teacher_accuracy: of the best cell's teacher on the test images, a fraction, where it is known.
+        teacher_accuracy: of the best cell's teacher on the test images, a fraction, where it is known; the mean over
+            its teachers where each seed has its own.
         published: whether published accuracies were looked for.
     """
 
@@ -81,7 +82,7 @@ def compare(
         said = f"{CANNOT_TELL}: the same student alone has not been trained (loss.alpha=0, or experiment=student)"
     else:
         said = verdict(decisive.gain)
-    accuracy = accuracy_of_teacher(best.cell, get_run)
+    accuracy = accuracy_of_teacher(decisive.cell, get_run)
     return Comparison(rows, best, confirmed, said, notes(best, confirmed, distilled, get_run), accuracy)
 
 
@@ -158,9 +159,10 @@ def notes(best: Row, confirmed: Row | None, distilled: Sequence[Row], get_run: G
             seeds = ", ".join(map(str, confirmed.cell.runs))
             said.append(f"the verdict rests on seeds that the choice did not see: {seeds}")
         else:
-            said.append(
-                "the choice saw the verdict's own seeds, which flatters it; sweep.confirm_seeds=5 trains new ones"
+            remedy = (
+                "sweep.confirm_seeds=5 trains new ones" if best.cell.link == 1 else "the chain on new seeds would not"
             )
+            said.append(f"the choice saw the verdict's own seeds, which flatters it; {remedy}")
     if len(candidates) < len(distilled):
         seeds = ", ".join(map(str, shared_seeds(distilled)))
         said.append(f"cells without all of the seeds {seeds} were no candidates: {len(distilled) - len(candidates)}")
@@ -170,22 +172,24 @@ def notes(best: Row, confirmed: Row | None, distilled: Sequence[Row], get_run: G
         if unpaired:
             said.append(f"no student alone to be paired with for seeds {', '.join(map(str, unpaired))}")
     varied = "" if len({row.cell.teacher_run for row in distilled}) == 1 else " (the rows have several)"
-    said.append(
-        "the interval covers the student's seeds (first weights, order of images), "
-        f"not the teacher{varied} and not the sample of test images"
-    )
+    covered = f"the student's seeds (first weights, order of images), not the teacher{varied} and not"
+    if len(decisive.cell.teacher_runs) > 1:
+        covered = "the seeds of the whole chain (first weights, order of images), not"
+    said.append(f"the interval covers {covered} the sample of test images")
     if doubt := seen_by_teacher(best.cell, get_run):
         said.append(doubt)
     return said
 
 
 def accuracy_of_teacher(cell: Cell, get_run: GetRun) -> float | None:
-    """On the test images, a fraction; that of an ensemble, and that after an earlier epoch, was not measured."""
+    """On the test images, a fraction, the mean where each seed has its own; that of an ensemble, and that after an
+    earlier epoch, was not measured."""
     params = cell.first.params
     if "teacher.members" in params or "/epoch_" in params.get("teacher.weights", ""):
         return None
-    teacher = get_run(cell.teacher_run)
-    return teacher.metrics.get(TEST) if teacher else None
+    teachers = [get_run(source) for source in cell.teacher_runs]
+    accuracies = [teacher.metrics[TEST] for teacher in teachers if teacher and TEST in teacher.metrics]
+    return fmean(accuracies) if accuracies else None
 
 
 def seen_by_teacher(cell: Cell, get_run: GetRun) -> str:

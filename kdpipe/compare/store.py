@@ -1,10 +1,12 @@
 """From an MLflow store to comparisons and their pictures."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 
-from kdpipe.compare.cells import Cell, make_cells, teacher_runs
-from kdpipe.compare.comparison import Comparison, GetRun, check_comparable, compare, families
+from kdpipe.compare.cells import Cell, Controls, make_cells, teacher_runs
+from kdpipe.compare.comparison import Comparison, GetRun, check_comparable, compare, families, row_of
+from kdpipe.compare.statistics import CANNOT_TELL
 from kdpipe.tracking import RunRecord, Tracker
 
 
@@ -32,7 +34,7 @@ def compare_experiment(tracker: Tracker, where: Mapping[str, str], mixed: bool) 
 
 def compare_sweep(tracker: Tracker, sweep_id: str, where: Mapping[str, str] | None = None) -> list[Comparison]:
     """The comparison of a sweep's finished runs, one for each data set and budget in its grid; students alone of the
-    same experiment serve as controls.
+    same experiment serve as controls. In a chain it is that of the last link, and has the links before as rows.
 
     Raises:
         ValueError: no such sweep, or none of its runs is finished.
@@ -50,9 +52,40 @@ def compare_sweep(tracker: Tracker, sweep_id: str, where: Mapping[str, str] | No
     teachers = [find(run_id) for run_id in sorted({source for record in mine for source in teacher_runs(record)})]
     controls = make_cells(record for record in records if record not in mine)
     confirm = [int(seed) for seed in parent.tags.get("kdpipe.confirm_seeds", "").split()]
-    cells = those(make_cells([*mine, *(teacher for teacher in teachers if teacher)]), where or {})
-    found = families(cells, one_teacher=False)
-    return [compare(family, find, controls, confirm) for family in found]
+    links = int(parent.tags.get("kdpipe.links", 1))
+    chain = mine if links > 1 else []
+    cells = those(make_cells([*mine, *(teacher for teacher in teachers if teacher)], chain), where or {})
+    if links > 1:
+        return compare_chain(cells, links, find, controls)
+    return [compare(family, find, controls, confirm) for family in families(cells, one_teacher=False)]
+
+
+def compare_chain(cells: Sequence[Cell], links: int, find: GetRun, controls: Sequence[Cell]) -> list[Comparison]:
+    """The comparison of a chain's last link, one for each of its data sets and budgets, with the links before."""
+    students_alone = Controls([*cells, *controls])
+    comparisons, shown = [], []
+    ends = [cell for cell in cells if cell.link == links or cell.stage == "student"]
+    for family in families(ends, one_teacher=False):
+        if all(cell.stage == "student" for cell in family):
+            continue
+        known = list(family)
+        while before := [cell for cell in cells if cell not in known and _has_taught(cell, known)]:
+            known += before
+        comparison = compare(family, find, [*cells, *controls])
+        rows = [row_of(cell, students_alone) for cell in known if cell not in family]
+        rows = sorted([*rows, *comparison.rows], key=lambda row: row.cell.link)
+        comparisons.append(replace(comparison, rows=rows))
+        shown += known
+    if left := [cell for cell in cells if cell not in shown]:
+        rows = [row_of(cell, students_alone) for cell in sorted(left, key=lambda cell: cell.link)]
+        said = f"{CANNOT_TELL}: the chain's last link, which these lead to, has no finished run"
+        comparisons.append(Comparison(rows, None, None, said))
+    return comparisons
+
+
+def _has_taught(cell: Cell, students: Sequence[Cell]) -> bool:
+    """Whether a run of the cell is the teacher of one of these."""
+    return any(run.id in student.teacher_runs for student in students for run in cell.runs.values())
 
 
 def those(cells: list[Cell], where: Mapping[str, str]) -> list[Cell]:
