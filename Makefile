@@ -31,8 +31,8 @@ unexport MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE
 DEMO := dataset=digits tracking.experiment=demo train.epochs=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults teacher student distill sweep compare reproduce sync ui server bench cache-info \
-	cache-clean lint format clean
+.PHONY: help setup demo test test-faults teacher student distill sweep compare reproduce sync ui server bench bench-methods \
+	cache-info cache-clean lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -109,6 +109,9 @@ server: setup  ## an MLflow server over PostgreSQL, for many machines (HOST=0.0.
 
 bench: setup  ## kdpipe beside the tutorial's loop and the compute limit (ARGS="--root cifar10-jpeg --images 5000")
 	$(BIN)/python tests/benchmarks/bench.py $(ARGS)
+
+bench-methods: setup  ## the rate of each method beside plain kd (ARGS="--root cifar10-jpeg --model student_cnn")
+	$(BIN)/python tests/benchmarks/methods.py $(ARGS)
 
 cache-info: setup  ## what is kept of decoded images, teachers' answers and features
 	@$(BIN)/python -m kdpipe.cache info --output-dir "$(OUTPUTS)"

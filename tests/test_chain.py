@@ -100,6 +100,7 @@ def test_what_a_teacher_s_own_command_trained_is_the_first_link(kdpipe: Callable
     assert the("2_resnet32_a0.5_T5_s0").data.tags["kdpipe.teacher_run"] == the("resnet56_teacher_s0").info.run_id
 
 
+@pytest.mark.faults
 def test_a_chain_that_was_killed_goes_on_where_it_was(
     kdpipe: Callable[..., Outcome], start: Callable[..., Started]
 ) -> None:

@@ -262,6 +262,7 @@ def test_there_has_to_be_something_to_confirm(kdpipe: Callable) -> None:
     assert not runs()
 
 
+@pytest.mark.faults
 def test_a_lost_process_does_not_end_the_sweep(kdpipe: Callable, teacher: Run) -> None:
     """A worker is killed, as the kernel does when memory runs out: what it and the others had is done all the same."""
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")

@@ -49,6 +49,7 @@ def test_two_processes_give_the_losses_of_one(kdpipe: Callable) -> None:
     assert log.read_text().count("epoch 2/2") == 1
 
 
+@pytest.mark.faults
 def test_two_processes_that_were_killed_go_on_after_the_last_epoch(kdpipe: Callable) -> None:
     # Dropout, whose draws each process makes for itself.
     student = [*RUN, "experiment=student", "model=torchvision", "model.name=squeezenet1_1", "model.weights=null"]
