@@ -82,10 +82,16 @@ def check_values(config: DictConfig) -> None:
         raise ValueError(
             "distillation.outputs=views: without augmentation there is but one view; auto, cached, online are accepted"
         )
-    if getattr(loss, "one_label", False):
-        for key in ("train.mixup", "train.cutmix", "dataset.unlabelled_root"):
-            if (value := OmegaConf.select(config, key)) is not None:
-                method = config.loss._target_
+    unlabelled = OmegaConf.select(config, f"dataset.{settings.UNLABELLED}")
+    if unlabelled is not None and settings.mixes(config):
+        raise ValueError(
+            f"dataset.{settings.UNLABELLED}={unlabelled}: not with train.mixup or train.cutmix; null is accepted"
+        )
+    for part in (loss.first, loss.second) if isinstance(loss, Combined) else (loss,):
+        for key in ("train.mixup", "train.cutmix", f"dataset.{settings.UNLABELLED}"):
+            value = OmegaConf.select(config, key)
+            if value is not None and getattr(part, "one_label", False):
+                method = type(part).__name__
                 raise ValueError(f"{key}={value}: {method} needs one label for each image; null is accepted")
     build_optimizer(config, nn.Linear(1, 1), loss, steps_per_epoch=1)
     settings.check_ensemble(config)
@@ -113,6 +119,8 @@ def build_parts(config: DictConfig, tracker: Any, known: KnownTeachers) -> Parts
     if teacher and config.dataset.get(settings.UNLABELLED) is not None:
         data = build_unlabelled(config)
     model = build_model(config, data, tracker)
+    if teacher:
+        check_fit(config, model, teacher, data)
     tags = {
         "kdpipe.identity": settings.run_identity(config),
         "kdpipe.inputs": inputs_digest(data, teacher, model),
@@ -197,21 +205,30 @@ def build_loss(config: DictConfig) -> nn.Module:
     if "also" not in config:
         return loss
     if getattr(loss, "teacher_learns", False):
-        raise ValueError(
-            f"also={config.also._target_}: {config.loss._target_} takes no second method; another loss is accepted"
-        )
+        alone = f"{config.loss._target_} takes no second method"
+        raise ValueError(f"also={config.also._target_}: {alone}; another loss is accepted")
     try:
         also = instantiate(config.also)
     except InstantiationException as error:  # losses speak of themselves as the loss
         raise ValueError(re.sub(r"^loss\.", "also.", one_line(error))) from error
-    if not isinstance(also, Distillation):
+    if not isinstance(also, Distillation) or also.teacher_learns:
         raise ValueError(f"also={config.also._target_}: a method of distillation is accepted")
     if also.name == getattr(loss, "name", None):
-        raise ValueError(f"also={config.also._target_}: it is the loss's own method; another one is accepted")
+        both = f"its term is called {also.name}, as that of {config.loss._target_}"
+        raise ValueError(f"also={config.also._target_}: {both}; another method is accepted")
     return Combined(loss, also)
 
 
-@torch.no_grad()
+def check_fit(config: DictConfig, model: Classifier, teacher: Teacher | Peer, data: ImageDataset) -> None:
+    """Raise ValueError where the loss cannot compare these two networks: told before anything trains."""
+    loss = build_loss(config)
+    student = Observed(model, model.network, roles_of(loss))
+    if isinstance(teacher, Teacher):
+        teacher.ask_for(roles_of(loss))
+    fit_loss(config, loss, student, teacher, data, torch.device("cpu"))
+    student.remove()
+
+
 def fit_loss(
     config: DictConfig,
     loss: nn.Module,
@@ -220,13 +237,22 @@ def fit_loss(
     data: ImageDataset,
     device: torch.device,
 ) -> None:
-    """Let the loss make its projections for these networks, from random numbers of its own."""
+    """Let the loss make its projections for these networks, from random numbers of its own.
+
+    Raises:
+        ValueError: the loss cannot compare them, or what it compares stays as it is.
+    """
     if not isinstance(loss, Distillation | Combined):
         return
     positions = data.splits["train"].sort().values
     images = data.images[positions[:2]].to(device)
     student.model.eval()
     outputs, targets = student(images), teacher.answer(images)
+    if loss.roles and not any(tensor.requires_grad for tensor in outputs.tensors[1:]):
+        raise ValueError(
+            f"model.freeze={config.model.freeze}: the loss compares {', '.join(loss.roles)}, which stay as they are; "
+            "none is accepted"
+        )
     if isinstance(loss, Mutual):
         loss.peer = teacher.classifier
     torch.manual_seed(derive_seed(config.seed, "loss"))

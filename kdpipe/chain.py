@@ -135,6 +135,9 @@ def check_links(cell: Sequence[str], links: Sequence[Sequence[str]], drafts: Seq
             raise ValueError(
                 f"{override}: the first link learns from none, each later one from the link before; {accepted}"
             )
+    for number, composed in enumerate(drafts[1:], start=2):
+        if any(settings.teacher_learns(one.config) for one in composed):
+            raise ValueError(f"chain: link {number} has two students and no teacher; in the first link it is accepted")
     for number, (is_taught, composed) in enumerate(zip(taught[1:], drafts[1:], strict=True), start=2):
         if not is_taught:
             loss = composed[0].config.loss

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from kdpipe.checks import as_typed, check_choice, check_number, check_numbers
-from kdpipe.identity import effective, identity
+from kdpipe.identity import effective, flatten, identity, temperature_of
 from kdpipe.store import epoch_file, names_weights
 from kdpipe.targets import find_target
 
@@ -22,12 +22,16 @@ CONF = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") i
 PREPROCESSING = ("image_size", "mean", "std")
 NOT_ARCHITECTURE = (*PREPROCESSING, "name", "weights", "freeze")
 # Keys of a data set's settings that say how it is named and split, whatever its source.
-UNLABELLED = "unlabelled_root"
 SPLITTING = ("name", "train_fraction", "val_fraction", "test_fraction", "split_seed")
 
 
+UNLABELLED = "unlabelled_root"  # and a key of its own, for more images
+
+
 def register_resolvers() -> None:
-    """`${identity:}` names the run; `${basename:FOLDER}` is a folder's own name."""
+    """`${identity:}` names the run; `${basename:FOLDER}` is a folder's own name; `${softening:}` is the temperature at
+    which the teacher's answers are listened to, 1 where a loss has none."""
+    OmegaConf.register_new_resolver("softening", lambda *, _root_: softening(_root_) or 1, replace=True)
     OmegaConf.register_new_resolver("identity", lambda *, _root_: run_identity(_root_), replace=True)
     OmegaConf.register_new_resolver("basename", lambda path: Path(str(path)).expanduser().resolve().name, replace=True)
 
@@ -97,7 +101,8 @@ def method(part: DictConfig) -> str:
     name = str(part._target_).rpartition(".")[2]
     if name == "CrossEntropy" or part.get("alpha") == 0:
         return ""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+    own = vars(find_target("loss._target_", part._target_)).get("name")  # not what it inherits
+    return own or re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 def blends(part: DictConfig) -> bool:
@@ -132,10 +137,8 @@ def run_name(config: DictConfig) -> str:
 def softening(config: DictConfig) -> float | None:
     """The temperature at which the teacher's answers are listened to; None where a loss has none, or standardises them
     first."""
-    for part in (config[key] for key in ("loss", "also") if key in config):
-        if method(part) and "temperature" in part and not part.get("standardize"):
-            return float(part.temperature)
-    return None
+    parts = {key: OmegaConf.to_container(config[key], resolve=True) for key in ("loss", "also") if key in config}
+    return temperature_of(flatten(parts))
 
 
 def compare_command(config: DictConfig) -> str:
@@ -190,6 +193,8 @@ def check(config: DictConfig) -> None:
     if is_ensemble(config.model):
         raise ValueError(f"model={config.model.name}: one network is trained; model@teacher=ensemble is accepted")
     check_weights("model.weights", config.model.weights, [None, "imagenet"])
+    if teacher_learns(config):
+        check_second_student(config)
     if needs_teacher(config):
         # A second student, too, learns from random weights unless it is told otherwise.
         choices = ["auto", None, "imagenet"] if teacher_learns(config) else ["auto"]
@@ -211,6 +216,16 @@ def check_weights(key: str, weights: object, choices: Sequence[str | None]) -> N
         problem = "" if weights in (None, "imagenet", "auto") else "there is no such file; "
         accepted = ", ".join(map(as_typed, choices))
         raise ValueError(f"{key}={as_typed(weights)}: {problem}{accepted}, a file or runs:/<run id> is accepted")
+
+
+def check_second_student(config: DictConfig) -> None:
+    """Raise ValueError for what two students that teach each other cannot have."""
+    if is_ensemble(config.teacher):
+        raise ValueError(f"model@teacher={config.teacher.name}: a second student is one network")
+    if config.teacher.get("freeze", "none") != "none":
+        raise ValueError(f"teacher.freeze={config.teacher.freeze}: a second student learns; none is accepted")
+    if config.train.select == "best":
+        raise ValueError("train.select=best: two students are best at different epochs; last is accepted")
 
 
 def check_ensemble(config: DictConfig) -> None:

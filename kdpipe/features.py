@@ -6,6 +6,8 @@ A network says in `roles` which of its submodules have them:
         stages end without one, and what leaves them is taken;
     embedding: the name of the submodule whose input is the representation of an image, [N, D]; its last linear layer.
         Where it is missing the head (`head_name`) is taken.
+
+What the next module changes in place is seen as it is afterwards.
 """
 
 from collections.abc import Sequence
@@ -68,6 +70,9 @@ class Observed:
         roles: of `ROLES`.
         key: where in the config the network stands, for messages ("model" or "teacher").
 
+    Attributes:
+        places: the submodules of each role, by name.
+
     Raises:
         ValueError: the network does not say which of its submodules have a role; or, when it is called, what they give
             is not what the role stands for.
@@ -83,6 +88,7 @@ class Observed:
         self._listening = False
         self._hooks: list[RemovableHandle] = []
         network = network or model
+        self.places = {role: [name for name, _ in places(network, role, key)] for role in roles}
         for role in roles:
             for number, (name, of_input) in enumerate(places(network, role, key)):
                 self._names[role, number] = name

@@ -76,16 +76,28 @@ class Hardware:
             distributed.all_reduce(values)
         return values
 
-    def distribute(self, module: nn.Module, loss: nn.Module) -> nn.Module:
+    def check_sharing(self, loss: nn.Module, has_unlabelled: bool) -> None:
+        """Raise ValueError where a loss would be another one if several processes each saw their part of a batch."""
+        if self.processes == 1:
+            return
+        for part in loss.modules():
+            name = f"torchrun: {type(part).__name__}"
+            if getattr(part, "compares_images", False):
+                raise ValueError(f"{name} compares the images of a batch, of which each has a part; one is accepted")
+        if any(parameter.requires_grad for parameter in loss.parameters()):
+            own = f"{type(loss).__name__} has weights of its own"
+            raise ValueError(f"torchrun: {own}, which processes do not share yet; one is accepted")
+        if has_unlabelled:
+            raise ValueError("torchrun: processes would weigh images with a label differently; one is accepted")
+
+    def distribute(self, module: nn.Module) -> nn.Module:
         """The module that averages its gradients over all processes; the module itself where there is but one.
 
         Raises:
-            ValueError: BatchNorm would be another one than that of one process, or the loss learns, too.
+            ValueError: BatchNorm would be another one than that of one process.
         """
         if self.processes == 1:
             return module
-        if any(parameter.requires_grad for parameter in loss.parameters()):
-            raise ValueError(f"loss={type(loss).__name__}: it has weights of its own, which processes do not share yet")
         if self.device.type == "cuda":
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         elif any(isinstance(part, _BatchNorm) and part.training for part in module.train().modules()):

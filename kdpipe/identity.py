@@ -54,15 +54,25 @@ def effective(settings: Mapping[str, Any], needs_teacher: bool) -> dict[str, Any
         for key, value in flatten(settings).items()
         if key != "teacher.freeze" and not key.startswith("benchmark.")
     }
-    if flat.get("teacher.temperature") == flat.get("loss.temperature", flat.get("also.temperature")):
+    if flat.get("teacher.temperature") == canonical(temperature_of(flat) or 1):
         flat.pop("teacher.temperature", None)  # of an ensemble, which takes the loss's
     if needs_teacher:
         return flat
     idle = (
-        *("teacher.", "distillation.", "dataset.unlabelled_root"),
+        *("teacher.", "distillation.", "dataset.unlabelled_root", "model.stages"),
         *("loss.temperature", "loss.standardize", "also."),
     )
     return {key: value for key, value in flat.items() if not key.startswith(idle)}
+
+
+def temperature_of(flat: Mapping[str, Any]) -> float | None:
+    """What divides the teacher's logits, those of the loss, or of the second one where the first has no effect; None
+    where nothing does, or they are standardised first."""
+    for group in ("loss", "also"):
+        is_softened = not flat.get(f"{group}.standardize") and flat.get(f"{group}.alpha") != 0
+        if is_softened and f"{group}.temperature" in flat:
+            return float(flat[f"{group}.temperature"])
+    return None
 
 
 def what_matters(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,6 +85,8 @@ def what_matters(flat: Mapping[str, Any]) -> dict[str, Any]:
     for key, absent in LATER.items():
         if str(matters.get(key)) == absent:
             matters.pop(key, None)
+    if unlabelled := matters.get("dataset.unlabelled_root"):
+        matters["dataset.unlabelled_root"] = str(unlabelled).rstrip("/").rpartition("/")[2]  # as a data set's name
     if matters.get("distillation.outputs") != "views":  # else only where the same answers come from
         matters = without(matters, "distillation.")
     if str(matters.get("loss.alpha")) == "0":

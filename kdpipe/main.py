@@ -192,6 +192,7 @@ def learn(
         teacher.ask_for(roles)
     if teacher:
         fit_loss(config, loss, student, teacher, parts.data, device)
+    hardware.check_sharing(loss, parts.data.unlabelled != "")
     views = build_views(config, parts.data, teacher is not None)
     if isinstance(teacher, Teacher) and train.epochs > 0:
         cache = Path(config.output_dir) / "cache" / "teacher"
@@ -209,7 +210,7 @@ def learn(
         learner.compile()
 
     changing = model.head if model.frozen_backbone else model  # with features or without
-    student.model = hardware.distribute(learner, loss)
+    student.model = hardware.distribute(learner)
     training = Training(student, loss, optimizer, scheduler, hardware, changing)
     if start := hardware.of_the_first(start):
         training.restore(start)
@@ -269,6 +270,8 @@ def every(minutes: float | None, hardware: Hardware) -> Callable[[], bool]:
 def run_tags(config: DictConfig, parts: Parts, hardware: Hardware) -> dict[str, str]:
     """What a run is found by, in MLflow's UI too."""
     tags = {**parts.tags, "kdpipe.data": parts.data.fingerprint, "kdpipe.hardware": hardware.described}
+    if parts.data.unlabelled:
+        tags["kdpipe.unlabelled"] = parts.data.unlabelled
     if parts.teacher_source:
         tags["kdpipe.teacher_run"] = parts.teacher_source
     if config.sweep.job:

@@ -4,8 +4,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -37,10 +37,11 @@ class Question:
     """What is asked of a frozen network.
 
     Attributes:
-        name: "logits" or "features".
+        name: "logits", with the roles that are asked for, or "features".
         answer: from uint8 images [N, C, H, W] to float [N, …].
         positions: of the images in the data set, int64 [n], sorted.
         views: the views of each image; None for the images as they are stored.
+        places: the submodules of each role that is asked for.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Question:
     data: ImageDataset
     positions: Tensor
     views: Views | None = None
+    places: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def number_of_views(self) -> int:
@@ -61,6 +63,7 @@ class Question:
         parts = [
             __version__,
             self.name,
+            self.places,
             repr(self.classifier),
             weights_digest(self.classifier.network, without=head),
             self.data.fingerprint,

@@ -50,13 +50,14 @@ def answer_in_advance(
     positions = data.splits["train"].sort().values
     like = teacher.answer(data.images[positions[:2]].to(hardware.device))
     question = Question(
-        ", ".join(["logits", *teacher.roles]),
+        ", ".join(["logits", *teacher.asked_for]),
         config.teacher.name,
         teacher.classifier,
         lambda images: teacher.answer(images).pack(),
         data,
         positions,
         views,
+        teacher.asked_for,
     )
     try:
         teacher.remember(known_outputs(question, _cache(config, "teacher"), max_gb, hardware), like)

@@ -49,10 +49,14 @@ class Teacher(nn.Module):
             ValueError: the network does not say what has that role.
         """
         self._observed.remove()
-        self.roles = tuple(roles)
         self._observed = Observed(self.classifier, self.classifier.network, roles, key="teacher")
         self._known: list[Rows] = []
         self._like: Outputs | None = None
+
+    @property
+    def asked_for(self) -> dict[str, list[str]]:
+        """The roles that it answers with beside logits, each with the submodules that have it."""
+        return self._observed.places
 
     def remember(self, known: Sequence[Rows], like: Outputs | None = None) -> None:
         """From now on answer with these, one set for each view of the images, seen in turn.

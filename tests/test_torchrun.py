@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from kdpipe.hardware import Hardware
-from kdpipe.losses import CrossEntropy
 from kdpipe.models import Classifier
 from kdpipe.models.resnet import ResNet
 
@@ -90,4 +89,4 @@ def test_what_cannot_be_shared_is_refused(
 def test_batchnorm_on_a_cpu_is_refused() -> None:
     hardware = Hardware(torch.device("cpu"), processes=2)
     with pytest.raises(ValueError, match="BatchNorm"):
-        hardware.distribute(Classifier(ResNet(8, 10), 8, [0.5] * 3, [0.5] * 3), CrossEntropy())
+        hardware.distribute(Classifier(ResNet(8, 10), 8, [0.5] * 3, [0.5] * 3))

@@ -109,6 +109,8 @@ def _settings(record: RunRecord, links: Mapping[str, RunRecord]) -> frozenset[tu
     settings = what_matters(record.params)
     del settings["seed"]
     sources = {key: record.tags.get(key, "") for key in ("kdpipe.stage", "kdpipe.data", "kdpipe.teacher_run")}
+    if "kdpipe.unlabelled" in record.tags:
+        sources["kdpipe.unlabelled"] = record.tags["kdpipe.unlabelled"]
     if sources["kdpipe.teacher_run"]:  # a file may hold other weights than it did
         sources["kdpipe.teacher_weights"] = record.tags.get("kdpipe.inputs", "").rpartition("-")[2]
         if teacher := links.get(sources["kdpipe.teacher_run"]):
@@ -136,7 +138,7 @@ class Controls:
     @staticmethod
     def _shared(cell: Cell) -> frozenset[tuple[str, str]]:
         shared = cell.settings_without("loss", "also", "teacher", "stage", "kdpipe", "distillation")
-        shared.pop(UNLABELLED, None)
+        shared = {key: value for key, value in shared.items() if key not in (UNLABELLED, "model.stages")}
         return frozenset({**shared, "kdpipe.data": cell.first.tags["kdpipe.data"]}.items())
 
 

@@ -19,6 +19,8 @@ VALIDATION, TEST = "selected/accuracy", "test/accuracy"
 DATA = ("dataset.", "kdpipe.data")
 BUDGET = ("train.epochs", "train.batch_size")
 TEACHER = ("teacher.", "kdpipe.teacher_")
+# Among these, what makes no other data and no other teacher: it is the method's.
+NO_OTHER = {UNLABELLED, "teacher.temperature", "teacher.stages"}
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def compare(
     confirmed = row_of(whole.only(sorted(later)), students_alone) if later & set(whole.runs) else None
     decisive = confirmed or best
     if decisive.control is None:
-        said = f"{CANNOT_TELL}: the same student alone has not been trained (loss.alpha=0, or experiment=student)"
+        said = f"{CANNOT_TELL}: the same student alone has not been trained (experiment=student, or loss=cross_entropy)"
     else:
         said = verdict(decisive.gain)
     accuracy = accuracy_of_teacher(decisive.cell, get_run)
@@ -98,9 +100,8 @@ def with_published(comparison: Comparison, get_run: GetRun) -> Comparison:
     known = [row for row in (*rows, confirmed) if row and row.published]
     said = [*comparison.notes, *notes_on(row.published for row in known if row.published)]
     taught = {row.cell.teacher_run: row.cell for row in known if row.cell.stage == "distill"}
-    for source, cell in taught.items():
-        teacher = get_run(source)
-        said.append(teacher_note(cell.first.params["teacher.name"], teacher.metrics.get(TEST) if teacher else None))
+    for cell in taught.values():
+        said.append(teacher_note(cell.first.params["teacher.name"], accuracy_of_teacher(cell, get_run)))
     return replace(comparison, rows=rows, best=best, confirmed=confirmed, notes=said, published=True)
 
 
@@ -173,7 +174,9 @@ def notes(best: Row, confirmed: Row | None, distilled: Sequence[Row], get_run: G
             said.append(f"no student alone to be paired with for seeds {', '.join(map(str, unpaired))}")
     varied = "" if len({row.cell.teacher_run for row in distilled}) == 1 else " (the rows have several)"
     covered = f"the student's seeds (first weights, order of images), not the teacher{varied} and not"
-    if len(decisive.cell.teacher_runs) > 1:
+    if not decisive.cell.teacher_run:
+        covered = "the seeds of both students (first weights, order of images), not"
+    elif len(decisive.cell.teacher_runs) > 1 and "teacher.members" not in decisive.cell.first.params:
         covered = "the seeds of the whole chain (first weights, order of images), not"
     said.append(f"the interval covers {covered} the sample of test images")
     if doubt := seen_by_teacher(best.cell, get_run):
@@ -232,7 +235,7 @@ def check_comparable(cells: Sequence[Cell]) -> None:
         ("teacher", distilled, TEACHER),
     ):
         keys = {key for cell in group for key, _ in cell.settings if key.startswith(prefixes)}
-        for key in sorted(keys - {UNLABELLED}, key=_own_last):
+        for key in sorted(keys - NO_OTHER, key=_own_last):
             values = sorted({dict(cell.settings).get(key, "none") for cell in group})
             if len(values) > 1:
                 raise ValueError(
@@ -264,7 +267,7 @@ def families(cells: Sequence[Cell], one_teacher: bool) -> list[list[Cell]]:
 
 
 def _alike(cell: Cell, prefixes: tuple[str, ...]) -> str:
-    alike = [(key, value) for key, value in cell.settings if key.startswith(prefixes) and key != UNLABELLED]
+    alike = [(key, value) for key, value in cell.settings if key.startswith(prefixes) and key not in NO_OTHER]
     return json.dumps(sorted(alike))
 
 

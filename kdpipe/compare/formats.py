@@ -118,13 +118,15 @@ def student_and_teacher(comparison: Comparison) -> str:
     teacher_mb = best.cell.first.metrics.get("teacher/size_mb", math.nan)
     name = f"teacher {best.cell.first.params.get('teacher.name', '')}"
     accuracy = f"{100 * comparison.teacher_accuracy:.2f}" if comparison.teacher_accuracy is not None else "–"
-    table.add_row(name, accuracy, f"{teacher_mb:.3f}", "")
+    if best.cell.teacher_run:
+        table.add_row(name, accuracy, f"{teacher_mb:.3f}", "")
     alone = decisive.control.only(decisive.cell.runs) if decisive.control else None
     for title, cell in (("student alone", alone), ("student distilled", decisive.cell)):
         if cell and cell.runs:
             test = fmean(cell.values("test/accuracy").values())
             megabytes = cell.first.metrics.get("model/size_mb", math.nan)
             smaller = f"{100 * (1 - megabytes / teacher_mb):.1f} %" if megabytes <= teacher_mb else "it is larger"
+            smaller = smaller if best.cell.teacher_run else ""  # two students have none
             table.add_row(title, f"{100 * test:.2f}", f"{megabytes:.3f}", smaller)
     return render(table)
 

@@ -45,6 +45,8 @@ class Published:
 def published_for(cell: Cell) -> Published | None:
     """What is published for a cell's networks and method on CIFAR-100; None where nothing is."""
     settings = dict(cell.settings)
+    if "also._target_" in settings or settings.get("loss.standardize") == "True":  # another method
+        return None
     if any(settings.get(key, value) != value for key, value in DATA.items()):
         return None
     package, _, loss = settings["loss._target_"].rpartition(".")

@@ -35,6 +35,7 @@ class Distillation(nn.Module):
         roles: what it asks of both networks beside logits, of `kdpipe.features.ROLES`.
         name: of its term among the parts.
         teacher_learns: whether the network in the teacher's place is trained beside the student.
+        compares_images: whether its term relates the images of a batch to each other.
         one_label: whether each image has to have one label: neither mixed nor without.
 
     Raises:
@@ -45,6 +46,7 @@ class Distillation(nn.Module):
     roles: tuple[str, ...] = ()
     name: str
     teacher_learns = False
+    compares_images = False
     one_label = False
 
     def __init__(self, weight: float, ce_weight: float) -> None:

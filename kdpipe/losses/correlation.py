@@ -35,6 +35,7 @@ class Correlation(Distillation):
 
     roles = ("embedding",)
     name = "correlation"
+    compares_images = True
     student_projection: nn.Module
     teacher_projection: nn.Module
 

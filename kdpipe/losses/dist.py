@@ -47,6 +47,7 @@ class DIST(Distillation):
     """
 
     name = "dist"
+    compares_images = True
 
     def __init__(self, beta: float, gamma: float, temperature: float, weight: float, ce_weight: float) -> None:
         super().__init__(weight, ce_weight)

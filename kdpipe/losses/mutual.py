@@ -24,8 +24,8 @@ class Mutual(Distillation):
     teacher_learns = True
 
     def __init__(self, weight: float) -> None:
-        super().__init__(weight=weight, ce_weight=1)
         check_number("loss.weight", weight, above=0)
+        super().__init__(weight, ce_weight=1)
         self.peer: nn.Module = nn.Identity()  # set when it is built
 
     def forward(

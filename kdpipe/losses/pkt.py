@@ -43,6 +43,7 @@ class PKT(Distillation):
 
     roles = ("embedding",)
     name = "pkt"
+    compares_images = True
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor, indices: Tensor, epoch: int) -> Tensor:
         assert student.embedding is not None and teacher.embedding is not None

@@ -79,6 +79,7 @@ class RKD(Distillation):
 
     roles = ("embedding",)
     name = "rkd"
+    compares_images = True
 
     def __init__(self, distance_weight: float, angle_weight: float, weight: float, ce_weight: float) -> None:
         super().__init__(weight, ce_weight)

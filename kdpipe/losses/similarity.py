@@ -34,6 +34,7 @@ class Similarity(Distillation):
 
     roles = ("stages",)
     name = "similarity"
+    compares_images = True
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor, indices: Tensor, epoch: int) -> Tensor:
         return similarity(student.stages[-1], teacher.stages[-1])

@@ -21,7 +21,7 @@ from mlflow.exceptions import MlflowException
 from kdpipe.claim import ClaimedError, claim, is_of_this_machine, locked
 from kdpipe.interruption import postponed
 from kdpipe.journal import FAILED, FINISHED, KILLED, METRICS, Journal, Row, now, undelivered, write_rows
-from kdpipe.store import CONFIG, WEIGHTS
+from kdpipe.store import CONFIG, PEER_WEIGHTS, WEIGHTS
 from kdpipe.tracking.delivery import IN_A_HURRY, Run, Stores
 from kdpipe.tracking.sqlite import set_aside_half_made, store_lock
 
@@ -311,7 +311,8 @@ class Tracker:
 
     def restore(self, run_id: str, folder: Path) -> None:
         """Put a run's weights and config into its folder, where a later run of the same identity may have been."""
-        for name in (WEIGHTS, CONFIG):  # not those of its epochs, of which the later run has its own
+        names = {WEIGHTS, CONFIG, PEER_WEIGHTS} & set(self.artifacts(run_id))
+        for name in names:  # not those of its epochs, of which the later run has its own
             mlflow.artifacts.download_artifacts(
                 run_id=run_id, artifact_path=name, tracking_uri=self.uri, dst_path=str(folder)
             )

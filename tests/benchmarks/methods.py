@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 from bench import Bench, machine
+from omegaconf import DictConfig
 
 from kdpipe import config as settings
-from kdpipe.build import build_loss, build_network, build_optimizer
+from kdpipe.build import build_loss, build_network, build_optimizer, fit_loss
 from kdpipe.data import Rows
 from kdpipe.features import Observed
-from kdpipe.losses.base import Distillation, roles_of
+from kdpipe.losses.base import roles_of
 from kdpipe.teacher import Teacher
 from kdpipe.train import Training, train_epoch
 
@@ -45,22 +46,18 @@ class Method:
         self.teacher = None
         if name not in NO_TEACHER:
             network = build_network("teacher", config.teacher, bench.data, "none").to(bench.hardware.device)
-            self.teacher = self.taught_by(Teacher(network), student)
+            self.teacher = self.taught_by(config, Teacher(network), student)
         self.learned = sum(parameter.numel() for parameter in self.loss.parameters())
         optimizer, scheduler = build_optimizer(config, model, self.loss, 1)
         self.training = Training(student, self.loss.to(bench.hardware.device), optimizer, scheduler, bench.hardware)
 
-    def taught_by(self, teacher: Teacher, student: Observed) -> Teacher:
+    def taught_by(self, config: DictConfig, teacher: Teacher, student: Observed) -> Teacher:
         """The teacher with answers for the first section, made up: what they are does not matter for the time."""
         data, device = self.bench.data, self.bench.hardware.device
         positions = data.splits["train"].sort().values
-        images = data.images[positions[:2]].to(device)
         teacher.ask_for(self.roles)
-        student.model.eval()
-        with torch.no_grad():
-            like, mine = teacher.answer(images), student(images)
-        if isinstance(self.loss, Distillation):
-            self.loss.fit_to(mine, like, positions, data.labels[positions])
+        fit_loss(config, self.loss, student, teacher, data, device)
+        like = teacher.answer(data.images[positions[:2]].to(device))
         section = positions[:SECTION]
         rows = torch.rand(len(section), like.pack().shape[1], device=device)
         teacher.remember([Rows(section, rows)], like)
