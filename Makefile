@@ -59,7 +59,7 @@ demo: setup  ## teacher, student alone, distilled student and their comparison o
 test: setup  ## run the tests, a process for each core, and show what of kdpipe/ they do not reach
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup --cov --cov-report=term $(ARGS)
 
-test-faults: setup  ## run the long fault tests
+test-faults: setup  ## run the long tests, of faults and of many processes
 	$(BIN)/python -m pytest -m faults $(ARGS)
 
 teacher: setup  ## train a teacher: DenseNet-121 on CIFAR-10

@@ -138,7 +138,8 @@ def softening(config: DictConfig) -> float | None:
     """The temperature at which the teacher's answers are listened to; None where a loss has none, or standardises them
     first."""
     parts = {key: OmegaConf.to_container(config[key], resolve=True) for key in ("loss", "also") if key in config}
-    return temperature_of(flatten(parts))
+    temperature: float | None = temperature_of(flatten(parts))
+    return temperature
 
 
 def compare_command(config: DictConfig) -> str:

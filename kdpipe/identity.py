@@ -65,13 +65,13 @@ def effective(settings: Mapping[str, Any], needs_teacher: bool) -> dict[str, Any
     return {key: value for key, value in flat.items() if not key.startswith(idle)}
 
 
-def temperature_of(flat: Mapping[str, Any]) -> float | None:
+def temperature_of(flat: Mapping[str, Any]) -> Any:
     """What divides the teacher's logits, those of the loss, or of the second one where the first has no effect; None
     where nothing does, or they are standardised first."""
     for group in ("loss", "also"):
         is_softened = not flat.get(f"{group}.standardize") and flat.get(f"{group}.alpha") != 0
         if is_softened and f"{group}.temperature" in flat:
-            return float(flat[f"{group}.temperature"])
+            return flat[f"{group}.temperature"]
     return None
 
 

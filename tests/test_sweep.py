@@ -280,6 +280,7 @@ def test_a_lost_process_does_not_end_the_sweep(kdpipe: Callable, teacher: Run) -
     assert {name: [run.info.status for run in runs()[name]] for name in NAMES} == {name: ["FINISHED"] for name in NAMES}
 
 
+@pytest.mark.faults
 def test_a_killed_sweep_goes_on_where_it_was(kdpipe: Callable, teacher: Run) -> None:
     """SIGKILL in the middle: what was finished stays, what was running is closed, the parent is the same."""
     longer = [*SWEEP, "train.epochs=5"]
@@ -305,6 +306,7 @@ def test_a_killed_sweep_goes_on_where_it_was(kdpipe: Callable, teacher: Run) -> 
     assert all([run.info.status for run in found] == ["FINISHED"] for found in runs().values())
 
 
+@pytest.mark.faults
 def test_two_processes_share_a_sweep_and_train_nothing_twice(kdpipe: Callable, teacher: Run) -> None:
     longer = [*SWEEP, "train.epochs=3"]
     logs = [Path("log0"), Path("log1")]
@@ -331,6 +333,7 @@ def test_a_single_run_that_another_process_has_is_refused(kdpipe: Callable) -> N
     assert "has this run in progress" in outcome.errors
 
 
+@pytest.mark.faults
 def test_several_processes_give_the_same_numbers_as_one(kdpipe: Callable, teacher: Run) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     kdpipe(*SWEEP)
@@ -343,6 +346,7 @@ def test_several_processes_give_the_same_numbers_as_one(kdpipe: Callable, teache
     assert results() == sequential
 
 
+@pytest.mark.faults
 def test_the_threads_are_divided_between_processes(kdpipe: Callable, teacher: Run) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     told = "import torch\ndef augmentation():\n    open('threads', 'a').write(f'{torch.get_num_threads()} ')\n"

@@ -142,6 +142,7 @@ def open_new_store(uri: str) -> str:
     return Tracker(uri, "together", Path(uri.removeprefix("sqlite:///")).parent).experiment_id
 
 
+@pytest.mark.faults
 def test_processes_that_create_the_same_store_at_once_all_get_it(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     with ProcessPoolExecutor(3, mp_context=get_context("spawn")) as pool:
