@@ -371,7 +371,7 @@ def build_teacher(config: DictConfig, data: ImageDataset, tracker: Any) -> tuple
         return None, ""
     if settings.teacher_learns(config):
         torch.manual_seed(derive_seed(config.seed, "peer"))
-        classifier = build_network("teacher", config.teacher, data, config.teacher.freeze)
+        classifier = build_network("teacher", config.teacher, data, freeze="none")
         if config.teacher.weights != "auto":
             load_weights("teacher", config.teacher, classifier, data, tracker)
         return Peer(classifier), ""

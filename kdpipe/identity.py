@@ -27,9 +27,10 @@ PLACES = (
 )
 LABELS_ALONE = "kdpipe.losses.CrossEntropy"  # the loss of the student alone
 
+UNLABELLED = "dataset.unlabelled_root"  # more images for what a teacher says; the student alone has none
 # Settings that came later, as MLflow tells them (params are text), with the value that means what was done before.
 LATER = {
-    **dict.fromkeys(("train.clip_norm", "train.mixup", "train.cutmix", "dataset.unlabelled_root"), "None"),
+    **dict.fromkeys(("train.clip_norm", "train.mixup", "train.cutmix", UNLABELLED), "None"),
     **dict.fromkeys(("model.stages", "teacher.stages"), "None"),
     "loss.standardize": "False",
 }
@@ -59,7 +60,7 @@ def effective(settings: Mapping[str, Any], needs_teacher: bool) -> dict[str, Any
     if needs_teacher:
         return flat
     idle = (
-        *("teacher.", "distillation.", "dataset.unlabelled_root", "model.stages"),
+        *("teacher.", "distillation.", UNLABELLED, "model.stages"),
         *("loss.temperature", "loss.standardize", "also."),
     )
     return {key: value for key, value in flat.items() if not key.startswith(idle)}
@@ -85,8 +86,8 @@ def what_matters(flat: Mapping[str, Any]) -> dict[str, Any]:
     for key, absent in LATER.items():
         if str(matters.get(key)) == absent:
             matters.pop(key, None)
-    if unlabelled := matters.get("dataset.unlabelled_root"):
-        matters["dataset.unlabelled_root"] = str(unlabelled).rstrip("/").rpartition("/")[2]  # as a data set's name
+    if unlabelled := matters.get(UNLABELLED):
+        matters[UNLABELLED] = str(unlabelled).rstrip("/").rpartition("/")[2]  # as a data set's name
     if matters.get("distillation.outputs") != "views":  # else only where the same answers come from
         matters = without(matters, "distillation.")
     if str(matters.get("loss.alpha")) == "0":

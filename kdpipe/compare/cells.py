@@ -5,10 +5,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from kdpipe.identity import LABELS_ALONE, what_matters
+from kdpipe.identity import LABELS_ALONE, UNLABELLED, what_matters
 from kdpipe.tracking import RunRecord
 
-UNLABELLED = "dataset.unlabelled_root"  # more images for what a teacher says; the student alone has none
 STAGES = ("teacher", "student", "distill")
 LINK = "kdpipe.link"
 

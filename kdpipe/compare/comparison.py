@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 
-from kdpipe.compare.cells import UNLABELLED, Cell, Controls
+from kdpipe.compare.cells import Cell, Controls
 from kdpipe.compare.published import Published, notes_on, published_for, teacher_note
 from kdpipe.compare.statistics import CANNOT_TELL, Interval, interval, verdict
+from kdpipe.identity import UNLABELLED
 from kdpipe.store import run_and_file
 from kdpipe.tracking import RunRecord
 
