@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -442,18 +443,27 @@ def read_model(file: Path) -> DictConfig:
     """What a run's composed config says of its network.
 
     Raises:
-        ValueError: it says no such thing, or names what is not accepted: it may be somebody else's.
+        ValueError: it says no such thing, or names what is not accepted.
+    """
+    return read_config(file, ["model"]).model
+
+
+def read_config(file: Path, sections: Sequence[str]) -> DictConfig:
+    """These sections of a run's composed config.
+
+    Raises:
+        ValueError: it lacks them, or names what is not accepted: it may be somebody else's.
     """
     check_yaml(file)
     composed = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     assert isinstance(composed, dict)
-    model = composed.get("model")
+    found = {name: composed[name] for name in sections if isinstance(composed.get(name), dict)}
     needed = ("_target_", "name", *settings.PREPROCESSING)
-    if not isinstance(model, dict) or not all(key in model for key in needed) or "${" in str(model):
+    if len(found) < len(sections) or not all(key in found["model"] for key in needed) or "${" in str(found):
         raise ValueError(f"{file}: the composed config of a run is accepted, with its model's {', '.join(needed)}")
-    checked = OmegaConf.create({"model": model})
-    check_config(checked)
-    return checked.model
+    config = OmegaConf.create(found)
+    check_config(config)
+    return config
 
 
 def teacher_command(config: DictConfig) -> str:

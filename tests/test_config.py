@@ -277,7 +277,8 @@ ROOMS = {
     "interruption": set(),
     "journal": {"files"},
     "sync": {"claim", "journal", "store", "tracking"},
-    "compare": {"config", "identity", "report", "store", "tracking"},
+    "command": {"store"},
+    "compare": {"command", "config", "identity", "report", "store", "tracking"},
     "tracking": {"claim", "interruption", "journal", "store"},
     "store": set(),
     "report": set(),
@@ -288,7 +289,7 @@ ROOMS = {
     "schedulers": {"checks"},
     "targets": set(),
 }
-HYDRA_ROOMS = {"main", "build", "shortcuts", "config", "errors", "grid", "chain", "sweep", "targets"}
+HYDRA_ROOMS = {"main", "build", "shortcuts", "config", "errors", "grid", "chain", "sweep", "targets", "finished"}
 ONLY_IN = {"mlflow": {"tracking"}, "hydra": HYDRA_ROOMS, "omegaconf": HYDRA_ROOMS}
 
 

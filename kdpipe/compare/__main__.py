@@ -1,11 +1,10 @@
 """The command `kdpipe-compare`, or `python -m kdpipe.compare`."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
-from kdpipe.store import check_uri, store_uri
+from kdpipe.command import add_store_arguments, existing_store, run_command
 
 FORMATS = ("table", "csv", "json", "html")
 
@@ -30,10 +29,7 @@ def arguments_of(words: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--format", choices=FORMATS, default="table", help="default: %(default)s")
     parser.add_argument("--out", metavar="DIR", type=Path, help="write there, with the pictures, instead of printing")
-    parser.add_argument(
-        "--uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db in the output folder)"
-    )
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="default: %(default)s")
+    add_store_arguments(parser)
     return parser.parse_args(words)
 
 
@@ -49,11 +45,7 @@ def run(arguments: argparse.Namespace) -> str:
         raise ValueError(f"--where {' --where '.join(arguments.where)}: one value for a key is accepted")
     if arguments.sweep is not None and arguments.mixed:
         raise ValueError("--mixed: not with --sweep, which takes each data set and budget of its grid by itself anyway")
-    uri = store_uri(arguments.uri, arguments.output_dir)
-    check_uri(uri)
-    local = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:///") and not local.is_file():
-        raise ValueError(f"{local}: there is no such MLflow store; make demo, or any run, makes one")
+    uri = existing_store(arguments)
     if arguments.out and arguments.out.exists() and not arguments.out.is_dir():
         raise ValueError(f"--out {arguments.out}: a folder is accepted, this is a file")
 
@@ -105,15 +97,7 @@ def _pair(condition: str) -> tuple[str, str]:
 
 def cli() -> None:
     """`kdpipe-compare` and `python -m kdpipe.compare`."""
-    try:
-        print(run(arguments_of()), flush=True)
-    except BrokenPipeError:  # whoever read has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        print(f"kdpipe-compare: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+    run_command("kdpipe-compare", lambda: run(arguments_of()))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one small file needs none
 
 from kdpipe.tracking.delivery import Run, Stores
-from kdpipe.tracking.tracker import MAX_PARAM_LENGTH, RunRecord, Tracker
+from kdpipe.tracking.runs import RunRecord, RunStore
+from kdpipe.tracking.tracker import MAX_PARAM_LENGTH, Tracker
 
-__all__ = ["MAX_PARAM_LENGTH", "Run", "RunRecord", "Stores", "Tracker"]
+__all__ = ["MAX_PARAM_LENGTH", "Run", "RunRecord", "RunStore", "Stores", "Tracker"]

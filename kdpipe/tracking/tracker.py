@@ -8,44 +8,29 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import quote, urlencode
 
 import mlflow
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 from mlflow.exceptions import MlflowException
 
 from kdpipe.claim import ClaimedError, claim, is_of_this_machine, locked
 from kdpipe.interruption import postponed
 from kdpipe.journal import FAILED, FINISHED, KILLED, METRICS, Journal, Row, now, undelivered, write_rows
-from kdpipe.store import CONFIG, PEER_WEIGHTS, WEIGHTS
+from kdpipe.store import WEIGHTS
 from kdpipe.tracking.delivery import IN_A_HURRY, Run, Stores
+from kdpipe.tracking.runs import UNKNOWN, RunRecord, RunStore, record_of
 from kdpipe.tracking.sqlite import set_aside_half_made, store_lock
 
 MAX_PARAM_LENGTH = 6000  # MLflow's own limit
 PAGE = 1000
-UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # what MLflow says of a run that it does not have
 
 log = logging.getLogger("kdpipe")
 
 
-@dataclass(frozen=True)
-class RunRecord:
-    """A finished run as MLflow knows it."""
-
-    id: str
-    name: str
-    params: dict[str, str]
-    metrics: dict[str, float]
-    tags: dict[str, str]
-    ended: float  # seconds since 1970
-    seconds: float  # that processes worked on it
-
-
-class Tracker:
+class Tracker(RunStore):
     """An experiment in an MLflow store.
 
     Args:
@@ -59,27 +44,9 @@ class Tracker:
     """
 
     def __init__(self, uri: str, experiment: str, artifacts: Path, create: bool = True) -> None:
-        # Alembic and MLflow tell in dozens of lines how they set up a new database.
-        for name in ("alembic", "mlflow.tracking.fluent"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        # With the traceback of each error that it raises, too.
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-        self.uri = uri
-        self.experiment = experiment
-        try:
-            with store_lock(uri):
-                if create:
-                    set_aside_half_made(uri)
-                self.client = mlflow.MlflowClient(tracking_uri=uri)
-                found = self.client.get_experiment_by_name(experiment)
-                if found is None and create:
-                    location = artifacts.resolve().as_uri() if uri.startswith("sqlite") else None
-                    with suppress(MlflowException):  # another process has made it meanwhile, on a server
-                        self.client.create_experiment(experiment, artifact_location=location)
-                    found = self.client.get_experiment_by_name(experiment)
-        except Exception as error:  # MLflow lets the errors of SQLAlchemy, of drivers and of requests through
-            reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"tracking.uri={uri}: this store cannot be opened ({reason})") from error
+        self.experiment, self._artifacts, self._create_missing = experiment, artifacts, create
+        super().__init__(uri)
+        found = self.client.get_experiment_by_name(experiment)
         if found is None:
             raise ValueError(f"tracking.experiment={experiment}: {uri} has no such experiment; it has {self._names()}")
         if found.lifecycle_stage == "deleted":
@@ -89,6 +56,17 @@ class Tracker:
             )
         self.experiment_id: str = found.experiment_id
         self._stores = Stores({uri: self.client})
+
+    def _opened(self) -> mlflow.MlflowClient:
+        if not self._create_missing:
+            return super()._opened()
+        set_aside_half_made(self.uri)
+        client = mlflow.MlflowClient(tracking_uri=self.uri)
+        if client.get_experiment_by_name(self.experiment) is None:
+            location = self._artifacts.resolve().as_uri() if self.uri.startswith("sqlite") else None
+            with suppress(MlflowException):  # another process has made it meanwhile, on a server
+                client.create_experiment(self.experiment, artifact_location=location)
+        return client
 
     @contextmanager
     def run(
@@ -262,66 +240,6 @@ class Tracker:
         """A metric of each epoch."""
         return [(point.step, point.value) for point in self.client.get_metric_history(run_id, metric)]
 
-    def attach(
-        self, run_id: str, files: Mapping[str, bytes], tags: Mapping[str, str], metrics: Mapping[str, float]
-    ) -> None:
-        """Keep files as artifacts of a run, tags and metrics."""
-        with TemporaryDirectory() as folder:
-            for name, content in files.items():
-                (Path(folder) / name).write_bytes(content)
-            self.client.log_artifacts(run_id, folder)
-        for key, value in tags.items():
-            self.set_tag(run_id, key, value)
-        self.client.log_batch(run_id, metrics=[Metric(name, value, now(), 0) for name, value in metrics.items()])
-
-    def set_tag(self, run_id: str, key: str, value: str) -> None:
-        self.client.set_tag(run_id, key, value)
-
-    def get_run(self, run_id: str) -> RunRecord | None:
-        """A run by its id, None where the store has no such run."""
-        try:
-            return _record(self.client.get_run(run_id))
-        except MlflowException as error:
-            if error.error_code not in UNKNOWN:
-                raise
-            return None
-
-    def artifacts(self, run_id: str) -> list[str]:
-        """The names of the files that a run has kept."""
-        return [file.path for file in self.client.list_artifacts(run_id)]
-
-    def download(self, run_id: str, name: str, key: str) -> Path:
-        """A file that a run has kept, as a local one.
-
-        Raises:
-            ValueError: no such run, or one that has not kept this file.
-        """
-        try:
-            return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name, tracking_uri=self.uri))
-        except (MlflowException, OSError) as error:
-            if self.get_run(run_id):
-                alike = [file for file in self.artifacts(run_id) if Path(file).suffix == Path(name).suffix]
-                there = ", ".join(sorted(alike, key=lambda file: (len(file), file)))  # epoch_5 before epoch_10
-                problem = f"this run has no {name}, but {there}" if there else f"this run has no {name}"
-            else:
-                problem = f"there is no such run in {self.uri}"
-            raise ValueError(
-                f"{key}=runs:/{run_id}: {problem}; the id of a finished run is accepted, runs:/<run id>"
-            ) from error
-
-    def restore(self, run_id: str, folder: Path) -> None:
-        """Put a run's weights and config into its folder, where a later run of the same identity may have been."""
-        names = {WEIGHTS, CONFIG, PEER_WEIGHTS} & set(self.artifacts(run_id))
-        for name in names:  # not those of its epochs, of which the later run has its own
-            mlflow.artifacts.download_artifacts(
-                run_id=run_id, artifact_path=name, tracking_uri=self.uri, dst_path=str(folder)
-            )
-
-    @property
-    def ui(self) -> str:
-        """The UI: the server's, or the one that `make ui` starts."""
-        return self.uri.rstrip("/") if self.uri.startswith("http") else "http://127.0.0.1:5000"
-
     def link(self, run_id: str) -> str:
         """The run's page in the UI."""
         return f"{self.ui}/#/experiments/{self.experiment_id}/runs/{run_id}"
@@ -358,7 +276,7 @@ class Tracker:
                 order_by=["attributes.end_time DESC"],
                 page_token=token,
             )
-            yield from map(_record, page)
+            yield from map(record_of, page)
             token = page.token
             if limit or not token:
                 return
@@ -403,20 +321,6 @@ def git_tags() -> dict[str, str]:
 def _origin() -> dict[str, Any]:
     user = os.environ.get("USER") or os.environ.get("LOGNAME") or "unknown"
     return {"mlflow.user": user, "mlflow.source.name": "kdpipe", "mlflow.source.type": "LOCAL"}
-
-
-def _record(run: mlflow.entities.Run) -> RunRecord:
-    ended = (run.info.end_time or 0) / 1000
-    return RunRecord(
-        id=run.info.run_id,
-        name=run.info.run_name or "",
-        params=dict(run.data.params),
-        metrics=dict(run.data.metrics),
-        tags=dict(run.data.tags),
-        ended=ended,
-        # A run that was interrupted says how long it was worked on; else it is from the start to the end.
-        seconds=float(run.data.tags.get("kdpipe.seconds", ended - run.info.start_time / 1000)),
-    )
 
 
 def _quoted(value: object) -> str:

@@ -1,0 +1,127 @@
+"""Finished runs, opened again: their networks with their weights, their teachers, the images that they were given."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from omegaconf import DictConfig
+
+from kdpipe.build import build_data, build_ensemble, build_network, load_trained, read_config
+from kdpipe.config import is_ensemble
+from kdpipe.data import ImageDataset
+from kdpipe.models import Classifier, Ensemble
+from kdpipe.models.weights import read_weights
+from kdpipe.store import CONFIG, run_and_file
+from kdpipe.targets import guard_hydra
+from kdpipe.tracking import RunRecord, RunStore
+
+guard_hydra()
+SECTIONS = ("model", "teacher", "dataset", "loss", "optimizer", "scheduler", "train")  # of a run's composed config
+IMAGE_SHAPE = "kdpipe.image_shape"  # a tag: what the stored images have, such as 3x32x32
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished run whose network can be used.
+
+    Attributes:
+        address: of its weights, runs:/<run id> or runs:/<run id>/epoch_<number>.
+        config: as it was composed, in `SECTIONS`.
+        classifier: with its weights, in evaluation mode, on the CPU.
+        image_shape: (C, H, W) of the raw images that it was given.
+    """
+
+    address: str
+    record: RunRecord
+    config: DictConfig
+    classifier: Classifier
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+
+    @property
+    def name(self) -> str:
+        return str(self.config.model.name)
+
+
+def open_run(address: str, store: RunStore) -> FinishedRun:
+    """A run of the store by its id, with or without runs:/ before it.
+
+    Raises:
+        ValueError: there is no such run, it is not finished, or it has no weights.
+    """
+    address = address if address.startswith("runs:/") else f"runs:/{address}"
+    run_id, weights = run_and_file(address)
+    record = store.get_run(run_id)
+    if record is None:
+        raise ValueError(f"{address}: there is no such run in {store.uri}; the id of a finished run is accepted")
+    if record.tags.get("kdpipe.stage") == "sweep":
+        raise ValueError(f"{address}: this is a sweep; the id of one of its runs is accepted")
+    if record.status != "FINISHED":
+        raise ValueError(f"{address}: this run is {record.status}; the id of a finished run is accepted")
+    config = read_config(store.download(run_id, CONFIG, "run"), SECTIONS)
+    _, class_names = read_weights("run", store.download(run_id, weights, "run"))
+    if not class_names:
+        raise ValueError(f"{address}: {weights} does not say which classes it knows; a run of kdpipe is accepted")
+    shape = image_shape_of(record, config)
+    images = blank(class_names, shape)
+    classifier = build_network("model", config.model, images, freeze="none")
+    load_trained("run", address, config.model.name, classifier, images, store)
+    return FinishedRun(address, record, config, classifier.eval(), tuple(class_names), shape)
+
+
+def image_shape_of(record: RunRecord, config: DictConfig) -> tuple[int, int, int]:
+    """(C, H, W) of the images that a run was given; runs before 0.4.0 do not tell, and then it is its network's."""
+    channels, height, width = (len(config.model.mean or "RGB"), config.model.image_size, config.model.image_size)
+    if told := record.tags.get(IMAGE_SHAPE):
+        channels, height, width = map(int, told.split("x"))
+    return channels, height or 224, width or 224
+
+
+def blank(class_names: Sequence[str], shape: tuple[int, int, int]) -> ImageDataset:
+    """Two black images, for what builds networks for images of this shape."""
+    labels = torch.zeros(2, dtype=torch.int64)
+    images = torch.zeros(2, *shape, dtype=torch.uint8)
+    return ImageDataset("blank", images, labels, tuple(class_names), {}, "")
+
+
+def open_teacher(run: FinishedRun, store: RunStore) -> tuple[Classifier | Ensemble, str] | None:
+    """The network that taught a run, in evaluation mode, and its name; None where none did.
+
+    Raises:
+        ValueError: its weights are not there any more.
+    """
+    source = run.record.tags.get("kdpipe.teacher_run", "")
+    if not source:
+        return None
+    teacher, images = run.config.teacher, blank(run.class_names, run.image_shape)
+    if is_ensemble(teacher):
+        ensemble, _ = build_ensemble(teacher, images, store)
+        return ensemble.classifier, str(teacher.name)
+    weights = str(teacher.weights)
+    if weights == "auto":
+        weights = f"runs:/{source}"
+    classifier = build_network("teacher", teacher, images, freeze="none")
+    load_trained("teacher.weights", weights, teacher.name, classifier, images, store)
+    return classifier.eval(), str(teacher.name)
+
+
+def open_data(run: FinishedRun, root: str | None = None) -> ImageDataset:
+    """The images that a run was given, split as they were.
+
+    Args:
+        root: where they are now; None for where they were.
+
+    Raises:
+        ValueError: they are not there, or they are others.
+    """
+    dataset = run.config.dataset.copy()
+    if root is not None:
+        dataset.root = root
+    data = build_data(dataset)
+    known = run.record.tags.get("kdpipe.data", data.fingerprint)
+    if data.fingerprint != known:
+        raise ValueError(
+            f"dataset.root={dataset.get('root', dataset.name)}: these are other images than those of run "
+            f"{run.record.id}, or another version of them; --root FOLDER says where its own are"
+        )
+    return data

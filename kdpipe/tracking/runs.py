@@ -1,0 +1,138 @@
+"""A store's runs by their ids, whatever experiment they are of."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import mlflow
+from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
+
+from kdpipe.journal import FINISHED, now
+from kdpipe.store import CONFIG, PEER_WEIGHTS, WEIGHTS
+from kdpipe.tracking.sqlite import store_lock
+
+UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # what MLflow says of a run that it does not have
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as MLflow knows it."""
+
+    id: str
+    name: str
+    params: dict[str, str]
+    metrics: dict[str, float]
+    tags: dict[str, str]
+    ended: float  # seconds since 1970
+    seconds: float  # that processes worked on it
+    experiment_id: str = ""
+    status: str = FINISHED
+
+
+class RunStore:
+    """An MLflow store, for what is done with runs that are named by their ids.
+
+    Args:
+        uri: of the store, as `store.store_uri` gives it.
+
+    Raises:
+        ValueError: no store at `uri`.
+    """
+
+    def __init__(self, uri: str) -> None:
+        # Alembic and MLflow tell in dozens of lines how they set up a new database.
+        for name in ("alembic", "mlflow.tracking.fluent"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        # With the traceback of each error that it raises, too.
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+        self.uri = uri
+        try:
+            with store_lock(uri):
+                self.client = self._opened()
+        except Exception as error:  # MLflow lets the errors of SQLAlchemy, of drivers and of requests through
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"tracking.uri={uri}: this store cannot be opened ({reason})") from error
+
+    def _opened(self) -> mlflow.MlflowClient:
+        client = mlflow.MlflowClient(tracking_uri=self.uri)
+        client.search_experiments(max_results=1)  # it may be no store at all
+        return client
+
+    def attach(
+        self, run_id: str, files: Mapping[str, bytes], tags: Mapping[str, str], metrics: Mapping[str, float]
+    ) -> None:
+        """Keep files as artifacts of a run, tags and metrics."""
+        with TemporaryDirectory() as folder:
+            for name, content in files.items():
+                (Path(folder) / name).write_bytes(content)
+            self.client.log_artifacts(run_id, folder)
+        for key, value in tags.items():
+            self.set_tag(run_id, key, value)
+        self.client.log_batch(run_id, metrics=[Metric(name, value, now(), 0) for name, value in metrics.items()])
+
+    def set_tag(self, run_id: str, key: str, value: str) -> None:
+        self.client.set_tag(run_id, key, value)
+
+    def get_run(self, run_id: str) -> RunRecord | None:
+        """A run by its id, None where the store has no such run."""
+        try:
+            return record_of(self.client.get_run(run_id))
+        except MlflowException as error:
+            if error.error_code not in UNKNOWN:
+                raise
+            return None
+
+    def artifacts(self, run_id: str) -> list[str]:
+        """The names of the files that a run has kept."""
+        return [file.path for file in self.client.list_artifacts(run_id)]
+
+    def download(self, run_id: str, name: str, key: str) -> Path:
+        """A file that a run has kept, as a local one.
+
+        Raises:
+            ValueError: no such run, or one that has not kept this file.
+        """
+        try:
+            return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name, tracking_uri=self.uri))
+        except (MlflowException, OSError) as error:
+            if self.get_run(run_id):
+                alike = [file for file in self.artifacts(run_id) if Path(file).suffix == Path(name).suffix]
+                there = ", ".join(sorted(alike, key=lambda file: (len(file), file)))  # epoch_5 before epoch_10
+                problem = f"this run has no {name}, but {there}" if there else f"this run has no {name}"
+            else:
+                problem = f"there is no such run in {self.uri}"
+            raise ValueError(
+                f"{key}=runs:/{run_id}: {problem}; the id of a finished run is accepted, runs:/<run id>"
+            ) from error
+
+    def restore(self, run_id: str, folder: Path) -> None:
+        """Put a run's weights and config into its folder, where a later run of the same identity may have been."""
+        names = {WEIGHTS, CONFIG, PEER_WEIGHTS} & set(self.artifacts(run_id))
+        for name in names:  # not those of its epochs, of which the later run has its own
+            mlflow.artifacts.download_artifacts(
+                run_id=run_id, artifact_path=name, tracking_uri=self.uri, dst_path=str(folder)
+            )
+
+    @property
+    def ui(self) -> str:
+        """The UI: the server's, or the one that `make ui` starts."""
+        return self.uri.rstrip("/") if self.uri.startswith("http") else "http://127.0.0.1:5000"
+
+
+def record_of(run: mlflow.entities.Run) -> RunRecord:
+    ended = (run.info.end_time or 0) / 1000
+    return RunRecord(
+        id=run.info.run_id,
+        name=run.info.run_name or "",
+        params=dict(run.data.params),
+        metrics=dict(run.data.metrics),
+        tags=dict(run.data.tags),
+        ended=ended,
+        # A run that was interrupted says how long it was worked on; else it is from the start to the end.
+        seconds=float(run.data.tags.get("kdpipe.seconds", ended - run.info.start_time / 1000)),
+        experiment_id=run.info.experiment_id,
+        status=run.info.status,
+    )
