@@ -1,0 +1,193 @@
+"""The model card: what a model is, how good, how it was made and how it is used, made from its run."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import yaml
+
+from kdpipe import __version__
+from kdpipe.build import plain
+from kdpipe.data import ImageDataset
+from kdpipe.deployed import INT8, ONNX, PROGRAM, WEIGHTS
+from kdpipe.export.check import Row, as_markdown
+from kdpipe.export.formats import without_places
+from kdpipe.finished import FinishedRun
+
+# What runs measure, in the order of the card; shares are told in per cent.
+METRICS = {
+    "test/accuracy": "test accuracy",
+    "test/top5_accuracy": "test accuracy, best five",
+    "test/balanced_accuracy": "test accuracy, classes weighted alike",
+    "test/loss": "test loss (cross-entropy)",
+    "test/brier": "Brier score",
+    "test/ece": "expected calibration error",
+    "model/temperature": "temperature (probabilities are softmax(logits / temperature))",
+    "model/params": "parameters",
+    "model/flops": "operations of one image (FLOPs)",
+    "model/macs": "multiplications of one image (MACs)",
+    "model/size_mb": "size of the weights in MB",
+}
+FILES = {
+    ONNX: "ONNX, float",
+    INT8: "ONNX, 8-bit integers",
+    PROGRAM: "torch.export (load such files only from whom you trust)",
+    WEIGHTS: "weights alone; config.yaml says of which network",
+}
+
+
+@dataclass(frozen=True)
+class Taught:
+    """By whom a student was taught: the network's name, and its accuracy on the checked images where it is known."""
+
+    name: str
+    accuracy: float | None
+
+
+def card(
+    run: FinishedRun,
+    data: ImageDataset,
+    teacher: Taught | None,
+    rows: Sequence[Row],
+    files: Sequence[str],
+    license: str | None,
+    checked: int,
+    cores: int,
+) -> str:
+    """README.md, as Markdown with the front matter of Hugging Face's hub.
+
+    Args:
+        files: those in the folder.
+        license: of the weights, None where nobody has said.
+        checked: test images that `rows` are about.
+        cores: threads that "all" means there.
+    """
+    channels, height, width = run.image_shape
+    parts = [
+        f"---\n{front_matter(run, data, files, license)}---",
+        f"# {run.name} on {data.name}",
+        what(run, data, teacher),
+        "## Files\n\n" + "\n".join(f"- `{name}`: {FILES[name]}" for name in files if name in FILES),
+        "Input: `images`, uint8 [batch, "
+        f"{channels}, {height}, {width}], raw pixels from 0 to 255 ({'RGB' if channels == 3 else 'grey'}), any batch "
+        f"size; resizing and normalising are inside. Output: `logits`, float32 [batch, {data.num_classes}].",
+        "## Use\n\n" + use(run, files),
+        "## Data\n\n" + about_data(run, data),
+        "## Training\n\n" + method(run, teacher),
+        "## Numbers\n\n" + numbers(run.record.metrics),
+        f"Checked on {checked:,} of the test images, times on {cores} threads of a CPU; same answers and largest "
+        f"difference (of logits) are to the PyTorch network:\n\n{as_markdown(rows)}",
+        "## Limits\n\n"
+        f"The accuracy is that on the test images of {data.name}, and says nothing of other images. It is of a single "
+        "run with a single seed. Every image gets one of the classes, also one that shows none of them.",
+        f"## Licence of the weights\n\n{license or 'not stated'}\n\n{origin(run)}",
+        "## Provenance\n\n" + provenance(run),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def front_matter(run: FinishedRun, data: ImageDataset, files: Sequence[str], license: str | None) -> str:
+    tags = ["image-classification", "kdpipe"]
+    if run.record.tags.get("kdpipe.teacher_run"):
+        tags.append("knowledge-distillation")
+    if ONNX in files or INT8 in files:
+        tags.append("onnx")
+    said: dict[str, object] = {"license": "unknown"}
+    if license:  # the hub knows licences by identifiers such as apache-2.0
+        known = re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license.lower()) and " " not in license
+        said = {"license": license.lower()} if known else {"license": "other", "license_name": license}
+    said |= {"pipeline_tag": "image-classification", "tags": tags, "metrics": ["accuracy"]}
+    if "test/accuracy" in run.record.metrics:
+        result = {
+            "task": {"type": "image-classification"},
+            "dataset": {"name": data.name, "type": data.name, "split": "test"},
+            "metrics": [{"type": "accuracy", "value": run.record.metrics["test/accuracy"]}],
+        }
+        said["model-index"] = [{"name": f"{run.name} on {data.name}", "results": [result]}]
+    return yaml.safe_dump(said, sort_keys=False, allow_unicode=True)
+
+
+def what(run: FinishedRun, data: ImageDataset, teacher: Taught | None) -> str:
+    says = f"A {run.name} that tells which of {data.num_classes} classes an image of {data.name} shows"
+    return f"{says}, distilled from a {teacher.name}." if teacher else f"{says}."
+
+
+def use(run: FinishedRun, files: Sequence[str]) -> str:
+    trust = " --trust" if files and all(name == PROGRAM for name in files if name in FILES) else ""
+    parts = [f"    python -m kdpipe.predict . photo.jpg{trust}"]
+    if ONNX in files or INT8 in files:
+        channels, height, width = run.image_shape
+        mode, axes = ("RGB", "transpose(2, 0, 1)[None]") if channels == 3 else ("L", "[None, None]")
+        axes = axes if axes.startswith("[") else f".{axes}"
+        divided = " / float(said['temperature'])" if "model/temperature" in run.record.metrics else ""
+        parts += [
+            "or, with onnxruntime alone:",
+            f"""```python
+import json, numpy, onnxruntime
+from PIL import Image
+session = onnxruntime.InferenceSession("{ONNX if ONNX in files else INT8}")
+said = session.get_modelmeta().custom_metadata_map
+photo = Image.open("photo.jpg").convert("{mode}").resize(({width}, {height}), Image.Resampling.BILINEAR)
+logits = session.run(None, {{"images": numpy.asarray(photo){axes}}})[0]{divided}
+print(json.loads(said["class_names"])[logits[0].argmax()])
+```""",
+        ]
+    return "\n\n".join(parts)
+
+
+def about_data(run: FinishedRun, data: ImageDataset) -> str:
+    sizes = ", ".join(f"{len(positions):,} {name}" for name, positions in data.splits.items())
+    lines = [f"{data.name}: {sizes} images of {run.image_shape[2]}×{run.image_shape[1]} pixels (fingerprint"]
+    lines[0] += f" {data.fingerprint})."
+    lines.append(f"{data.num_classes} classes: {', '.join(data.class_names)}.")
+    return "\n\n".join(lines)
+
+
+def method(run: FinishedRun, teacher: Taught | None) -> str:
+    lines = []
+    if teacher:
+        known = "" if teacher.accuracy is None else f", {100 * teacher.accuracy:.2f} % on the checked images"
+        lines.append(f"Teacher: {teacher.name}{known}.")
+    else:
+        lines.append("No teacher: trained on the labels alone.")
+    settings = without_places(
+        {part: plain(run.config[part]) for part in ("loss", "optimizer", "scheduler")}
+        | {"train": {key: run.config.train.get(key) for key in ("epochs", "batch_size", "precision")}}
+    )
+    lines.append(f"```yaml\n{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)}```")
+    return "\n\n".join(lines)
+
+
+def numbers(metrics: Mapping[str, float]) -> str:
+    lines = ["| of the run | |", "| --- | ---: |"]
+    for key, words in METRICS.items():
+        if key in metrics:
+            lines.append(f"| {words} | {number(key, metrics[key])} |")
+    return "\n".join(lines)
+
+
+def number(key: str, value: float) -> str:
+    if "accuracy" in key:
+        return f"{100 * value:.2f} %"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def origin(run: FinishedRun) -> str:
+    """Where the weights started from, which a licence may come with."""
+    weights = run.config.model.get("weights")
+    if weights is None:
+        return "They started from random numbers."
+    if weights == "imagenet":
+        return "They started from weights pretrained on ImageNet, whose terms hold for them, too."
+    return f"They started from those of {without_places(str(weights))}, whose terms hold for them, too."
+
+
+def provenance(run: FinishedRun) -> str:
+    tags = run.record.tags
+    commit = tags.get("git.commit")
+    dirty = " (with changes that are in no commit)" if tags.get("git.dirty", "").lower() == "true" else ""
+    lines = [f"- run: {run.address} ({run.record.name})"]
+    if commit:
+        lines.append(f"- git commit of the training: {commit}{dirty}")
+    lines.append(f"- exported by kdpipe {__version__}")
+    return "\n".join(lines)

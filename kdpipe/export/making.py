@@ -1,0 +1,229 @@
+"""One export: write, check, time, describe."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdpipe import __version__
+from kdpipe.data import ImageDataset
+from kdpipe.deployed import (
+    INT8,
+    ONNX,
+    PROGRAM,
+    WEIGHTS,
+    Deployed,
+    about,
+    answers_of,
+    of_run,
+    open_onnx,
+    open_program,
+    open_weights,
+)
+from kdpipe.export.card import Taught, card
+from kdpipe.export.check import (
+    STUDENT,
+    TEACHER,
+    Row,
+    Timed,
+    compare,
+    evenly,
+    problem_of_float,
+    problem_of_int8,
+    time_rows,
+)
+from kdpipe.export.formats import config_of, quiet, traced, write_onnx, write_program, write_weights
+from kdpipe.export.int8 import CALIBRATION, write_int8
+from kdpipe.finished import FinishedRun, open_data, open_run, open_teacher
+from kdpipe.models import Classifier, Ensemble, size_mb
+from kdpipe.progress import progress
+from kdpipe.store import CONFIG
+from kdpipe.tracking import RunStore
+
+ROWS = {ONNX: "student ONNX", INT8: "student int8", PROGRAM: "student torch.export", WEIGHTS: "student safetensors"}
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What an export is made from."""
+
+    run: FinishedRun
+    data: ImageDataset
+    teacher: tuple[Classifier | Ensemble, str] | None
+    notes: list[str]  # what is left out, and why
+
+    @property
+    def example(self) -> NDArray[np.uint8]:
+        """Two black images, uint8 [2, C, H, W]."""
+        return np.zeros((2, *self.run.image_shape), np.uint8)
+
+
+@dataclass
+class Made:
+    """What came of an export.
+
+    Attributes:
+        refused: files that failed their check, and why; they are not in the folder.
+    """
+
+    run: FinishedRun
+    files: list[str] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def tags(self, name: str) -> dict[str, str]:
+        """What the registry is told of one of the files."""
+        (row,) = (row for row in self.rows if row.name == ROWS[name])
+        tags = {
+            "kdpipe.run": self.run.record.id,
+            "kdpipe.version": __version__,
+            "int8": str(name == INT8).lower(),
+            "checked_accuracy": f"{row.accuracy:.6g}",
+        }
+        if "test/accuracy" in self.run.record.metrics:
+            tags["test_accuracy"] = f"{self.run.record.metrics['test/accuracy']:.6g}"
+        return tags
+
+
+def open_sources(address: str, store: RunStore, root: str | None) -> Sources:
+    """The run with its images and its teacher.
+
+    Raises:
+        ValueError: no such run, no weights, or other images than its own.
+    """
+    run = open_run(address, store)
+    data = open_data(run, root)
+    channels, height, width = data.images.shape[1:]
+    run = replace(run, image_shape=(channels, height, width))  # runs before 0.4.0 do not tell
+    notes: list[str] = []
+    teacher = None
+    try:
+        teacher = open_teacher(run, store)
+    except ValueError as error:
+        notes.append(f"without its teacher, which cannot be opened: {error}")
+    return Sources(run, data, teacher, notes)
+
+
+def make(
+    sources: Sources,
+    folder: Path,
+    formats: Sequence[str],
+    *,
+    images: int,
+    max_loss: float,
+    seconds: float,
+    license: str | None,
+) -> Made:
+    """Write a run's network into `folder`: write → check → time → describe. What fails its check is not left there."""
+    run, data = sources.run, sources.data
+    made = Made(run, notes=list(sources.notes))
+    said = about(run, __version__)
+    positions = evenly(data.splits["test"], images)
+    checked, labels = images_at(data, positions), data.labels[positions].numpy()
+    expected = of_run(run).logits(checked)
+    works: dict[str, Timed] = {}
+
+    def add_network(name: str, network: Classifier | Ensemble, logits: NDArray[np.float32]) -> None:
+        accuracy = float((logits.argmax(axis=1) == labels).mean())
+        made.rows.append(Row(name, size_mb(network.network), accuracy))
+        works[name] = Timed(answers_of(network), answers_of(network), is_torch=True)
+
+    def check(name: str, opened: Deployed, problem: Callable[[NDArray[np.float32]], str | None]) -> bool:
+        """Whether a file is as it should be; else it is removed."""
+        logits = opened.logits(checked)
+        if reason := problem(logits):
+            made.refused[name] = reason
+            (folder / name).unlink()
+            return False
+        made.files.append(name)
+        megabytes = (folder / name).stat().st_size / 2**20
+        made.rows.append(compare(ROWS[name], megabytes, logits, labels, expected))
+        return True
+
+    def as_pytorch(logits: NDArray[np.float32]) -> str | None:
+        return problem_of_float(logits, expected)
+
+    if sources.teacher is not None:
+        add_network(TEACHER, sources.teacher[0], answered("teacher's answers", sources.teacher[0], checked))
+    add_network(STUDENT, run.classifier, expected)
+    program = traced(run.classifier, run.image_shape) if {"onnx", "torch_export"} & set(formats) else None
+    if "onnx" in formats:
+        assert program is not None
+        write_onnx(program, folder / ONNX, said)
+        calibration = images_at(data, evenly(labelled(data), CALIBRATION))
+        try:
+            write_int8(folder / ONNX, folder / INT8, calibration, said)
+        except ValueError as error:
+            made.refused[INT8] = str(error)
+        for name in (ONNX, INT8):
+            if name in made.refused:
+                continue
+            one, several = (open_onnx(folder / name, threads) for threads in (1, torch.get_num_threads()))
+            if check(name, several, as_pytorch if name == ONNX else int8_check(expected, labels, max_loss)):
+                works[ROWS[name]] = Timed(one.answer, several.answer, is_torch=False)
+    if "torch_export" in formats:
+        assert program is not None
+        write_program(program, folder / PROGRAM, said)
+        with quiet():
+            opened = open_program(folder / PROGRAM, trust=True)
+        if check(PROGRAM, opened, as_pytorch):
+            works[ROWS[PROGRAM]] = Timed(opened.answer, opened.answer, is_torch=True)
+    if "safetensors" in formats:
+        write_weights(run, folder / WEIGHTS, said)
+        (folder / CONFIG).write_text(config_of(run))
+        opened = open_weights(folder / WEIGHTS)
+        if check(WEIGHTS, opened, as_pytorch):
+            made.files.append(CONFIG)
+            works[ROWS[WEIGHTS]] = Timed(opened.answer, opened.answer, is_torch=True)
+        else:
+            (folder / CONFIG).unlink()
+    if not made.files:
+        return made
+    if sys.stdout.isatty():
+        print(f"timing for {seconds:g} seconds", flush=True)
+    time_rows(made.rows, works, checked, seconds)
+    taught = None
+    if sources.teacher is not None:
+        taught = Taught(sources.teacher[1], made.rows[0].accuracy)
+    elif run.record.tags.get("kdpipe.teacher_run"):
+        taught = Taught(str(run.config.teacher.name), None)
+    cores = torch.get_num_threads()
+    text = card(run, data, taught, made.rows, made.files, license, len(positions), cores)
+    (folder / CARD).write_text(text)
+    made.files.append(CARD)
+    made.notes.insert(0, f"checked on {len(positions):,} test images; times are medians and 95th percentiles")
+    return made
+
+
+def int8_check(
+    expected: NDArray[np.float32], labels: NDArray[np.int64], max_loss: float
+) -> Callable[[NDArray[np.float32]], str | None]:
+    return lambda logits: problem_of_int8(logits, expected, labels, max_loss)
+
+
+def images_at(data: ImageDataset, positions: torch.Tensor) -> NDArray[np.uint8]:
+    """uint8 [n, C, H, W] in memory."""
+    images: NDArray[np.uint8] = data.images[positions].contiguous().numpy()
+    return images
+
+
+def labelled(data: ImageDataset) -> torch.Tensor:
+    """The positions of the training images."""
+    return data.splits["train"].sort().values
+
+
+def answered(words: str, network: Classifier | Ensemble, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Logits of a large network, with a bar on a terminal."""
+    answer = answers_of(network)
+    parts = []
+    with progress(words, len(images)) as bar:
+        for first in range(0, len(images), 64):
+            parts.append(answer(images[first : first + 64]))
+            bar.advance(len(parts[-1]))
+    return np.concatenate(parts)
