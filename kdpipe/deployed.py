@@ -121,7 +121,7 @@ def open_deployed(address: str, store: Callable[[], RunStore], trust: bool = Fal
             raise ValueError(f"{address}: a folder with {ONNX}, {INT8}, {WEIGHTS} or {PROGRAM} is accepted")
         path = path / names[0]
     elif not path.is_file():
-        if path.suffix in SUFFIXES or len(path.parts) > 1 and not address.startswith("runs:/"):
+        if path.suffix in SUFFIXES or (len(path.parts) > 1 and not address.startswith("runs:/")):
             raise ValueError(f"{address}: there is no such file; {', '.join(SUFFIXES)}, a folder or a run is accepted")
         return of_run(open_run(address, store()))
     if path.suffix == ".onnx":

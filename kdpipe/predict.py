@@ -89,7 +89,8 @@ def answers(networks: Sequence["Deployed"], names: Sequence[str], top: int, bad:
     if not good:
         return []
     probabilities = [
-        network.probabilities(np.stack(images)) for network, images in zip(networks, zip(*views), strict=True)
+        network.probabilities(np.stack(images))
+        for network, images in zip(networks, zip(*views, strict=True), strict=True)
     ]
     rows = []
     for number, name in enumerate(good):

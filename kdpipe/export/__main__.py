@@ -153,6 +153,8 @@ def keep(folder: Path, out: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     folder.chmod(0o777 & ~mask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~mask)
     try:
         folder.rename(out)
     except OSError as error:

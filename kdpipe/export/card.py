@@ -10,7 +10,7 @@ from kdpipe import __version__
 from kdpipe.build import plain
 from kdpipe.data import ImageDataset
 from kdpipe.deployed import INT8, ONNX, PROGRAM, WEIGHTS
-from kdpipe.export.check import Row, as_markdown
+from kdpipe.export.check import Row, as_markdown, legend
 from kdpipe.export.formats import without_places
 from kdpipe.finished import FinishedRun
 
@@ -75,8 +75,7 @@ def card(
         "## Data\n\n" + about_data(run, data),
         "## Training\n\n" + method(run, teacher),
         "## Numbers\n\n" + numbers(run.record.metrics),
-        f"Checked on {checked:,} of the test images, times on {cores} threads of a CPU; same answers and largest "
-        f"difference (of logits) are to the PyTorch network:\n\n{as_markdown(rows)}",
+        f"{as_markdown(rows)}\n\n({legend(checked, cores)})",
         "## Limits\n\n"
         f"The accuracy is that on the test images of {data.name}, and says nothing of other images. It is of a single "
         "run with a single seed. Every image gets one of the classes, also one that shows none of them.",
@@ -149,7 +148,8 @@ def method(run: FinishedRun, teacher: Taught | None) -> str:
         known = "" if teacher.accuracy is None else f", {100 * teacher.accuracy:.2f} % on the checked images"
         lines.append(f"Teacher: {teacher.name}{known}.")
     else:
-        lines.append("No teacher: trained on the labels alone.")
+        mutual = str(run.config.loss["_target_"]).endswith(".Mutual")
+        lines.append("Taught by a second student, and it by this one." if mutual else "Trained on the labels alone.")
     settings = without_places(
         {part: plain(run.config[part]) for part in ("loss", "optimizer", "scheduler")}
         | {"train": {key: run.config.train.get(key) for key in ("epochs", "batch_size", "precision")}}

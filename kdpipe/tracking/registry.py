@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,8 +40,8 @@ class Registered:
         return "\n".join(
             [
                 f"registered: {self.name} version {self.version}, alias {self.alias}",
-                f'it answers: MLFLOW_TRACKING_URI={self.uri} mlflow models predict -m "models:/{self.name}@{self.alias}" '
-                "--env-manager local -i input.json -o answers.json",
+                f"it answers: MLFLOW_TRACKING_URI={without_password(self.uri)} mlflow models predict "
+                f'-m "models:/{self.name}@{self.alias}" --env-manager local -i input.json -o answers.json',
                 f'where input.json is {{"inputs": {{"images": IMAGES}}}}, IMAGES nested lists [batch, {shape}] of '
                 "numbers from 0 to 255",
             ]
@@ -126,6 +127,10 @@ def save(file: Path, folder: Path, example: NDArray[np.uint8]) -> None:
             )
     finally:
         logging.disable(before)
+
+
+def without_password(uri: str) -> str:
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:PASSWORD@", uri)
 
 
 def digest(file: Path) -> str:
