@@ -88,10 +88,8 @@ def answers(networks: Sequence["Deployed"], names: Sequence[str], top: int, bad:
             bad[name] = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     if not good:
         return []
-    probabilities = [
-        network.probabilities(np.stack(images))
-        for network, images in zip(networks, zip(*views, strict=True), strict=True)
-    ]
+    of_each = [np.stack(images) for images in zip(*views, strict=True)]  # of the networks
+    probabilities = [network.probabilities(images) for network, images in zip(networks, of_each, strict=True)]
     rows = []
     for number, name in enumerate(good):
         ranked = [np.argsort(-each[number], kind="stable")[:top] for each in probabilities]

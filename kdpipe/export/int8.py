@@ -30,7 +30,7 @@ def write_int8(float_file: Path, file: Path, images: NDArray[np.uint8], said: di
     from onnxruntime.quantization import quantize_static as quantise
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Batches(CalibrationDataReader):  # type: ignore[misc]
+    class Batches(CalibrationDataReader):
         def __init__(self) -> None:
             self.first = 0
 
