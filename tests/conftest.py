@@ -1,5 +1,6 @@
 """What several tests share: real photos, a fresh folder with an MLflow store, and a run as a user starts one."""
 
+import importlib
 import multiprocessing
 import os
 import shutil
@@ -152,6 +153,65 @@ def kdpipe(
         return Outcome(status, captured.out, captured.err)
 
     return command
+
+
+@dataclass
+class Taught:
+    """Finished runs for the commands on them: a folder with a store, a teacher's run and its student's by their ids."""
+
+    folder: Path
+    teacher: str
+    student: str
+
+    @property
+    def uri(self) -> str:
+        return f"sqlite:///{self.folder / 'outputs' / 'mlflow.db'}"
+
+
+@pytest.fixture(scope="session")
+def taught(tmp_path_factory: pytest.TempPathFactory, store_template: Path) -> Taught:
+    """A student of digits, its teacher, both of one epoch. Tests read them, and leave them as they are."""
+    from mlflow import MlflowClient
+
+    folder = tmp_path_factory.mktemp("taught")
+    (folder / "outputs").mkdir()
+    shutil.copy(store_template, folder / "outputs" / "mlflow.db")
+    digits = ["dataset=digits", "train.threads=1", "train.epochs=1"]
+    with pytest.MonkeyPatch.context() as environment:
+        environment.chdir(folder)
+        environment.delenv("MLFLOW_TRACKING_URI", raising=False)
+        environment.setenv("HYDRA_FULL_ERROR", "0")
+        for words in (["experiment=teacher", "model=resnet20"], ["model@teacher=resnet20"]):
+            environment.setattr(sys, "argv", ["kdpipe", *digits, *words])
+            main.cli()
+    client = MlflowClient(f"sqlite:///{folder / 'outputs' / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("kdpipe").experiment_id])
+    by_stage = {run.data.tags["kdpipe.stage"]: run.info.run_id for run in runs}
+    return Taught(folder, by_stage["teacher"], by_stage["distill"])
+
+
+@pytest.fixture
+def command(
+    taught: Taught, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Outcome]:
+    """`command("export", …)` is `python -m kdpipe.export …` in an empty folder, on the runs of `taught`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", taught.uri)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+    def begin(name: str, *words: object) -> Outcome:
+        module = importlib.import_module(f"kdpipe.{name}.__main__" if name == "export" else f"kdpipe.{name}")
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        status: int | str | None = 0
+        capsys.readouterr()
+        try:
+            module.cli()
+        except SystemExit as end:
+            status = end.code
+        captured = capsys.readouterr()
+        return Outcome(status, captured.out, captured.err)
+
+    return begin
 
 
 # Processes that have imported everything already, which takes seconds, and are real ones in all else.

@@ -279,6 +279,13 @@ ROOMS = {
     "sync": {"claim", "journal", "store", "tracking"},
     "command": {"store"},
     "compare": {"command", "config", "identity", "report", "store", "tracking"},
+    "deployed": {"build", "finished", "models", "store", "tracking"},
+    "export": {
+        *("command", "deployed", "finished", "report", "timing", "tracking"),
+        *("build", "data", "models", "progress", "store"),
+    },
+    "predict": {"command", "data", "deployed", "report", "tracking"},
+    "timing": set(),
     "tracking": {"claim", "interruption", "journal", "store"},
     "store": set(),
     "report": set(),

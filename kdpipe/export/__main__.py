@@ -163,10 +163,13 @@ def keep(folder: Path, out: Path) -> None:
 
 def cli() -> None:
     """`python -m kdpipe.export`."""
-    # So that what is unfinished is taken away, as after Control-C.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     arguments = arguments_of()
-    run_command("kdpipe.export", lambda: run(arguments))
+    # So that what is unfinished is taken away, as after Control-C.
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        run_command("kdpipe.export", lambda: run(arguments))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

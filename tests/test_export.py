@@ -1,0 +1,334 @@
+"""Finished runs as files: what is written, what is refused, what is told of it."""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import yaml
+from conftest import Taught
+from omegaconf import DictConfig
+from onnx import numpy_helper
+
+from kdpipe.build import build_network, read_config
+from kdpipe.deployed import answers_of, open_deployed, open_onnx, open_program
+from kdpipe.export import int8, making
+from kdpipe.export.check import evenly, problem_of_float, problem_of_int8
+from kdpipe.export.formats import traced, write_onnx, write_program
+from kdpipe.finished import blank, open_run
+from kdpipe.tracking import RunStore
+
+QUICK = ("--seconds", 0, "--images", 100)
+ALL = ("onnx", "torch_export", "safetensors")
+
+
+def no_store() -> RunStore:
+    raise AssertionError("a file needs no store")
+
+
+def test_every_format_gives_the_logits_of_pytorch_for_any_batch_size(taught: Taught, command: Callable) -> None:
+    made = command("export", taught.student, "--out", "files", "--format", *ALL, *QUICK)
+    assert made.status == 0, made.errors
+    names = {"model.onnx", "model_int8.onnx", "model.pt2", "model.safetensors", "config.yaml", "README.md"}
+    assert {file.name for file in Path("files").iterdir()} == names
+    assert all(file.stat().st_mode & 0o044 for file in (Path("files"), *Path("files").iterdir()))
+
+    run = open_run(taught.student, RunStore(taught.uri))
+    images = np.random.default_rng(0).integers(0, 256, (7, 1, 8, 8)).astype(np.uint8)
+    expected = answers_of(run.classifier)(images)
+    for name in ("model.onnx", "model.pt2", "model.safetensors"):
+        opened = open_deployed(f"files/{name}", no_store, trust=True)
+        assert opened.class_names == run.class_names and opened.image_shape == (1, 8, 8)
+        for count in (1, 2, 7):
+            np.testing.assert_allclose(opened.answer(images[:count]), expected[:count], atol=1e-4)
+    quantised = open_deployed("files/model_int8.onnx", no_store)
+    for count in (1, 2, 7):
+        assert quantised.answer(images[:count]).shape == (count, 10)
+
+
+def test_the_table_has_teacher_student_and_files(taught: Taught, command: Callable) -> None:
+    made = command("export", taught.student, "--out", "files", "--format", "onnx", "torch_export", *QUICK)
+    rows = [line.split("  ")[1] for line in made.output.splitlines() if line.startswith("  ")][1:]
+    assert rows == ["teacher", "student", "student ONNX", "student int8", "student torch.export"]
+    assert "× teacher" in made.output and "checked on 100 test images" in made.output
+    assert max(map(len, made.output.splitlines())) <= 200
+    assert made.errors == ""  # no chatter of exporters
+
+    alone = command("export", taught.teacher, "--out", "alone", "--format", "safetensors", *QUICK)
+    assert "× student" in alone.output and "× teacher" not in alone.output
+
+
+def test_an_onnx_file_says_what_it_is_and_nothing_of_the_machine(taught: Taught, command: Callable) -> None:
+    assert command("export", taught.student, "--out", "files", "--format", *ALL, *QUICK).status == 0
+    for name in ("model.onnx", "model_int8.onnx"):
+        model = onnx.load(f"files/{name}")
+        said = {entry.key: entry.value for entry in model.metadata_props}
+        assert json.loads(said["class_names"]) == [str(digit) for digit in range(10)]
+        assert said["kdpipe.run"] == taught.student and "uint8" in said["preprocessing"]
+        (images,), (logits,) = model.graph.input, model.graph.output
+        assert (images.name, logits.name) == ("images", "logits")
+        assert images.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+        assert [size.dim_param or size.dim_value for size in images.type.tensor_type.shape.dim] == ["batch", 1, 8, 8]
+    for file in Path("files").iterdir():
+        content = file.read_bytes()
+        for place in (str(taught.folder), str(Path(making.__file__).parents[2]), sys.prefix):
+            assert place.encode() not in content, f"{place} is in {file.name}"
+
+
+def test_the_card_tells_data_teacher_method_numbers_and_licence(taught: Taught, command: Callable) -> None:
+    command("export", taught.student, "--out", "files", "--license", "Apache-2.0", *QUICK)
+    text = Path("files/README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    said = yaml.safe_load(front)
+    assert said["license"] == "apache-2.0" and "knowledge-distillation" in said["tags"]
+    accuracy = said["model-index"][0]["results"][0]["metrics"][0]["value"]
+    for told in (
+        "distilled from a resnet20",
+        "449 test",
+        "kdpipe.losses.KD",
+        "temperature: 5",
+        f"| test accuracy | {100 * accuracy:.2f} % |",
+        "| student int8 |",
+        "Licence of the weights\n\nApache-2.0",
+        "started from random numbers",
+        f"runs:/{taught.student}",
+    ):
+        assert told in body, told
+
+    command("export", taught.teacher, "--out", "alone", "--format", "safetensors", *QUICK)
+    alone = Path("alone/README.md").read_text()
+    assert "not stated" in alone and "license: unknown" in alone and "Trained on the labels alone" in alone
+
+
+def test_the_example_of_the_card_gives_an_answer(
+    taught: Taught, command: Callable, photo: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    command("export", taught.student, "--out", "files", *QUICK)
+    photo(0).save("files/photo.jpg")
+    monkeypatch.chdir("files")
+    example = Path("README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(example)
+    answer = capsys.readouterr().out.strip()
+    predicted = command("predict", ".", "photo.jpg")
+    assert predicted.output.splitlines()[-1].split()[:2] == ["photo.jpg", answer]
+
+
+NETWORKS = [
+    ("student_cnn", (3, 32, 32)),  # enlarged to 128
+    ("student_cnn", (1, 8, 8)),  # and grey
+    ("resnet20", (3, 48, 40)),  # made smaller; its shortcuts pad channels
+    ("mobilenetv2_half", (3, 24, 32)),
+    pytest.param("resnet56", (3, 32, 32), marks=pytest.mark.faults),
+    pytest.param("shufflenetv1", (3, 32, 32), marks=pytest.mark.faults),
+    pytest.param("shufflenetv2", (3, 32, 32), marks=pytest.mark.faults),
+    pytest.param("vgg8", (3, 300, 200), marks=pytest.mark.faults),
+    pytest.param("densenet121", (3, 32, 32), marks=pytest.mark.faults),
+    pytest.param("timm", (3, 64, 80), marks=pytest.mark.faults),
+    pytest.param("torchvision", (1, 64, 80), marks=pytest.mark.faults),
+]
+
+
+@pytest.mark.parametrize(("name", "shape"), NETWORKS)
+def test_networks_of_all_families_are_the_same_once_exported(
+    composed: Callable[..., DictConfig], tmp_path: Path, name: str, shape: tuple[int, int, int]
+) -> None:
+    preprocessing = ["model.image_size=64", "model.mean=[0.5,0.5,0.5]", "model.std=[0.5,0.5,0.5]"]
+    config = composed("experiment=student", f"model={name}", *(preprocessing if "i" in name and name[0] == "t" else []))
+    torch.manual_seed(0)
+    classifier = build_network("model", config.model, blank(("a", "b", "c"), shape), freeze="none").eval()
+    said = {"class_names": '["a", "b", "c"]', "image_shape": "x".join(map(str, shape)), "kdpipe.version": "0"}
+    program = traced(classifier, shape)
+    write_onnx(program, tmp_path / "model.onnx", said)
+    write_program(program, tmp_path / "model.pt2", said)
+    images = np.random.default_rng(0).integers(0, 256, (7, *shape)).astype(np.uint8)
+    expected = answers_of(classifier)(images)
+    for opened in (open_onnx(tmp_path / "model.onnx"), open_program(tmp_path / "model.pt2", trust=True)):
+        for count in (1, 2, 7):
+            assert problem_of_float(opened.answer(images[:count]), expected[:count]) is None
+    int8.write_int8(tmp_path / "model.onnx", tmp_path / "int8.onnx", images, said)
+    assert open_onnx(tmp_path / "int8.onnx").answer(images[:1]).shape == (1, 3)
+
+
+def tamper(file: Path, factor: float) -> None:
+    """Multiply the last layer of an ONNX file."""
+    model = onnx.load(file)
+    last = [node for node in model.graph.node if node.op_type == "Gemm"][-1]
+    (weight,) = (tensor for tensor in model.graph.initializer if tensor.name == last.input[1])
+    weight.CopyFrom(numpy_helper.from_array(factor * numpy_helper.to_array(weight), weight.name))
+    onnx.save(model, file)
+
+
+@pytest.fixture
+def tampered(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """`tampered(1.01)` has an export write an ONNX file whose last layer is a hundredth too large."""
+
+    def wrong(factor: float) -> None:
+        def write(program: torch.export.ExportedProgram, file: Path, said: dict[str, str]) -> None:
+            write_onnx(program, file, said)
+            tamper(file, factor)
+
+        monkeypatch.setattr(making, "write_onnx", write)
+
+    return wrong
+
+
+def test_a_file_that_is_not_the_network_is_refused_and_the_others_stay(
+    taught: Taught, command: Callable, tampered: Callable
+) -> None:
+    tampered(1.01)
+    made = command("export", taught.student, "--out", "files", "--format", "onnx", "torch_export", *QUICK)
+    assert made.status == 1
+    assert "model.onnx is refused: its logits differ from PyTorch's by up to" in made.errors
+    assert {file.name for file in Path("files").iterdir()} >= {"model.pt2", "README.md"}
+    assert not Path("files/model.onnx").exists()
+    assert "model.onnx" not in Path("files/README.md").read_text()
+
+
+def test_an_int8_file_that_is_worse_than_allowed_is_refused(
+    taught: Taught, command: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def black(float_file: Path, file: Path, images: np.ndarray, said: dict[str, str]) -> None:
+        int8.write_int8(float_file, file, np.zeros_like(images), said)  # ranges of nothing
+
+    monkeypatch.setattr(making, "write_int8", black)
+    made = command("export", taught.student, "--out", "files", *QUICK)
+    assert made.status == 1
+    assert "model_int8.onnx is refused: it has" in made.errors and "--max-loss 1 is accepted" in made.errors
+    assert {file.name for file in Path("files").iterdir()} == {"model.onnx", "README.md"}
+    assert "model_int8.onnx" not in Path("files/README.md").read_text()
+
+    lenient = command("export", taught.student, "--out", "lenient", "--max-loss", 100, *QUICK)
+    assert lenient.status == 0 and Path("lenient/model_int8.onnx").exists()
+
+
+def test_an_export_of_which_nothing_holds_leaves_nothing(
+    taught: Taught, command: Callable, tampered: Callable, tmp_path: Path
+) -> None:
+    tampered(float("nan"))
+    made = command("export", taught.student, "--out", "files", *QUICK)
+    assert made.status == 1 and "model.onnx is refused: some of its logits are no finite numbers" in made.errors
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError("No space left on device")])
+def test_an_export_that_is_interrupted_leaves_nothing(
+    taught: Taught, command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException
+) -> None:
+    def stopped(*_: object) -> None:
+        raise stop
+
+    monkeypatch.setattr(making, "time_rows", stopped)
+    made = command("export", taught.student, "--out", "files", "--format", "safetensors", *QUICK)
+    assert made.status == (130 if stop is KeyboardInterrupt else 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+EXPECTED = np.array([[4.0, 0, 0], [0, 1, 0.999], [0, 0, 9]], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("logits", "problem"),
+    [
+        (EXPECTED, None),
+        (EXPECTED + np.float32([[0, 0, 0.005]]), None),  # the second image is a tie, but for rounding
+        (EXPECTED + np.float32([[0, 0, 0.02]]), "differ from PyTorch's by up to 0.02, 0.009 is accepted"),
+        (EXPECTED * np.nan, "no finite numbers"),
+        (EXPECTED[:, :2], r"logits \[3, 2\] instead of \[3, 3\]"),
+    ],
+)
+def test_what_counts_as_the_same_logits(logits: np.ndarray, problem: str | None) -> None:
+    found = problem_of_float(logits, EXPECTED)
+    assert found is None if problem is None else re.search(problem, found or "")
+
+
+def test_what_int8_may_lose() -> None:
+    labels = np.array([0, 1, 2])
+    worse = EXPECTED[[0, 1, 0]]
+    assert problem_of_int8(worse, EXPECTED, labels, most=40) is None
+    assert "a loss of 33.33 points" in (problem_of_int8(worse, EXPECTED, labels, most=33) or "")
+    assert problem_of_int8(EXPECTED, EXPECTED, labels, most=0) is None
+
+
+def test_checked_images_are_spread_over_the_split() -> None:
+    assert evenly(torch.arange(10), 3).tolist() == [0, 4, 9]
+    assert evenly(torch.arange(10), 20).tolist() == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--out", "."], r"--out \.: this exists; the name of a new folder is accepted"),
+        (["--out", "x", "--images", 0], "--images 0: a number from 1 is accepted"),
+        (["--out", "x", "--seconds", "nan"], "--seconds nan: a number from 0 is accepted"),
+        (["--out", "x", "--max-loss", -1], "--max-loss -1.0: a number from 0 to 100 is accepted"),
+        (["--out", "x", "--alias", "champion"], "--alias champion: with --register NAME alone"),
+        (
+            ["--out", "x", "--format", "safetensors", "--register", "digits"],
+            "--register digits: what is registered is the ONNX model, so --format onnx is accepted",
+        ),
+        (["--out", "x", "--uri", "sqlite:///none.db"], "none.db: there is no such MLflow store"),
+        (["--out", "x", "--register", "a/b"], "--register a/b: a name without / and : is accepted"),
+        (["--out", "x", "--register", "a", "--alias", "v1"], "--alias v1: .*reserved"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused_before_anything_is_done(
+    taught: Taught, command: Callable, monkeypatch: pytest.MonkeyPatch, words: list, error: str
+) -> None:
+    monkeypatch.setattr(making, "make", lambda *_, **__: pytest.fail("too late"))
+    refused = command("export", taught.student, *words)
+    assert refused.status == 1 and refused.errors.count("\n") == 1
+    assert re.search(error, refused.errors), refused.errors
+
+
+def test_a_run_that_is_none_and_images_that_are_others_are_refused(
+    taught: Taught, command: Callable, kdpipe: Callable, class_folders: Path
+) -> None:
+    unknown = command("export", "nosuchrun", "--out", "x")
+    assert unknown.status == 1 and "runs:/nosuchrun: there is no such run" in unknown.errors
+
+    photos = kdpipe("dataset=image_folder", f"dataset.root={class_folders}", "experiment=student", "train.epochs=0")
+    assert photos.status == 0, photos.errors
+    run_id = photos.output.rsplit("/runs/", 1)[1].split()[0]
+    store = ("--uri", f"sqlite:///{Path('outputs/mlflow.db').resolve()}")
+    gone = class_folders.rename(class_folders.with_name("elsewhere"))
+    missing = command("export", run_id, "--out", "x", *store)
+    assert missing.status == 1 and "photos" in missing.errors and missing.errors.count("\n") == 1
+    (gone / "temple" / "00.jpg").write_bytes((gone / "flower" / "00.jpg").read_bytes())
+    others = command("export", run_id, "--out", "x", "--root", gone, *store)
+    assert others.status == 1 and "these are other images than those of run" in others.errors
+    assert not Path("x").exists()
+
+
+@pytest.mark.parametrize("module", ["onnx", "onnxruntime", "onnxscript"])
+def test_a_format_whose_extra_is_not_installed_says_how_to_install_it(
+    taught: Taught, command: Callable, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    refused = command("export", taught.student, "--out", "files", *QUICK)
+    assert refused.status == 1 and not Path("files").exists()
+    assert f"--format onnx: this takes {module}, not installed; pip install -e '.[onnx]'" in refused.errors
+    assert command("export", taught.student, "--out", "files", "--format", "safetensors", *QUICK).status == 0
+
+
+def test_a_student_whose_teacher_is_gone_is_exported_without_it(
+    taught: Taught, command: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> None:
+        raise ValueError("teacher.weights=runs:/0: there is no such run")
+
+    monkeypatch.setattr(making, "open_teacher", gone)
+    made = command("export", taught.student, "--out", "files", "--format", "safetensors", *QUICK)
+    assert made.status == 0 and "without its teacher, which cannot be opened: teacher.weights=runs:/0" in made.output
+    assert "distilled from a resnet20" in Path("files/README.md").read_text()
+
+
+def test_the_config_beside_the_weights_names_no_place(taught: Taught, command: Callable) -> None:
+    command("export", taught.student, "--out", "files", "--format", "safetensors", *QUICK)
+    config = read_config(Path("files/config.yaml"), ["model", "dataset", "train"])
+    assert config.model.name == "student_cnn" and config.dataset.name == "digits"
+    assert making.config_of(open_run(taught.student, RunStore(taught.uri))) == Path("files/config.yaml").read_text()
