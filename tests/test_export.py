@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -192,10 +193,12 @@ def test_a_file_that_is_not_the_network_is_refused_and_the_others_stay(
 def test_an_int8_file_that_is_worse_than_allowed_is_refused(
     taught: Taught, command: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def black(float_file: Path, file: Path, images: np.ndarray, said: dict[str, str]) -> None:
-        int8.write_int8(float_file, file, np.zeros_like(images), said)  # ranges of nothing
+    def opposite(float_file: Path, file: Path, images: np.ndarray, said: dict[str, str]) -> None:
+        shutil.copy(float_file, "opposite.onnx")
+        tamper(Path("opposite.onnx"), -1)
+        int8.write_int8(Path("opposite.onnx"), file, images, said)
 
-    monkeypatch.setattr(making, "write_int8", black)
+    monkeypatch.setattr(making, "write_int8", opposite)
     made = command("export", taught.student, "--out", "files", *QUICK)
     assert made.status == 1
     assert "model_int8.onnx is refused: it has" in made.errors and "--max-loss 1 is accepted" in made.errors
