@@ -72,24 +72,31 @@ def time_networks(networks: Networks, images: Tensor, hardware: Hardware, second
         `speedup/latency` and `speedup/throughput`, how many times faster the model is than its teacher: the median of
         the ratios of each round.
     """
-    device = hardware.device
     found: dict[str, float] = {}
-    settings = {"": torch.get_num_threads(), "_1_thread": 1} if device.type == "cpu" else {"": torch.get_num_threads()}
-    for suffix, number in settings.items():
-        for size in (1, BATCH):
-            batch = images[torch.arange(size) % len(images)].to(device)
-            works = {name: partial(_timed, network, batch) for name, network in networks.items()}
-            with threads(number):
-                taken = time_in_turn(works, seconds / (2 * len(settings)), LEAST[size])
-            for name, times in taken.items():
-                if size == 1:
-                    found[f"{name}/latency_ms{suffix}"] = 1000 * median(times)
-                    found[f"{name}/latency_p95_ms{suffix}"] = 1000 * percentile_95(times)
-                else:
-                    found[f"{name}/images_per_second{suffix}"] = size / median(times)
-            if "teacher" in taken:
-                what = "latency" if size == 1 else "throughput"
-                found[f"speedup/{what}{suffix}"] = median_ratio(taken["teacher"], taken["model"])
+    wanted = {"": torch.get_num_threads()} | ({"_1_thread": 1} if hardware.device.type == "cpu" else {})
+    numbers = set(wanted.values())
+    for number in numbers:
+        with threads(number):
+            measured = _time_in_turn(networks, images, hardware.device, seconds / len(numbers))
+        for suffix in (suffix for suffix in wanted if wanted[suffix] == number):
+            found |= {f"{name}{suffix}": value for name, value in measured.items()}
+    return found
+
+
+def _time_in_turn(networks: Networks, images: Tensor, device: torch.device, seconds: float) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for size, what in ((1, "latency"), (BATCH, "throughput")):
+        batch = images[torch.arange(size) % len(images)].to(device)
+        works = {name: partial(_timed, network, batch) for name, network in networks.items()}
+        taken = time_in_turn(works, seconds / 2, LEAST[size])
+        for name, times in taken.items():
+            if size == 1:
+                found[f"{name}/latency_ms"] = 1000 * median(times)
+                found[f"{name}/latency_p95_ms"] = 1000 * percentile_95(times)
+            else:
+                found[f"{name}/images_per_second"] = size / median(times)
+        if "teacher" in taken:
+            found[f"speedup/{what}"] = median_ratio(taken["teacher"], taken["model"])
     return found
 
 
@@ -99,6 +106,7 @@ def _timed(network: nn.Module, images: Tensor) -> None:
         torch.accelerator.synchronize(images.device)
 
 
+@torch.no_grad()
 def flops(network: nn.Module, images: Tensor) -> int:
     """Floating-point operations of convolutions and matrix products, as PyTorch's own counter has them."""
     with FlopCounterMode(display=False) as counter:
@@ -106,6 +114,7 @@ def flops(network: nn.Module, images: Tensor) -> int:
     return int(counter.get_total_flops())
 
 
+@torch.no_grad()
 def peak_bytes(network: nn.Module, images: Tensor) -> int:
     """The most bytes that tensors, beside the weights and `images`, take at once while these pass."""
     with _LiveTensors(network) as living:

@@ -4,6 +4,7 @@ Blue and orange are the colours that readers with any colour vision tell apart (
 """
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -20,7 +21,9 @@ WITH_NUMBERS, WITH_NAMES = 20, 60  # classes, up to which a matrix has them
 
 def to_png(figure: Figure) -> bytes:
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=150, bbox_inches="tight")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script that the font lacks becomes boxes
+        figure.savefig(content, format="png", dpi=150, bbox_inches="tight")
     return content.getvalue()
 
 
