@@ -152,7 +152,7 @@ def compare_command(config: DictConfig) -> str:
 
 def check(config: DictConfig) -> None:
     """Raise ValueError for a value outside of its range; losses and networks check their own."""
-    for key in ("teacher", "train", "distillation", "sweep", "tracking"):
+    for key in ("teacher", "train", "evaluation", "distillation", "sweep", "tracking"):
         if not isinstance(config[key], DictConfig):
             hint = "model@teacher=… chooses the teacher" if key == "teacher" else f"{key}.<key>=… sets what is in it"
             raise ValueError(f"{key}={config[key]}: no value is accepted; {hint}")
@@ -180,6 +180,8 @@ def check(config: DictConfig) -> None:
     check_choice("train.test_each_epoch", train.test_each_epoch, [True, False])
     check_choice("train.compile", train.compile, ["auto", True, False])
     check_choice("train.profile", train.profile, [True, False])
+    check_choice("evaluation.pictures", config.evaluation.pictures, [True, False])
+    check_number("evaluation.timing_seconds", config.evaluation.timing_seconds, low=0)
     distillation = config.distillation
     check_choice("distillation.outputs", distillation.outputs, ["auto", "cached", "online", "views"])
     check_number("distillation.views", distillation.views, low=1, integer=True)

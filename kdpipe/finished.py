@@ -11,13 +11,12 @@ from kdpipe.config import is_ensemble
 from kdpipe.data import ImageDataset
 from kdpipe.models import Classifier, Ensemble
 from kdpipe.models.weights import read_weights
-from kdpipe.store import CONFIG, run_and_file
+from kdpipe.store import CONFIG, IMAGE_SHAPE, run_and_file
 from kdpipe.targets import guard_hydra
 from kdpipe.tracking import RunRecord, RunStore
 
 guard_hydra()
 SECTIONS = ("model", "teacher", "dataset", "loss", "optimizer", "scheduler", "train")  # of a run's composed config
-IMAGE_SHAPE = "kdpipe.image_shape"  # a tag: what the stored images have, such as 3x32x32
 
 
 @dataclass(frozen=True)

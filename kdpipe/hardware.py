@@ -1,6 +1,7 @@
 """What a run computes on: a device, a precision, and the processes that share its batches."""
 
 import ctypes
+import platform
 import sys
 import warnings
 from dataclasses import dataclass
@@ -37,6 +38,11 @@ class Hardware:
         )
         processes = f", {self.processes} processes" if self.processes > 1 else ""
         return f"{self.device} ({name}), {self.precision}{processes}"
+
+    @property
+    def machine(self) -> str:
+        """What timings belong to."""
+        return f"{self.described}, on {platform.node()}"
 
     @property
     def batch_without_gradients(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from kdpipe import __version__
 
-# Where things lie and what they run on: no part of a run's identity.
+# Where things lie, what they run on and what is measured beside: no part of a run's identity.
 PLACES = (
     "output_dir",
     "tracking",
@@ -21,6 +21,7 @@ PLACES = (
     "optimizer.fused",
     "train.profile",
     "train.keep_epochs",
+    "evaluation",
     "distillation.cache_max_gb",
     "sweep",
     "chain",  # a link is what its own settings say

@@ -31,20 +31,22 @@ from kdpipe.build import (
 )
 from kdpipe.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint, save_weights
 from kdpipe.claim import ClaimedError, claim
+from kdpipe.cost import BATCH, cost
 from kdpipe.data import ImageDataset
 from kdpipe.errors import one_line
 from kdpipe.evaluate import evaluate
+from kdpipe.exam import Exam, take_exam, write_files
 from kdpipe.features import Observed
 from kdpipe.files import write_whole
 from kdpipe.hardware import Hardware
 from kdpipe.interruption import Interrupted, InterruptedJobError
 from kdpipe.journal import CHECKPOINTS, Journal, is_unfinished, rows_since
 from kdpipe.losses.base import roles_of
-from kdpipe.models import Classifier, size_mb
+from kdpipe.models import Classifier, Ensemble
 from kdpipe.profiling import traced, traces
-from kdpipe.report import epoch_line, result_table
+from kdpipe.report import cost_table, epoch_line, result_table
 from kdpipe.shortcuts import answer_in_advance, build_features, build_mixing, build_views
-from kdpipe.store import CONFIG, PATIENCE, PEER_WEIGHTS, WEIGHTS, epoch_file, store_uri, wait_for_store
+from kdpipe.store import CONFIG, IMAGE_SHAPE, PATIENCE, PEER_WEIGHTS, WEIGHTS, epoch_file, store_uri, wait_for_store
 from kdpipe.targets import guard_hydra, refuse_pickled_config
 from kdpipe.teacher import Peer, Teacher
 from kdpipe.teacher_check import check_teacher, warn_once
@@ -122,9 +124,13 @@ def lead(config: DictConfig, parts: Parts, tracker: Any, folder: Path, hardware:
                 current.save(folder / epoch_file(epoch))
 
         with traced(folder, config.train.profile, hardware.device) as on_step:
-            metrics = learn(config, parts, hardware, start["training"] if start else None, on_epoch, keep, on_step)
+            metrics, exam = learn(
+                config, parts, hardware, start["training"] if start else None, on_epoch, keep, on_step
+            )
+        metrics |= cost_of(config, parts, hardware)
         save_weights(parts.model.network, folder / WEIGHTS, parts.data.class_names)
         files = [folder / WEIGHTS, *traces(folder)]
+        files += write_files(exam, parts.data, folder, config.evaluation.pictures)
         if isinstance(parts.teacher, Peer):
             files.append(folder / PEER_WEIGHTS)
             save_weights(parts.teacher.classifier.network, files[-1], parts.data.class_names)
@@ -164,7 +170,8 @@ def follow(config: DictConfig, tracker: Any, hardware: Hardware) -> float:
     parts = build_parts(config, tracker, {})
     if finished := find_finished(config, parts, tracker, hardware):
         return objective(finished.metrics)
-    return objective(learn(config, parts, hardware, None, lambda *_: None, lambda state: None, lambda: None))
+    metrics, _ = learn(config, parts, hardware, None, lambda *_: None, lambda state: None, lambda: None)
+    return objective(metrics)
 
 
 def learn(
@@ -175,8 +182,8 @@ def learn(
     on_epoch: Callable[[int, dict[str, float]], None],
     keep: Callable[[dict[str, Any]], None],
     on_step: Callable[[], None],
-) -> dict[str, float]:
-    """optimizer → fit → test → cost; the trained weights are in `parts.model`.
+) -> tuple[dict[str, float], Exam]:
+    """optimizer → fit → test; the trained weights are in `parts.model`.
 
     Args:
         start: the state of the training to go on from; None for a new one.
@@ -194,8 +201,8 @@ def learn(
         fit_loss(config, loss, student, teacher, parts.data, device)
     hardware.check_sharing(loss, parts.data.unlabelled != "")
     views = build_views(config, parts.data, teacher is not None)
+    cache = Path(config.output_dir) / "cache" / "teacher"
     if isinstance(teacher, Teacher) and train.epochs > 0:
-        cache = Path(config.output_dir) / "cache" / "teacher"
         check_teacher(config.teacher.name, teacher, settings.softening(config), parts.data, cache, hardware)
         answer_in_advance(config, teacher, parts.data, views, hardware)
     # A head on a frozen backbone trains on the backbone's features, as if they were the images.
@@ -242,14 +249,16 @@ def learn(
             on_step=after_step,
             on_checkpoint=lambda: keep(training.state()),
         )
-        metrics = metrics | named("test", evaluate(learner, data, "test", hardware))
+        asked = teacher if isinstance(teacher, Teacher) else None
+        exam = take_exam(learner, data, parts.data, hardware, asked, config.teacher.name, cache)
+        metrics = metrics | exam.metrics()
         if isinstance(teacher, Peer):
             metrics |= named("peer", evaluate(teacher.classifier, data, "test", hardware))
     except Interrupted:
         if hardware.processes == 1:  # several may have been interrupted at different steps
             keep(training.state())
         raise
-    return metrics | cost(model, teacher)
+    return metrics, exam
 
 
 def every(minutes: float | None, hardware: Hardware) -> Callable[[], bool]:
@@ -270,6 +279,9 @@ def every(minutes: float | None, hardware: Hardware) -> Callable[[], bool]:
 def run_tags(config: DictConfig, parts: Parts, hardware: Hardware) -> dict[str, str]:
     """What a run is found by, in MLflow's UI too."""
     tags = {**parts.tags, "kdpipe.data": parts.data.fingerprint, "kdpipe.hardware": hardware.described}
+    tags[IMAGE_SHAPE] = "x".join(map(str, parts.data.images.shape[1:]))
+    if config.evaluation.timing_seconds > 0:
+        tags["kdpipe.timed_on"] = hardware.machine
     if parts.data.unlabelled:
         tags["kdpipe.unlabelled"] = parts.data.unlabelled
     if parts.teacher_source:
@@ -313,13 +325,13 @@ def report_epoch(current: Any, epochs: int, epoch: int, metrics: dict[str, float
     log.info(epoch_line(epoch, epochs, metrics))
 
 
-def cost(model: Classifier, teacher: Teacher | Peer | None) -> dict[str, float]:
-    """Parameters, and sizes in MB of 2²⁰ bytes."""
-    sizes = {
-        "model/params": float(sum(parameter.numel() for parameter in model.network.parameters())),
-        "model/size_mb": size_mb(model.network),
-    }
-    return sizes | ({"teacher/size_mb": size_mb(teacher.classifier.network)} if teacher else {})
+def cost_of(config: DictConfig, parts: Parts, hardware: Hardware) -> dict[str, float]:
+    """What the trained network costs, and its teacher."""
+    networks: dict[str, Classifier | Ensemble] = {"model": parts.model}
+    if parts.teacher:
+        networks["teacher"] = parts.teacher.classifier
+    images = parts.data.images[parts.data.splits["test"][:BATCH]]
+    return cost(networks, images, hardware, config.evaluation.timing_seconds)
 
 
 def objective(metrics: Mapping[str, float]) -> float:
@@ -328,7 +340,8 @@ def objective(metrics: Mapping[str, float]) -> float:
 
 def show_result(metrics: Mapping[str, float], config: DictConfig, link: str) -> None:
     """The end of a run: what it came to, and where to look next."""
-    for line in result_table(metrics).splitlines():
+    names = {"model": config.model.name, "teacher": config.teacher.name}
+    for line in [*result_table(metrics).splitlines(), *cost_table(metrics, names).splitlines()]:
         log.info(line)
     log.info("weights, config, metrics: %s", os.path.relpath(HydraConfig.get().runtime.output_dir))
     log.info("in MLflow (make ui): %s", link)

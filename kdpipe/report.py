@@ -1,6 +1,6 @@
 """Results as text."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -21,20 +21,82 @@ def epoch_line(epoch: int, epochs: int, metrics: Mapping[str, float]) -> str:
 def result_table(metrics: Mapping[str, float]) -> str:
     """What a finished run came to."""
     table = Table(box=SIMPLE_HEAD, show_header=False)
-    table.add_row("test accuracy", f"{100 * metrics['test/accuracy']:.2f} %")
-    table.add_row("test loss", f"{metrics['test/loss']:.4f}")
-    if "selected/accuracy" in metrics:
-        table.add_row("validation accuracy", f"{100 * metrics['selected/accuracy']:.2f} %")
-    table.add_row("parameters", f"{metrics['model/params']:,.0f}")
-    table.add_row("size", f"{metrics['model/size_mb']:.3f} MB")
-    if "peer/accuracy" in metrics:
-        table.add_row("second student's", f"{100 * metrics['peer/accuracy']:.2f} %")
-    elif "teacher/size_mb" in metrics:
-        reduction = 1 - metrics["model/size_mb"] / metrics["teacher/size_mb"]
-        table.add_row(
-            "teacher's size", f"{metrics['teacher/size_mb']:.3f} MB ({100 * reduction:.1f} % smaller than it)"
-        )
+    told = {
+        "test accuracy": f"{100 * metrics['test/accuracy']:.2f} %",
+        "test loss": f"{metrics['test/loss']:.4f}",
+        "validation accuracy": _percent(metrics, "selected/accuracy"),
+        "calibration error": _percent(metrics, "test/ece"),
+        "the same, scaled": _scaled(metrics),
+        "second student's": _percent(metrics, "peer/accuracy"),
+        "teacher's accuracy": _percent(metrics, "teacher/accuracy"),
+        "agrees with it": _agreement(metrics),
+    }
+    for title, text in told.items():
+        if text:
+            table.add_row(title, text)
     return render(table)
+
+
+def _percent(metrics: Mapping[str, float], name: str) -> str:
+    return f"{100 * metrics[name]:.2f} %" if name in metrics else ""
+
+
+def _scaled(metrics: Mapping[str, float]) -> str:
+    if "test/ece_scaled" not in metrics:
+        return ""
+    return f"{_percent(metrics, 'test/ece_scaled')} (probabilities at temperature {metrics['model/temperature']:.2f})"
+
+
+def _agreement(metrics: Mapping[str, float]) -> str:
+    if "teacher/agreement" not in metrics:
+        return ""
+    where_wrong = _percent(metrics, "teacher/agreement_where_wrong")
+    return _percent(metrics, "teacher/agreement") + (f" (where it is wrong: {where_wrong})" if where_wrong else "")
+
+
+def cost_table(metrics: Mapping[str, float], names: Mapping[str, str]) -> str:
+    """What a network costs, beside its teacher where it has one, and how many times less.
+
+    Args:
+        metrics: as `kdpipe.cost` gives them.
+        names: of the networks, under "model" and "teacher".
+    """
+    networks = [network for network in ("teacher", "model") if f"{network}/params" in metrics]
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("")
+    for network in networks:
+        table.add_column(names[network], justify="right")
+    if "teacher" in networks:
+        table.add_column("times less", justify="right")
+    for title, name, form in (
+        ("parameters", "params", "{:,.0f}"),
+        ("size, MB", "size_mb", "{:.3f}"),
+        ("operations for an image, MFLOP", "flops", "{:,.1f}"),
+        ("activations for an image, MB", "activation_mb", "{:.3f}"),
+    ):
+        unit = 1e6 if name == "flops" else 1
+        values = [metrics[f"{network}/{name}"] for network in networks]
+        texts = [form.format(value / unit) for value in values]
+        if "teacher" in networks:
+            texts.append(f"{values[0] / values[1]:.1f}" if values[1] else "")
+        table.add_row(title, *texts)
+    for suffix, where in (("", ""), ("_1_thread", ", one thread")):
+        if f"model/latency_ms{suffix}" in metrics:
+            _add_times(table, metrics, networks, suffix, where)
+    return render(table)
+
+
+def _add_times(table: Table, metrics: Mapping[str, float], networks: Sequence[str], suffix: str, where: str) -> None:
+    latency, rate = [], []
+    for network in networks:
+        middle, high = (metrics[f"{network}/{name}{suffix}"] for name in ("latency_ms", "latency_p95_ms"))
+        latency.append(f"{middle:.2f} ({high:.2f})")
+        rate.append(f"{metrics[f'{network}/images_per_second{suffix}']:,.0f}")
+    if "teacher" in networks:
+        latency.append(f"{metrics[f'speedup/latency{suffix}']:.1f}")
+        rate.append(f"{metrics[f'speedup/throughput{suffix}']:.1f}")
+    table.add_row(f"ms for an image, median (95 %){where}", *latency)
+    table.add_row(f"images/s, 64 at once{where}", *rate)
 
 
 def render(table: Table) -> str:

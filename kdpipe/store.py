@@ -17,6 +17,7 @@ log = logging.getLogger("kdpipe")
 WEIGHTS = "model.safetensors"
 CONFIG = "config.yaml"
 PEER_WEIGHTS = "peer.safetensors"
+IMAGE_SHAPE = "kdpipe.image_shape"  # a run's tag: what its stored images have, such as 3x32x32
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 # Not mssql: what stands in the place of its host may be the name of a data source or of an instance.
 PORTS = {"postgresql": 5432, "mysql": 3306}

@@ -40,6 +40,9 @@ from kdpipe.train import Training, fit
 os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
 SHARED_DATA = Path(os.environ.get("KDPIPE_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
+# At the end of each of hundreds of runs: pictures take a second, and timing as long as one likes.
+IN_A_HURRY = ["evaluation.pictures=false", "evaluation.timing_seconds=0"]
+
 settings.register_resolvers()
 
 
@@ -121,6 +124,12 @@ def empty_store(tmp_path: Path, store_template: Path) -> Path:
     return Path(shutil.copy(store_template, tmp_path / "outputs" / "mlflow.db"))
 
 
+def in_a_hurry(overrides: Sequence[str]) -> list[str]:
+    """A command's overrides, without pictures and timing unless it asks for them."""
+    asked = {word.partition("=")[0] for word in overrides}
+    return [*overrides, *(word for word in IN_A_HURRY if word.partition("=")[0] not in asked)]
+
+
 @dataclass
 class Outcome:
     """What a command came to."""
@@ -140,7 +149,7 @@ def kdpipe(
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
 
     def command(*overrides: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["kdpipe", *overrides])
+        monkeypatch.setattr(sys, "argv", ["kdpipe", *in_a_hurry(overrides)])
         status: int | str | None = 0
         with pytest.MonkeyPatch.context() as environment:
             # What the command sets itself must not outlive it.
@@ -227,7 +236,7 @@ def _command(folder: Path, overrides: list[str], log: Path) -> None:
         os.dup2(output, stream)
     sys.stdout.reconfigure(line_buffering=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where tests run in the background
-    sys.argv = ["kdpipe", *overrides]
+    sys.argv = ["kdpipe", *in_a_hurry(overrides)]
     status: int | str | None = 0
     try:
         main.cli()

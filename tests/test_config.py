@@ -111,6 +111,7 @@ SAME = [
     ["distillation.outputs=online", "distillation.cache_max_gb=1", "distillation.views=5", "sweep.confirm_seeds=5"],
     ["train.compile=true", "train.profile=true", "train.keep_epochs=[1,5]", "optimizer.fused=false"],
     ["experiment=distill"],
+    ["evaluation.pictures=false", "evaluation.timing_seconds=0"],
     ["chain=[{model:resnet56},{}]"],
 ]
 OTHER = [
@@ -264,6 +265,11 @@ ROOMS = {
         *("hardware", "interruption", "progress", "randomness"),
     },
     "evaluate": {"data", "models", "hardware", "progress"},
+    "quality": set(),
+    "exam": {"data", "evaluate", "files", "hardware", "outputs", "pictures", "quality", "teacher"},
+    "pictures": {"quality"},
+    "cost": {"checks", "command", "finished", "hardware", "models", "report", "timing", "tracking"},
+    "timing": set(),
     "teacher": {"data", "features", "models"},
     "features": set(),
     "outputs": {"cache", "data", "hardware", "models", "progress"},

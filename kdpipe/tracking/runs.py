@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,7 +12,7 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from kdpipe.journal import FINISHED, now
-from kdpipe.store import CONFIG, PEER_WEIGHTS, WEIGHTS
+from kdpipe.store import epoch_file
 from kdpipe.tracking.sqlite import store_lock
 
 UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # what MLflow says of a run that it does not have
@@ -71,7 +72,11 @@ class RunStore:
             self.client.log_artifacts(run_id, folder)
         for key, value in tags.items():
             self.set_tag(run_id, key, value)
-        self.client.log_batch(run_id, metrics=[Metric(name, value, now(), 0) for name, value in metrics.items()])
+        self.log_metrics(run_id, metrics, step=0)
+
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int) -> None:
+        """Log metrics of a run, finished or not; of two values at one step the later one counts."""
+        self.client.log_batch(run_id, metrics=[Metric(name, value, now(), step) for name, value in metrics.items()])
 
     def set_tag(self, run_id: str, key: str, value: str) -> None:
         self.client.set_tag(run_id, key, value)
@@ -109,9 +114,12 @@ class RunStore:
             ) from error
 
     def restore(self, run_id: str, folder: Path) -> None:
-        """Put a run's weights and config into its folder, where a later run of the same identity may have been."""
-        names = {WEIGHTS, CONFIG, PEER_WEIGHTS} & set(self.artifacts(run_id))
-        for name in names:  # not those of its epochs, of which the later run has its own
+        """Put a run's files into its folder, where a later run of the same identity may have been: all but the weights
+        of its epochs, of which the later run has its own."""
+        names = [file.path for file in self.client.list_artifacts(run_id) if not file.is_dir]
+        for name in names:
+            if fnmatch(name, epoch_file("*")):
+                continue
             mlflow.artifacts.download_artifacts(
                 run_id=run_id, artifact_path=name, tracking_uri=self.uri, dst_path=str(folder)
             )

@@ -1,0 +1,218 @@
+"""What a network costs where it is used: parameters, bytes, operations, memory, time.
+
+`python -m kdpipe.cost RUN` measures a finished run's network beside its teacher again, for longer.
+"""
+
+import argparse
+import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from kdpipe.checks import check_number
+from kdpipe.command import add_store_arguments, existing_store, run_command
+from kdpipe.hardware import Hardware
+from kdpipe.models import Classifier, Ensemble, size_mb
+from kdpipe.report import cost_table
+from kdpipe.timing import median_ratio, percentile_95, threads, time_in_turn
+
+BATCH = 64  # images, for the throughput
+# Rounds that are made whatever they take: a percentile wants more of them than a median.
+LEAST = {1: 10, BATCH: 3}
+MB = 2**20
+
+Networks = Mapping[str, Classifier | Ensemble]  # "model", and "teacher" where there is one
+
+
+def cost(networks: Networks, images: Tensor, hardware: Hardware, seconds: float) -> dict[str, float]:
+    """What each network costs, under its name: `model/params`, …
+
+    Args:
+        images: some of those that they are given, uint8 [N, C, H, W].
+        seconds: for which they are timed, without the warm-up, and longer where they are slow; 0 for not at all.
+
+    Returns:
+        For each network `params`; `size_mb` (parameters and buffers, MB of 2²⁰ bytes); `flops` (of convolutions and
+        matrix products for one image, a multiplication and an addition being two); `activation_mb` (the most that
+        tensors take at once, beside the weights, while one image passes); and of `time_networks` what it says.
+    """
+    modes = {name: network.training for name, network in networks.items()}
+    found: dict[str, float] = {}
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), hardware.autocast():
+        for name, network in networks.items():
+            network.eval()
+            one = images[:1].to(hardware.device)
+            counted = {
+                "params": float(sum(parameter.numel() for parameter in network.network.parameters())),
+                "size_mb": size_mb(network.network),
+                "flops": float(flops(network, one)),
+                "activation_mb": peak_bytes(network, one) / MB,
+            }
+            found |= {f"{name}/{what}": value for what, value in counted.items()}
+        if seconds > 0:
+            found |= time_networks(networks, images, hardware, seconds)
+    for name, was_training in modes.items():
+        networks[name].train(was_training)
+    return found
+
+
+def time_networks(networks: Networks, images: Tensor, hardware: Hardware, seconds: float) -> dict[str, float]:
+    """How fast the networks are from raw images to logits, all in turns.
+
+    Returns:
+        For each network `latency_ms` and `latency_p95_ms` (the median and the 95th percentile for one image),
+        `images_per_second` (64 at once), with all the CPU's threads that the process uses; the same with `_1_thread`;
+        `speedup/latency` and `speedup/throughput`, how many times faster the model is than its teacher: the median of
+        the ratios of each round.
+    """
+    found: dict[str, float] = {}
+    wanted = {"": torch.get_num_threads()} | ({"_1_thread": 1} if hardware.device.type == "cpu" else {})
+    numbers = set(wanted.values())
+    for number in numbers:
+        with threads(number):
+            measured = _time_in_turn(networks, images, hardware.device, seconds / len(numbers))
+        for suffix in (suffix for suffix in wanted if wanted[suffix] == number):
+            found |= {f"{name}{suffix}": value for name, value in measured.items()}
+    return found
+
+
+def _time_in_turn(networks: Networks, images: Tensor, device: torch.device, seconds: float) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for size, what in ((1, "latency"), (BATCH, "throughput")):
+        batch = images[torch.arange(size) % len(images)].to(device)
+        works = {name: partial(_timed, network, batch) for name, network in networks.items()}
+        taken = time_in_turn(works, seconds / 2, LEAST[size])
+        for name, times in taken.items():
+            if size == 1:
+                found[f"{name}/latency_ms"] = 1000 * median(times)
+                found[f"{name}/latency_p95_ms"] = 1000 * percentile_95(times)
+            else:
+                found[f"{name}/images_per_second"] = size / median(times)
+        if "teacher" in taken:
+            found[f"speedup/{what}"] = median_ratio(taken["teacher"], taken["model"])
+    return found
+
+
+def _timed(network: nn.Module, images: Tensor) -> None:
+    network(images)
+    if images.device.type != "cpu":
+        torch.accelerator.synchronize(images.device)
+
+
+@torch.no_grad()
+def flops(network: nn.Module, images: Tensor) -> int:
+    """Floating-point operations of convolutions and matrix products, as PyTorch's own counter has them."""
+    with FlopCounterMode(display=False) as counter:
+        network(images)
+    return int(counter.get_total_flops())
+
+
+@torch.no_grad()
+def peak_bytes(network: nn.Module, images: Tensor) -> int:
+    """The most bytes that tensors, beside the weights and `images`, take at once while these pass."""
+    with _LiveTensors(network) as living:
+        network(images)
+    return living.peak
+
+
+class _LiveTensors(TorchDispatchMode):
+    """Adds up what operations give, until it is given back."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.peak = self._bytes = 0
+        # Views of the weights take nothing.
+        self._known = {tensor.untyped_storage()._cdata for tensor in network.state_dict().values()}
+
+    def __torch_dispatch__(self, operation: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(given):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return given
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self._bytes += size
+        self.peak = max(self.peak, self._bytes)
+        weakref.finalize(storage, self._give_back, key, size)
+
+    def _give_back(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._bytes -= size
+
+
+def arguments_of(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m kdpipe.cost",
+        description="Measure what a finished run's network costs beside its teacher, and log it to the run.",
+    )
+    parser.add_argument("run", help="the run's id, or runs:/<run id>")
+    parser.add_argument(
+        "--seconds", type=float, default=20, help="of timing, without the warm-up (default: %(default)g)"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads beside one (default: PyTorch's choice)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: %(default)s)")
+    add_store_arguments(parser)
+    return parser.parse_args(words)
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """The table, and what was logged where.
+
+    Raises:
+        ValueError: no such run, one without weights, or a value that will not do.
+    """
+    check_number("--seconds", arguments.seconds, above=0)
+    if arguments.threads is not None:
+        check_number("--threads", arguments.threads, low=1, integer=True)
+    uri = existing_store(arguments)
+    device = torch.device(check_device(arguments.device))
+
+    # Seconds of imports, after what can fail sooner.
+    from kdpipe.finished import open_run, open_teacher
+    from kdpipe.tracking import RunStore
+
+    store = RunStore(uri)
+    finished = open_run(arguments.run, store)
+    networks: dict[str, Classifier | Ensemble] = {"model": finished.classifier.to(device)}
+    if teacher := open_teacher(finished, store):
+        networks["teacher"] = teacher[0].to(device)
+    images = torch.randint(0, 256, (BATCH, *finished.image_shape), dtype=torch.uint8)
+    hardware = Hardware(device)
+    with threads(arguments.threads or torch.get_num_threads()):
+        found = cost(networks, images, hardware, arguments.seconds)
+        where = hardware.machine
+    step = int(finished.record.params["train.epochs"])
+    store.log_metrics(finished.record.id, found, step)
+    store.set_tag(finished.record.id, "kdpipe.timed_on", where)
+    names = {"model": finished.name, "teacher": teacher[1] if teacher else ""}
+    return "\n".join([cost_table(found, names), f"measured on {where}; logged to run {finished.record.id}"])
+
+
+def check_device(name: str) -> str:
+    """The device's name, where PyTorch has it.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if name == "cpu" or (name == "mps" and torch.backends.mps.is_available()):
+        return name
+    kind, _, number = name.partition(":")
+    if kind == "cuda" and (number or "0").isdecimal() and int(number or 0) < torch.cuda.device_count():
+        return name
+    raise ValueError(f"--device {name}: cpu, or cuda, cuda:<number> or mps where there is one, is accepted")
+
+
+if __name__ == "__main__":
+    run_command("kdpipe.cost", lambda: run(arguments_of()))

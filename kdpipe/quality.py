@@ -1,0 +1,112 @@
+"""How good answers are, beyond how many are right: from logits [N, classes] and labels int64 [N], N images of a split.
+
+Probabilities are softmax(logits). All is worked out in float64, on the CPU.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from scipy.stats import binned_statistic
+from sklearn.metrics import brier_score_loss, confusion_matrix, top_k_accuracy_score
+from torch import Tensor
+
+BINS = 15  # of confidence, as in Guo et al. 2017
+TOP = 5
+
+
+def quality(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """`accuracy` (a fraction); `loss`, the negative log-likelihood in nats; `brier`, the squared distance of the
+    probabilities from the label, summed over classes (0 … 2; Brier 1950); `ece`, the expected calibration error (a
+    fraction; Naeini et al. 2015, https://arxiv.org/abs/1706.04599); and where there are more than five classes
+    `top5_accuracy`."""
+    probabilities = logits.double().softmax(dim=1).numpy()
+    classes = np.arange(logits.shape[1])
+    found = {
+        "accuracy": float((logits.argmax(dim=1) == labels).double().mean()),
+        "loss": negative_log_likelihood(logits, labels),
+        "brier": float(brier_score_loss(labels.numpy(), probabilities, labels=classes, scale_by_half=False)),
+        "ece": reliability(logits, labels).error,
+    }
+    if len(classes) > TOP:
+        scores = logits.double().numpy()
+        found["top5_accuracy"] = float(top_k_accuracy_score(labels.numpy(), scores, k=TOP, labels=classes))
+    return found
+
+
+def negative_log_likelihood(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> float:
+    """The mean of −log softmax(logits / T) at the label, in nats."""
+    return float(F.cross_entropy(logits.double() / temperature, labels))
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Confidence (the answer's probability) beside accuracy, in 15 bins of equal width.
+
+    Attributes:
+        confidence, accuracy: the mean in each bin; NaN where the bin is empty.
+        share: of the images in each bin.
+    """
+
+    confidence: NDArray[np.float64]
+    accuracy: NDArray[np.float64]
+    share: NDArray[np.float64]
+
+    @property
+    def error(self) -> float:
+        """The expected calibration error: the mean distance of the two, each bin by its share."""
+        return float(np.nansum(self.share * np.abs(self.confidence - self.accuracy)))
+
+
+def reliability(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Reliability:
+    """How far the probability of an answer, softmax(logits / T), is how often it is right."""
+    confidences, answers = (logits.double() / temperature).softmax(dim=1).max(dim=1)
+    right = (answers == labels).double().numpy()
+    (confidence, accuracy), _, _ = binned_statistic(
+        confidences.numpy(), [confidences.numpy(), right], "mean", BINS, range=(0, 1)
+    )
+    count, _, _ = binned_statistic(confidences.numpy(), None, "count", BINS, range=(0, 1))
+    return Reliability(confidence, accuracy, count / len(labels))
+
+
+def beside_teacher(student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, float]:
+    """How near a student's logits are to its teacher's: `agreement` (the share of images with the same answer), `kl`
+    (KL(teacher ‖ student) at temperature 1, nats, averaged over the images), and `agreement_where_wrong`, the agreement
+    on the images that the teacher gets wrong, where there are any."""
+    same = student.argmax(dim=1) == teacher.argmax(dim=1)
+    wrong = teacher.argmax(dim=1) != labels
+    log_student, log_teacher = (logits.double().log_softmax(dim=1) for logits in (student, teacher))
+    found = {
+        "agreement": float(same.double().mean()),
+        "kl": float(F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)),
+    }
+    return found | ({"agreement_where_wrong": float(same[wrong].double().mean())} if wrong.any() else {})
+
+
+def scaling_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The temperature T at which softmax(logits / T) fits the labels best (Guo et al. 2017,
+    https://arxiv.org/abs/1706.04599): the smallest negative log-likelihood for T in 0.05 … 20. It changes no answer."""
+    found = minimize_scalar(
+        lambda power: negative_log_likelihood(logits, labels, np.exp(power)),
+        bounds=(np.log(0.05), np.log(20)),
+        method="bounded",
+    )
+    return float(np.exp(found.x))
+
+
+def confusion(logits: Tensor, labels: Tensor) -> NDArray[np.int64]:
+    """Images [classes, classes]: of the class of a row, those that are taken for the class of a column."""
+    classes = np.arange(logits.shape[1])
+    counted: NDArray[np.int64] = confusion_matrix(labels.numpy(), logits.argmax(dim=1).numpy(), labels=classes)
+    return counted
+
+
+def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """How far two networks' probabilities are apart, image by image, float64 [N]: the Jensen-Shannon divergence in nats
+    (0 … log 2; Lin 1991), which is the same seen from either."""
+    one, other = (logits.double().softmax(dim=1) for logits in (student, teacher))
+    middle = (one + other) / 2
+    return (torch.special.entr(middle) - (torch.special.entr(one) + torch.special.entr(other)) / 2).sum(dim=1)

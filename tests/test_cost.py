@@ -1,0 +1,105 @@
+"""What a network costs: counted where that can be, timed in turns where it cannot."""
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kdpipe.cost import cost, flops, peak_bytes
+from kdpipe.hardware import Hardware
+from kdpipe.models import Classifier
+from kdpipe.timing import median_ratio, threads, time_in_turn
+
+CPU = Hardware(torch.device("cpu"))
+
+
+class Tower(nn.Module):
+    """`depth` linear layers of `width`, each of which keeps what the one before gave until it is done."""
+
+    def __init__(self, depth: int, width: int = 100, pause: float = 0.0) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(depth))
+        self.pause = pause
+
+    def forward(self, values: Tensor) -> Tensor:
+        time.sleep(self.pause)
+        values = values.flatten(1)
+        for layer in self.layers:
+            values = layer(values)
+        return values
+
+
+def classifier(depth: int, pause: float = 0.0) -> Classifier:
+    return Classifier(Tower(depth, pause=pause), image_size=10, mean=[0.5], std=[0.5])
+
+
+IMAGES = torch.randint(0, 256, (5, 1, 10, 10), dtype=torch.uint8)
+
+
+def test_operations_are_two_for_each_weight_and_image() -> None:
+    assert flops(Tower(3), torch.zeros(7, 100)) == 2 * 3 * 100 * 100 * 7
+
+
+def test_activations_are_what_lives_at_once_and_not_what_has_been() -> None:
+    layer = 7 * 100 * 4
+    assert peak_bytes(Tower(1), torch.zeros(7, 100)) == layer
+    assert peak_bytes(Tower(2), torch.zeros(7, 100)) == peak_bytes(Tower(30), torch.zeros(7, 100)) == 2 * layer
+
+
+def test_a_convolution_s_operations_and_activations() -> None:
+    network = nn.Conv2d(3, 8, 3, padding=1).requires_grad_(False)
+    assert flops(network, torch.zeros(1, 3, 16, 16)) == 2 * (3 * 3 * 3) * 8 * 16 * 16
+    assert peak_bytes(network, torch.zeros(1, 3, 16, 16)) == 8 * 16 * 16 * 4
+
+
+def test_a_teacher_that_takes_four_times_as_long() -> None:
+    networks = {"model": classifier(1, 0.002), "teacher": classifier(4, 0.008)}
+    networks["model"].train()
+    found = cost(networks, IMAGES, CPU, seconds=0.5)
+    for suffix in ("", "_1_thread"):
+        assert 2 < found[f"speedup/latency{suffix}"] < 8 and 2 < found[f"speedup/throughput{suffix}"] < 8
+        assert found[f"model/latency_ms{suffix}"] <= found[f"model/latency_p95_ms{suffix}"]
+        assert found[f"model/images_per_second{suffix}"] < 64 / 0.002
+    assert found["model/params"] == 100 * 100 and found["teacher/params"] == 4 * 100 * 100
+    assert found["teacher/flops"] == 4 * found["model/flops"] == 4 * 2 * 100 * 100
+    assert networks["model"].training  # as before
+
+
+def test_without_seconds_nothing_is_timed() -> None:
+    found = cost({"model": classifier(1)}, IMAGES, CPU, seconds=0)
+    assert set(found) == {"model/params", "model/size_mb", "model/flops", "model/activation_mb"}
+
+
+def test_a_machine_that_is_slow_for_a_while_slows_both_down() -> None:
+    """Every second round the machine is ten times slower: the medians may tell anything, their ratio does not."""
+    rounds = {"slow": 0, "fast": 0}
+
+    def work(name: str, seconds: float) -> Callable[[], None]:
+        def call() -> None:
+            rounds[name] += 1
+            time.sleep(seconds * (10 if rounds[name] % 2 else 1))
+
+        return call
+
+    taken = time_in_turn({"slow": work("slow", 0.003), "fast": work("fast", 0.001)}, seconds=0, least=20)
+    assert max(taken["fast"]) > 5 * min(taken["fast"])
+    assert median_ratio(taken["slow"], taken["fast"]) == pytest.approx(3, rel=0.3)
+
+
+def test_who_is_first_changes() -> None:
+    order: list[str] = []
+    works = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    taken = time_in_turn(works, seconds=0, least=3)
+    assert "".join(order[-9:]) == "abcbcacab"
+    assert [len(times) for times in taken.values()] == [3, 3, 3] and median(taken["a"]) >= 0
+
+
+def test_threads_are_given_back() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), threads(1):
+        assert torch.get_num_threads() == 1
+        raise KeyError
+    assert torch.get_num_threads() == before
