@@ -71,9 +71,15 @@ def about(run: FinishedRun, version: str) -> dict[str, str]:
         "kdpipe.run": run.record.id,
         "kdpipe.version": version,
     }
-    if temperature := run.record.metrics.get("model/temperature"):
+    if (temperature := temperature_of(run)) != 1:
         said["temperature"] = repr(temperature)
     return said
+
+
+def temperature_of(run: FinishedRun) -> float:
+    """The one at which the run's probabilities fit its validation images best; 1 where it has looked for none."""
+    temperature = run.record.metrics.get("model/temperature", 1.0)
+    return temperature if 0 < temperature < float("inf") else 1.0
 
 
 def described(source: str, answer: Answer, said: Mapping[str, str]) -> Deployed:
@@ -134,13 +140,7 @@ def open_deployed(address: str, store: Callable[[], RunStore], trust: bool = Fal
 
 
 def of_run(run: FinishedRun) -> Deployed:
-    return Deployed(
-        run.address,
-        answers_of(run.classifier),
-        run.class_names,
-        run.image_shape,
-        run.record.metrics.get("model/temperature", 1.0),
-    )
+    return Deployed(run.address, answers_of(run.classifier), run.class_names, run.image_shape, temperature_of(run))
 
 
 def answers_of(network: nn.Module) -> Answer:

@@ -179,19 +179,19 @@ class Taught:
 
 @pytest.fixture(scope="session")
 def taught(tmp_path_factory: pytest.TempPathFactory, store_template: Path) -> Taught:
-    """A student of digits, its teacher, both of one epoch. Tests read them, and leave them as they are."""
+    """A student of digits and its teacher, of some epochs. Tests read them, and leave them as they are."""
     from mlflow import MlflowClient
 
     folder = tmp_path_factory.mktemp("taught")
     (folder / "outputs").mkdir()
     shutil.copy(store_template, folder / "outputs" / "mlflow.db")
-    digits = ["dataset=digits", "train.threads=1", "train.epochs=1"]
+    digits = ["dataset=digits", "train.threads=1", "train.epochs=3", "train.batch_size=50", "optimizer.lr=3e-3"]
     with pytest.MonkeyPatch.context() as environment:
         environment.chdir(folder)
         environment.delenv("MLFLOW_TRACKING_URI", raising=False)
         environment.setenv("HYDRA_FULL_ERROR", "0")
         for words in (["experiment=teacher", "model=resnet20"], ["model@teacher=resnet20"]):
-            environment.setattr(sys, "argv", ["kdpipe", *digits, *words])
+            environment.setattr(sys, "argv", ["kdpipe", *in_a_hurry([*digits, *words])])
             main.cli()
     client = MlflowClient(f"sqlite:///{folder / 'outputs' / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("kdpipe").experiment_id])

@@ -291,7 +291,6 @@ ROOMS = {
         *("build", "data", "models", "progress", "store"),
     },
     "predict": {"command", "data", "deployed", "report", "tracking"},
-    "timing": set(),
     "tracking": {"claim", "interruption", "journal", "store"},
     "store": set(),
     "report": set(),

@@ -16,7 +16,7 @@ from conftest import Taught
 from omegaconf import DictConfig
 from onnx import numpy_helper
 
-from kdpipe.build import build_network, read_config
+from kdpipe.build import build_network, forget_data, read_config
 from kdpipe.deployed import answers_of, open_deployed, open_onnx, open_program
 from kdpipe.export import int8, making
 from kdpipe.export.check import evenly, problem_of_float, problem_of_int8
@@ -114,9 +114,9 @@ def test_the_example_of_the_card_gives_an_answer(
     monkeypatch.chdir("files")
     example = Path("README.md").read_text().split("```python\n")[1].split("```")[0]
     exec(example)
-    answer = capsys.readouterr().out.strip()
+    answer, probability = capsys.readouterr().out.split()
     predicted = command("predict", ".", "photo.jpg")
-    assert predicted.output.splitlines()[-1].split()[:2] == ["photo.jpg", answer]
+    assert predicted.output.splitlines()[-1].split()[:3] == ["photo.jpg", answer, f"{100 * float(probability):.1f}"]
 
 
 NETWORKS = [
@@ -276,7 +276,10 @@ def test_checked_images_are_spread_over_the_split() -> None:
         ),
         (["--out", "x", "--uri", "sqlite:///none.db"], "none.db: there is no such MLflow store"),
         (["--out", "x", "--register", "a/b"], "--register a/b: a name without / and : is accepted"),
-        (["--out", "x", "--register", "a", "--alias", "v1"], "--alias v1: .*reserved"),
+        (
+            ["--out", "x", "--register", "a", "--alias", "v1"],
+            "--alias v1: letters, digits, - and _ are accepted, but not latest",
+        ),
     ],
 )
 def test_flags_that_cannot_be_are_refused_before_anything_is_done(
@@ -298,10 +301,12 @@ def test_a_run_that_is_none_and_images_that_are_others_are_refused(
     assert photos.status == 0, photos.errors
     run_id = photos.output.rsplit("/runs/", 1)[1].split()[0]
     store = ("--uri", f"sqlite:///{Path('outputs/mlflow.db').resolve()}")
+    forget_data()  # which a new process would not know
     gone = class_folders.rename(class_folders.with_name("elsewhere"))
     missing = command("export", run_id, "--out", "x", *store)
     assert missing.status == 1 and "photos" in missing.errors and missing.errors.count("\n") == 1
     (gone / "temple" / "00.jpg").write_bytes((gone / "flower" / "00.jpg").read_bytes())
+    forget_data()
     others = command("export", run_id, "--out", "x", "--root", gone, *store)
     assert others.status == 1 and "these are other images than those of run" in others.errors
     assert not Path("x").exists()

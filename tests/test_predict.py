@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import Outcome, Taught
+from mlflow import MlflowClient
 
 from kdpipe.deployed import Deployed, open_deployed, open_onnx
 from kdpipe.predict import seen
@@ -204,13 +205,12 @@ def test_probabilities_are_softened_by_the_temperature() -> None:
         np.testing.assert_allclose(network.probabilities(images), [[expected, 1 - expected]])
 
 
-def test_an_exported_temperature_is_taken(taught: Taught, exported: Path, tmp_path: Path) -> None:
-    model = onnx.load(exported / "model.onnx")
-    onnx.helper.set_model_props(model, {"temperature": "1.5"} | {e.key: e.value for e in model.metadata_props})
-    onnx.save(model, tmp_path / "model.onnx")
-    opened = open_onnx(tmp_path / "model.onnx")
-    assert opened.temperature == 1.5
-    assert open_deployed(taught.student, lambda: RunStore(taught.uri)).temperature == 1
+def test_an_exported_temperature_is_taken(taught: Taught, exported: Path) -> None:
+    fitted = MlflowClient(taught.uri).get_run(taught.student).data.metrics["model/temperature"]
+    assert fitted != 1
+    for address in (taught.student, *(exported / name for name in ("model.onnx", "model.safetensors", "model.pt2"))):
+        opened = open_deployed(str(address), lambda: RunStore(taught.uri), trust=True)
+        assert opened.temperature == pytest.approx(fitted)
 
 
 def test_photos_become_what_the_data_set_would_have_made_of_them(tmp_path: Path, photo: Callable) -> None:

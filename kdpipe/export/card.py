@@ -9,7 +9,7 @@ import yaml
 from kdpipe import __version__
 from kdpipe.build import plain
 from kdpipe.data import ImageDataset
-from kdpipe.deployed import INT8, ONNX, PROGRAM, WEIGHTS
+from kdpipe.deployed import INT8, ONNX, PROGRAM, WEIGHTS, temperature_of
 from kdpipe.export.check import Row, as_markdown, legend
 from kdpipe.export.formats import without_places
 from kdpipe.finished import FinishedRun
@@ -18,15 +18,18 @@ from kdpipe.finished import FinishedRun
 METRICS = {
     "test/accuracy": "test accuracy",
     "test/top5_accuracy": "test accuracy, best five",
-    "test/balanced_accuracy": "test accuracy, classes weighted alike",
     "test/loss": "test loss (cross-entropy)",
     "test/brier": "Brier score",
     "test/ece": "expected calibration error",
-    "model/temperature": "temperature (probabilities are softmax(logits / temperature))",
+    "model/temperature": "temperature, fitted on validation images: probabilities are softmax(logits / temperature)",
+    "test/ece_scaled": "expected calibration error with it",
+    "test/loss_scaled": "test loss with it",
+    "teacher/accuracy": "the teacher's test accuracy",
+    "teacher/agreement": "test images with the teacher's answer",
     "model/params": "parameters",
-    "model/flops": "operations of one image (FLOPs)",
-    "model/macs": "multiplications of one image (MACs)",
-    "model/size_mb": "size of the weights in MB",
+    "model/flops": "operations for an image (FLOPs of convolutions and matrix products)",
+    "model/size_mb": "size of the weights in MB of 2²⁰ bytes",
+    "model/activation_mb": "activations for an image in MB",
 }
 FILES = {
     ONNX: "ONNX, float",
@@ -118,7 +121,7 @@ def use(run: FinishedRun, files: Sequence[str]) -> str:
         channels, height, width = run.image_shape
         mode, axes = ("RGB", "transpose(2, 0, 1)[None]") if channels == 3 else ("L", "[None, None]")
         axes = axes if axes.startswith("[") else f".{axes}"
-        divided = " / float(said['temperature'])" if "model/temperature" in run.record.metrics else ""
+        divided = " / float(said['temperature'])" if temperature_of(run) != 1 else ""
         parts += [
             "or, with onnxruntime alone:",
             f"""```python
@@ -127,8 +130,9 @@ from PIL import Image
 session = onnxruntime.InferenceSession("{ONNX if ONNX in files else INT8}")
 said = session.get_modelmeta().custom_metadata_map
 photo = Image.open("photo.jpg").convert("{mode}").resize(({width}, {height}), Image.Resampling.BILINEAR)
-logits = session.run(None, {{"images": numpy.asarray(photo){axes}}})[0]{divided}
-print(json.loads(said["class_names"])[logits[0].argmax()])
+logits = session.run(None, {{"images": numpy.asarray(photo){axes}}})[0][0]{divided}
+probabilities = numpy.exp(logits - logits.max()) / numpy.exp(logits - logits.max()).sum()
+print(json.loads(said["class_names"])[probabilities.argmax()], probabilities.max())
 ```""",
         ]
     return "\n\n".join(parts)
@@ -167,7 +171,7 @@ def numbers(metrics: Mapping[str, float]) -> str:
 
 
 def number(key: str, value: float) -> str:
-    if "accuracy" in key:
+    if key.endswith(("accuracy", "agreement")):
         return f"{100 * value:.2f} %"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
