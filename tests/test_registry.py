@@ -17,7 +17,7 @@ from kdpipe.deployed import open_onnx
 from kdpipe.store import store_uri
 from kdpipe.tracking.registry import without_password
 
-QUICK = ("--seconds", 0, "--images", 50)
+QUICK = ("--seconds", 0, "--images", 50, "--max-loss", 10)
 
 
 def test_a_model_is_registered_with_its_signature_and_an_alias_and_the_run_stays_as_it_was(
@@ -59,10 +59,8 @@ def test_mlflow_answers_with_a_registered_model(taught: Taught, command: Callabl
     assert 'mlflow models predict -m "models:/answering@candidate" --env-manager local' in made.output
     images = np.random.default_rng(0).integers(0, 256, (3, 1, 8, 8)).astype(np.uint8)
     expected = open_onnx(Path("files/model.onnx")).answer(images)
-    asked = {"inputs": {"images": images.tolist()}}
-    np.testing.assert_allclose(
-        predicted(taught.uri, "models:/answering@candidate", asked), expected, rtol=1e-4, atol=1e-5
-    )
+    answers = predicted(taught.uri, "models:/answering@candidate", {"inputs": {"images": images.tolist()}})
+    np.testing.assert_allclose(answers, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.faults
