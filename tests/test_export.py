@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import Taught
+from mlflow import MlflowClient
 from omegaconf import DictConfig
 from onnx import numpy_helper
 
@@ -310,6 +311,17 @@ def test_a_run_that_is_none_and_images_that_are_others_are_refused(
     others = command("export", run_id, "--out", "x", "--root", gone, *store)
     assert others.status == 1 and "these are other images than those of run" in others.errors
     assert not Path("x").exists()
+
+
+def test_a_run_that_is_not_finished_and_one_without_weights_are_refused(taught: Taught, command: Callable) -> None:
+    client = MlflowClient(taught.uri)
+    config = client.download_artifacts(taught.student, "config.yaml")
+    for status, error in (("FAILED", "this run is FAILED"), ("FINISHED", "this run has no model.safetensors")):
+        run_id = client.create_run("0").info.run_id
+        client.log_artifact(run_id, config)
+        client.set_terminated(run_id, status)
+        refused = command("export", run_id, "--out", "x")
+        assert refused.status == 1 and error in refused.errors and refused.errors.count("\n") == 1
 
 
 @pytest.mark.parametrize("module", ["onnx", "onnxruntime", "onnxscript"])

@@ -31,6 +31,11 @@ METRICS = {
     "model/size_mb": "size of the weights in MB of 2²⁰ bytes",
     "model/activation_mb": "activations for an image in MB",
 }
+# As onnxruntime's documentation of its quantisation has it.
+INT8_LIMIT = (
+    f" {INT8} was checked and timed on the machine that exported it: on CPUs without instructions for 8-bit products "
+    "(VNNI on x86) it is slower, and its sums may overflow and cost accuracy."
+)
 FILES = {
     ONNX: "ONNX, float",
     INT8: "ONNX, 8-bit integers",
@@ -81,7 +86,8 @@ def card(
         f"{as_markdown(rows)}\n\n({legend(checked, cores)})",
         "## Limits\n\n"
         f"The accuracy is that on the test images of {data.name}, and says nothing of other images. It is of a single "
-        "run with a single seed. Every image gets one of the classes, also one that shows none of them.",
+        "run with a single seed. Every image gets one of the classes, also one that shows none of them."
+        + (INT8_LIMIT if INT8 in files else ""),
         f"## Licence of the weights\n\n{license or 'not stated'}\n\n{origin(run)}",
         "## Provenance\n\n" + provenance(run),
     ]

@@ -93,8 +93,10 @@ def register(
                 raise
         version = client.create_model_version(name, f"runs:/{run_id}/{folder}", run_id, tags=dict(tags))
         client.set_registered_model_alias(name, alias, version.version)
-    except MlflowException as error:
-        raise ValueError(f"--register {name}: {store.uri} did not take the model ({reason_of(error)})") from error
+    except Exception as error:  # those of requests and of stores of artifacts come through, too
+        raise ValueError(
+            f"--register {name}: {without_password(store.uri)} did not take the model ({reason_of(error)})"
+        ) from error
     return Registered(name, str(version.version), alias, store.uri, example.shape[1:])
 
 
