@@ -123,7 +123,7 @@ def enlarge(pixels: Tensor, size: int) -> Tensor:
     First the width, then the height with each row as one long vector: on a CPU that takes half of the time of both at
     once, and gives the same but for rounding.
     """
-    if torch.compiler.is_exporting():  # other formats know no strides
+    if torch.compiler.is_exporting():  # strides become a Gather, and an ONNX file takes twice the time
         return F.interpolate(pixels, size=(size, size), mode="bilinear")
     count, channels, height, _ = pixels.shape
     wide = F.interpolate(pixels, size=(height, size), mode="bilinear")
