@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import free_port
+from conftest import free_port, in_a_hurry
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
@@ -69,7 +69,7 @@ def teacher(kdpipe: Callable) -> Run:
 
 
 def command(*overrides: str) -> list[str]:
-    return [sys.executable, "-m", "kdpipe", *overrides]
+    return [sys.executable, "-m", "kdpipe", *in_a_hurry(overrides)]
 
 
 def test_a_sweep_has_one_parent_with_its_summary_and_a_child_for_each_run(kdpipe: Callable, teacher: Run) -> None:
@@ -104,8 +104,8 @@ def test_a_sweep_has_one_parent_with_its_summary_and_a_child_for_each_run(kdpipe
     assert outcome.output.count("logits of resnet20 for") == 0  # a run is one line
 
     logs = "".join(file.read_text() for file in Path("outputs/runs").glob("*/kdpipe.log"))
-    assert logs.count("s and kept") == 1
-    assert logs.count("images of digits: from the cache") == 3
+    assert logs.count("s and kept") == 2  # of the training and of the test images
+    assert logs.count("images of digits: from the cache") == 6
 
 
 def test_what_is_finished_is_not_run_again_and_the_parent_is_the_same(kdpipe: Callable, teacher: Run) -> None:
