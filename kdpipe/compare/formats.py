@@ -16,7 +16,7 @@ from rich.table import Table
 from kdpipe.compare.cells import differences
 from kdpipe.compare.comparison import Comparison, Row
 from kdpipe.compare.statistics import Interval
-from kdpipe.compare.worth import ONE_THREAD, averages, timed_on, worth_of
+from kdpipe.compare.worth import averages, threads_of, timed_on, worth_of
 from kdpipe.report import render
 
 # Where any row has a published accuracy.
@@ -253,7 +253,8 @@ figcaption, .note { color: #555; font-size: .85rem }
 {% if part.worth %}
 <h2>{{ part.title }}</h2>
 <div class="wide"><table>
-<tr>{% for title in part.worth.titles %}<th{% if loop.index0 %} class="right"{% endif %}>{{ title }}</th>{% endfor %}</tr>
+<tr>{% for title in part.worth.titles -%}
+<th{% if loop.index0 %} class="right"{% endif %}>{{ title }}</th>{% endfor %}</tr>
 {% for texts in part.worth.rows %}
 <tr>{% for text in texts %}<td{% if loop.index0 %} class="right"{% endif %}>{{ text }}</td>{% endfor %}</tr>
 {% endfor %}
@@ -355,14 +356,14 @@ def best_metrics(comparison: Comparison) -> dict[str, float]:
     }
     for name in ("test/loss", "test/ece", "teacher/agreement", "model/size_mb", "model/flops"):
         values[f"best/{name.partition('/')[2]}"] = metrics.get(name)
-    for name in ("model/latency_ms", "speedup/latency"):  # on one thread, where networks were timed so
-        value = metrics.get(f"{name}{ONE_THREAD}", metrics.get(name))
-        values[f"best/{name.partition('/')[2] if name.startswith('model') else 'speedup'}"] = value
+    threads = threads_of([decisive.cell], timed_on(decisive.cell.runs.values()))
+    values["best/latency_ms"] = metrics.get(f"model/latency_ms{threads}")
+    values["best/speedup"] = metrics.get(f"speedup/latency{threads}")
     for name, part in (("best/gain", "mean"), ("best/gain_low", "low"), ("best/gain_high", "high")):
         values[name] = getattr(decisive.gain, part, None)
     for axis in ("alpha", "temperature"):
-        if (value := best.cell.first.params.get(f"loss.{axis}")) is not None:
-            values[f"best/{axis}"] = float(value)
+        if (setting := best.cell.first.params.get(f"loss.{axis}")) is not None:
+            values[f"best/{axis}"] = float(setting)
     return {name: value for name, value in values.items() if value is not None}
 
 

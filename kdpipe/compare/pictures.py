@@ -20,6 +20,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from kdpipe.compare.cells import Cell
 from kdpipe.compare.comparison import Comparison, Row
+from kdpipe.compare.formats import rows_of
 from kdpipe.compare.statistics import Interval, interval, signed
 from kdpipe.compare.worth import Latencies, average, students_of, threads_of, timed_on
 
@@ -30,6 +31,7 @@ STAGES = {
     "distill": (DISTILLED, "D", "student distilled"),
 }
 SIZE, LATENCY = "size", "latency"  # the panels
+VERDICT = ", the verdict is on it"
 MOST_NUMBERS = 12  # points that are numbered; more are told apart by their stage alone
 LINES = {"student alone": (ALONE, "--"), "student distilled": (DISTILLED, "-")}
 Curves = Mapping[int, Sequence[tuple[int, float]]]  # by seed: epochs and validation accuracies
@@ -172,8 +174,7 @@ def points_of(comparison: Comparison) -> list[Point]:
         of_the_verdict = {cell.settings: cell for cell in (alone, distilled) if cell}
         cells = [of_the_verdict.pop(cell.settings, cell) for cell in cells] + list(of_the_verdict.values())
         taught_by = distilled.teacher_runs
-    threads, where = threads_of(cells), timed_on_of(comparison)
-    latencies = Latencies(cells, where)
+    latencies = Latencies(cells, timed_on_of(comparison))
     points, has_teacher = [], False
     for cell in cells:
         accuracy = interval(list(cell.values("test/accuracy").values()))
@@ -229,9 +230,10 @@ def pareto(comparison: Comparison) -> Figure | None:
         _scatter(axis, panel, shown, is_numbered, width=660 / len(panels))
     axes[0].set_ylabel("test accuracy, %")
     if LATENCY in panels:
-        one = ", one thread" if threads_of(row.cell for row in comparison.rows) else ""
-        where = f"\ntimed on {timed_on_of(comparison)}" if timed_on_of(comparison) else ""
-        axes[-1].set_xlabel(f"latency, ms (one image{one}; log scale){where}")
+        where = timed_on_of(comparison)
+        one = ", one thread" if threads_of([row.cell for row, _ in rows_of(comparison)], where) else ""
+        timed = f"\ntimed on {where}" if where else ""
+        axes[-1].set_xlabel(f"latency, ms (one image{one}; log scale){timed}")
     if SIZE in panels:
         axes[0].set_xlabel("size, MB (log scale)")
     figure.legend(handles=_legend(points, is_numbered), loc="outside lower left", frameon=False, ncols=_columns(points))
@@ -260,9 +262,9 @@ def pareto_caption(comparison: Comparison) -> str:
     where = timed_on_of(comparison)
     timed = f"; one image at a time, timed on {where}" if where else ""
     return (
-        "Accuracy on the test images against size and time, means with 95 % intervals over seeds; what is below the line "
-        f"is beaten by a network that is no larger, or no slower{timed}. Points of the same size or time stand side by "
-        "side, each network has one time"
+        "Accuracy on the test images against size and time, means with 95 % intervals over seeds; what is below the "
+        f"line is beaten by a network that is no larger, or no slower{timed}. Points of one size or time stand side by "
+        "side; the same network has the same time, however it was trained"
     )
 
 
@@ -277,14 +279,16 @@ def _legend(points: Sequence[Point], is_numbered: bool) -> list[Line2D]:
 
     def line(label: str, stage: str, is_decisive: bool = False) -> Line2D:
         color, marker, _ = STAGES[stage]
-        return Line2D([], [], color=color, marker=marker, linestyle="none", markersize=9, label=label, **_edge(is_decisive))
+        return Line2D(
+            [], [], color=color, marker=marker, linestyle="none", markersize=9, label=label, **_edge(is_decisive)
+        )
 
     front = Line2D([], [], color=FRONT, label="Pareto front: the best for its size or time")
-    aside = Line2D([], [], linestyle="none", label="of the same size or time: side by side")
+    aside = Line2D([], [], linestyle="none", label="bars: 95 % intervals over seeds; side by side: of one size or time")
     if is_numbered:
         lines = [
             line(
-                f"{number}  {point.name}: {100 * point.accuracy.mean:.2f} %{', the verdict is on it' * point.is_decisive}",
+                f"{number}  {point.name}: {100 * point.accuracy.mean:.2f} %{VERDICT * point.is_decisive}",
                 point.stage,
                 point.is_decisive,
             )
@@ -294,7 +298,7 @@ def _legend(points: Sequence[Point], is_numbered: bool) -> list[Line2D]:
     stages = [stage for stage in STAGES if any(point.stage == stage for point in points)]
     lines = [line(STAGES[stage][2], stage) for stage in stages]
     if any(point.is_decisive for point in points):
-        lines.append(line("the verdict is on it", "distill", is_decisive=True))
+        lines.append(line(VERDICT.removeprefix(", "), "distill", is_decisive=True))
     return [*lines, front, aside]
 
 

@@ -68,10 +68,11 @@ def averages(cell: Cell) -> dict[str, float]:
     return {metric: value for metric in METRICS if (value := average(cell, metric)) is not None}
 
 
-def threads_of(cells: Iterable[Cell]) -> str:
-    """The suffix of the times to look at: on one thread, where networks were timed so (on a GPU they are not)."""
-    found = any(f"model/latency_ms{ONE_THREAD}" in run.metrics for cell in cells for run in cell.runs.values())
-    return ONE_THREAD if found else ""
+def threads_of(cells: Iterable[Cell], where: str) -> str:
+    """The suffix of the times to look at: on one thread, where networks were timed so on this hardware (on a GPU they
+    are not)."""
+    runs = [run for cell in cells for run in cell.runs.values() if run.tags.get(TIMED_ON, "") == where]
+    return ONE_THREAD if any(f"model/latency_ms{ONE_THREAD}" in run.metrics for run in runs) else ""
 
 
 def network_of(run: RunRecord, group: str) -> frozenset[tuple[str, str]]:
@@ -99,14 +100,17 @@ class Latencies:
 
     def __init__(self, cells: Iterable[Cell], where: str) -> None:
         cells = list(cells)
-        metric = f"latency_ms{threads_of(cells)}"
+        metric = f"latency_ms{threads_of(cells, where)}"
         # A teacher's own run comes last: its students' runs timed it in turns with them.
         self._found: list[dict[frozenset[tuple[str, str]], list[float]]] = [{}, {}, {}]
         for cell in cells:
             for run in cell.runs.values():
                 if run.tags.get(TIMED_ON, "") != where:
                     continue
-                for group, found in (("model", self._found[2 * (cell.stage == "teacher")]), ("teacher", self._found[1])):
+                for group, found in (
+                    ("model", self._found[2 * (cell.stage == "teacher")]),
+                    ("teacher", self._found[1]),
+                ):
                     if (value := run.metrics.get(f"{group}/{metric}")) is not None:
                         found.setdefault(network_of(run, group), []).append(value)
 
@@ -132,7 +136,8 @@ def worth_of(comparison: Comparison) -> Worth | None:
     if decisive is None:
         return None
     alone, distilled = students_of(decisive)
-    threads = threads_of([distilled])
+    where = timed_on(distilled.runs.values())
+    threads = threads_of([distilled], where)
     costs = ("size_mb", "flops", f"latency_ms{threads}", "images_per_second")
     metrics = averages(distilled)
     rows: list[tuple[str, list[float | None]]] = []
@@ -169,7 +174,6 @@ def worth_of(comparison: Comparison) -> Worth | None:
     notes = ["loss and ECE (expected calibration error) on the test images"] if "ECE %" in texts else []
     if "ms" in texts:
         one = " on one thread" if threads else ""
-        where = timed_on(distilled.runs.values())
         notes.append(f"ms for one image{one}, images/s 64 at a time{', timed on ' if where else ''}{where}")
     lines = [[name, *(column[number] for column in texts.values())] for number, (name, _) in enumerate(rows)]
     return Worth(["", *texts], lines, notes)
