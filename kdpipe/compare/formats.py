@@ -358,7 +358,8 @@ def best_metrics(comparison: Comparison) -> dict[str, float]:
         values[f"best/{name.partition('/')[2]}"] = metrics.get(name)
     threads = threads_of([decisive.cell], timed_on(decisive.cell.runs.values()))
     values["best/latency_ms"] = metrics.get(f"model/latency_ms{threads}")
-    values["best/speedup"] = metrics.get(f"speedup/latency{threads}")
+    if decisive.cell.teacher_run:  # two students have none
+        values["best/speedup"] = metrics.get(f"speedup/latency{threads}")
     for name, part in (("best/gain", "mean"), ("best/gain_low", "low"), ("best/gain_high", "high")):
         values[name] = getattr(decisive.gain, part, None)
     for axis in ("alpha", "temperature"):

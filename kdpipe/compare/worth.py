@@ -21,7 +21,8 @@ SPEEDUPS = tuple(f"speedup/{name}{threads}" for threads in ("", ONE_THREAD) for 
 METRICS = (
     *(f"test/{name}" for name in QUALITY),
     "model/temperature",
-    *(f"teacher/{name}" for name in ("accuracy", "loss", "ece", "agreement", "kl", "agreement_where_wrong")),
+    *(f"teacher/{name}" for name in ("accuracy", "top5_accuracy", "loss", "brier", "ece")),
+    *(f"teacher/{name}" for name in ("agreement", "agreement_where_wrong", "kl")),
     *(f"{group}/{name}" for group in ("model", "teacher") for name in (*COST, *TIMES)),
     *SPEEDUPS,
 )
