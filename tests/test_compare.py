@@ -571,12 +571,12 @@ def test_panels_without_values_are_left_out_and_many_points_have_no_numbers() ->
 
 
 def test_points_that_would_touch_stand_side_by_side() -> None:
-    spans = [(0.0, 0.0, 10.0), (0.0, 5.0, 15.0), (0.0, 20.0, 30.0), (1.0, 8.0, 9.0)]
-    moved = pictures.side_by_side(spans, 10)
+    places = [(0.0, 0.0, -5.0, 5.0), (0.0, 6.0, 6.0, 6.0), (0.0, 90.0, 80.0, 99.0), (1.0, 3.0, 3.0, 3.0)]
+    moved = pictures.side_by_side([*places, (0.0, 20.0, 4.0, 36.0)], 10)
     assert moved[0] == moved[2] == 0
-    places = [x + aside for (x, _, _), aside in zip(spans, moved, strict=True)]
-    assert all(abs(one - other) >= 10 for one, other in ((places[0], places[1]), (places[0], places[3])))
-    assert abs(places[1] - places[3]) >= 10
+    first, second, _, fourth = (place[0] + aside for place, aside in zip(places, moved[:4], strict=True))
+    assert min(abs(first - second), abs(first - fourth), abs(second - fourth)) >= 10
+    assert abs(moved[4]) == 5  # two bars
 
 
 def answers(right: str, first: int = 0) -> bytes:

@@ -33,6 +33,7 @@ STAGES = {
 SIZE, LATENCY = "size", "latency"  # the panels
 VERDICT = ", the verdict is on it"
 MOST_NUMBERS = 12  # points that are numbered; more are told apart by their stage alone
+MOST_BARS = 60  # points that have bars
 LINES = {"student alone": (ALONE, "--"), "student distilled": (DISTILLED, "-")}
 Curves = Mapping[int, Sequence[tuple[int, float]]]  # by seed: epochs and validation accuracies
 
@@ -328,39 +329,49 @@ def _scatter(axis: Axes, panel: str, points: Mapping[int, Point], is_numbered: b
         zorder=1,
     )
     bottom, top = axis.get_ylim()
-    diameter = 15.0 if is_numbered else 7.0
+    is_crowded = len(points) > MOST_BARS
+    diameter = 15.0 if is_numbered else 4.0 if is_crowded else 7.0
     # The front stands where it is, others give way to it, what is decisive the least.
     numbers = list(points)
     first = sorted(
         range(len(numbers)), key=lambda place: (place not in front, not points[numbers[place]].is_decisive, place)
     )
+    bars = [
+        points[numbers[place]].accuracy if points[numbers[place]].is_decisive or not is_crowded else None
+        for place in first
+    ]
     spans = []
-    for place in first:
+    for place, bar in zip(first, bars, strict=True):
         x = width * math.log(places[place][0] / left) / math.log(right / left)
-        low, high = (230 * (100 * end - bottom) / (top - bottom) for end in _ends(points[numbers[place]].accuracy))
-        spans.append((x, low - diameter / 2, high + diameter / 2))
+        ends = [100 * end for end in _ends(bar)] if bar else []
+        y, *low_and_high = (230 * (end - bottom) / (top - bottom) for end in (places[place][1], *ends))
+        low, high = low_and_high or (y, y)
+        spans.append((x, y, low, high))
     moved = side_by_side(spans, diameter)
-    for place, aside in zip(first, moved, strict=True):
+    drawn: dict[tuple[str, bool], list[tuple[float, float, float]]] = {}
+    for place, aside, bar in zip(first, moved, bars, strict=True):
         point = points[numbers[place]]
-        color, marker, _ = STAGES[point.stage]
-        accuracy = point.accuracy
-        where = point.costs[panel] * (right / left) ** (aside / width)
+        x, y = places[place][0] * (right / left) ** (aside / width), places[place][1]
+        drawn.setdefault((point.stage, point.is_decisive), []).append((x, y, 100 * bar.half_width if bar else math.nan))
+        if is_numbered:
+            style: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": 8.5, "fontweight": "bold"}
+            axis.text(x, y, str(numbers[place]), color="white", zorder=5, **style)
+    for (stage, is_decisive), some in drawn.items():
+        color, marker, _ = STAGES[stage]
+        where, accuracies, half_widths = zip(*some, strict=True)
         axis.errorbar(
             where,
-            100 * accuracy.mean,
-            yerr=100 * accuracy.half_width if accuracy.low is not None else None,
+            accuracies,
+            yerr=half_widths,  # not a number, and not drawn, where there is no interval
             color=color,
             marker=marker,
             markersize=diameter if marker == "o" else 0.88 * diameter,
             capsize=3,
             elinewidth=1.2,
             linestyle="none",
-            zorder=4 if point.is_decisive else 3,
-            **_edge(point.is_decisive),
+            zorder=4 if is_decisive else 3,
+            **(_edge(is_decisive) if is_decisive or not is_crowded else {}),
         )
-        if is_numbered:
-            style: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": 8.5, "fontweight": "bold"}
-            axis.text(where, 100 * accuracy.mean, str(numbers[place]), color="white", zorder=5, **style)
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
     axis.xaxis.set_minor_formatter(NullFormatter())
@@ -368,20 +379,22 @@ def _scatter(axis: Axes, panel: str, points: Mapping[int, Point], is_numbered: b
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def side_by_side(spans: Sequence[tuple[float, float, float]], diameter: float) -> list[float]:
-    """How far to the right each span has to move to touch none of those before it: the nearest free place, no more
-    than eight diameters away.
+def side_by_side(places: Sequence[tuple[float, float, float, float]], diameter: float) -> list[float]:
+    """How far to the right each point has to move to touch none of those before it: the nearest free place, no more
+    than eight diameters away. Bars may come nearer to each other than points.
 
     Args:
-        spans: x, and from where to where in y; all in one unit.
+        places: x and y of a point, and from where to where in y its bar reaches; all in one unit.
     """
-    taken = np.empty((len(spans), 3))
+    taken = np.empty((len(places), 4))
     moved = []
-    for number, (x, low, high) in enumerate(spans):
+    for number, (x, y, low, high) in enumerate(places):
         others = taken[:number]
-        others = others[(others[:, 1] < high) & (others[:, 2] > low)]
+        # How near each of the others may come.
+        near = np.where(np.abs(others[:, 1] - y) < diameter, diameter, 0)
+        near = np.where((others[:, 2] < high) & (others[:, 3] > low), np.maximum(near, diameter / 2), near)
         steps = (diameter * half / 2 * sign for half in range(17) for sign in (1, -1))
-        aside = next((step for step in steps if not (np.abs(others[:, 0] - x - step) < diameter).any()), 0.0)
-        taken[number] = x + aside, low, high
+        aside = next((step for step in steps if not (np.abs(others[:, 0] - x - step) < near).any()), 0.0)
+        taken[number] = x + aside, y, low, high
         moved.append(aside)
     return moved

@@ -176,7 +176,7 @@ def image_by_image(comparison: Comparison, tracker: RunStore) -> Comparison:
     if decisive is None or decisive.control is None:
         return comparison
     pairs = []
-    for seed in decisive.cell.runs.keys() & decisive.control.runs.keys():
+    for seed in sorted(decisive.cell.runs.keys() & decisive.control.runs.keys()):
         distilled = _answers(decisive.cell.runs[seed], tracker)
         alone = _answers(decisive.control.runs[seed], tracker) if distilled else None
         if distilled and alone:
