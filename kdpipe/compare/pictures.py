@@ -34,6 +34,7 @@ SIZE, LATENCY = "size", "latency"  # the panels
 VERDICT = ", the verdict is on it"
 MOST_NUMBERS = 12  # points that are numbered; more are told apart by their stage alone
 MOST_BARS = 60  # points that have bars
+WIDTH, HEIGHT = 660, 230  # of the panels of `pareto`, about, in typographic points
 LINES = {"student alone": (ALONE, "--"), "student distilled": (DISTILLED, "-")}
 Curves = Mapping[int, Sequence[tuple[int, float]]]  # by seed: epochs and validation accuracies
 
@@ -228,7 +229,7 @@ def pareto(comparison: Comparison) -> Figure | None:
     for axis, panel in zip(axes, panels, strict=True):
         axis.set_ylim(100 * low, 100 * high)
         shown = {number: point for number, point in enumerate(points, start=1) if panel in point.costs}
-        _scatter(axis, panel, shown, is_numbered, width=660 / len(panels))
+        _scatter(axis, panel, shown, is_numbered, width=WIDTH / len(panels))
     axes[0].set_ylabel("test accuracy, %")
     if LATENCY in panels:
         where = timed_on_of(comparison)
@@ -285,7 +286,7 @@ def _legend(points: Sequence[Point], is_numbered: bool) -> list[Line2D]:
         )
 
     front = Line2D([], [], color=FRONT, label="Pareto front: the best for its size or time")
-    aside = Line2D([], [], linestyle="none", label="bars: 95 % intervals over seeds; side by side: of one size or time")
+    aside = Line2D([], [], linestyle="none", label="bars: 95 % intervals; side by side: of one size or time")
     if is_numbered:
         lines = [
             line(
@@ -314,64 +315,57 @@ def _scatter(axis: Axes, panel: str, points: Mapping[int, Point], is_numbered: b
         points: by their number in the picture.
         width: of the panel, about, in typographic points.
     """
-    costs = [point.costs[panel] for point in points.values()]
-    left, right = min(costs) / 1.5, max(costs) * 1.5
+    costs = {number: point.costs[panel] for number, point in points.items()}
+    left, right = min(costs.values()) / 1.5, max(costs.values()) * 1.5
     axis.set_xscale("log")
     axis.set_xlim(left, right)
-    places = [(point.costs[panel], 100 * point.accuracy.mean) for point in points.values()]
-    front = front_of(places)
-    steps = [places[number] for number in front]
-    axis.step(
-        [*(cost for cost, _ in steps), right],
-        [*(accuracy for _, accuracy in steps), steps[-1][1]],
-        where="post",
-        color=FRONT,
-        zorder=1,
-    )
-    bottom, top = axis.get_ylim()
+    numbers = list(points)
+    front = [numbers[place] for place in front_of([(costs[number], points[number].accuracy.mean) for number in points])]
+    steps = [100 * points[number].accuracy.mean for number in front]
+    axis.step([*(costs[number] for number in front), right], [*steps, steps[-1]], where="post", color=FRONT, zorder=1)
+
+    # The front stands where it is, others give way to it, what is decisive the least.
+    order = sorted(points, key=lambda number: (number not in front, not points[number].is_decisive, number))
     is_crowded = len(points) > MOST_BARS
     diameter = 15.0 if is_numbered else 4.0 if is_crowded else 7.0
-    # The front stands where it is, others give way to it, what is decisive the least.
-    numbers = list(points)
-    first = sorted(
-        range(len(numbers)), key=lambda place: (place not in front, not points[numbers[place]].is_decisive, place)
-    )
-    bars = [
-        points[numbers[place]].accuracy if points[numbers[place]].is_decisive or not is_crowded else None
-        for place in first
-    ]
-    spans = []
-    for place, bar in zip(first, bars, strict=True):
-        x = width * math.log(places[place][0] / left) / math.log(right / left)
-        ends = [100 * end for end in _ends(bar)] if bar else []
-        y, *low_and_high = (230 * (end - bottom) / (top - bottom) for end in (places[place][1], *ends))
-        low, high = low_and_high or (y, y)
-        spans.append((x, y, low, high))
-    moved = side_by_side(spans, diameter)
-    drawn: dict[tuple[str, bool], list[tuple[float, float, float]]] = {}
-    for place, aside, bar in zip(first, moved, bars, strict=True):
-        point = points[numbers[place]]
-        x, y = places[place][0] * (right / left) ** (aside / width), places[place][1]
-        drawn.setdefault((point.stage, point.is_decisive), []).append((x, y, 100 * bar.half_width if bar else math.nan))
-        if is_numbered:
-            style: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": 8.5, "fontweight": "bold"}
-            axis.text(x, y, str(numbers[place]), color="white", zorder=5, **style)
-    for (stage, is_decisive), some in drawn.items():
-        color, marker, _ = STAGES[stage]
-        where, accuracies, half_widths = zip(*some, strict=True)
-        axis.errorbar(
-            where,
-            accuracies,
-            yerr=half_widths,  # not a number, and not drawn, where there is no interval
-            color=color,
-            marker=marker,
-            markersize=diameter if marker == "o" else 0.88 * diameter,
-            capsize=3,
-            elinewidth=1.2,
-            linestyle="none",
-            zorder=4 if is_decisive else 3,
-            **(_edge(is_decisive) if is_decisive or not is_crowded else {}),
-        )
+    bottom, top = axis.get_ylim()
+    places = []
+    for number in order:
+        accuracy = points[number].accuracy
+        ends = [accuracy.mean, *((accuracy.mean, accuracy.mean) if is_crowded else _ends(accuracy))]
+        heights = [HEIGHT * (100 * end - bottom) / (top - bottom) for end in ends]
+        places.append((width * math.log(costs[number] / left) / math.log(right / left), *heights))
+    for number, aside in zip(order, side_by_side(places, diameter), strict=True):
+        costs[number] *= (right / left) ** (aside / width)
+
+    for stage, (color, marker, _) in STAGES.items():
+        for is_decisive in (False, True):
+            some = [
+                number
+                for number in points
+                if (points[number].stage, points[number].is_decisive) == (stage, is_decisive)
+            ]
+            if not some:
+                continue
+            accuracies = [points[number].accuracy for number in some]
+            has_bars = is_decisive or not is_crowded
+            axis.errorbar(
+                [costs[number] for number in some],
+                [100 * accuracy.mean for accuracy in accuracies],
+                # Not a number, and not drawn, where there is no interval.
+                yerr=[100 * accuracy.half_width for accuracy in accuracies] if has_bars else None,
+                color=color,
+                marker=marker,
+                markersize=diameter if marker == "o" else 0.88 * diameter,
+                capsize=3,
+                elinewidth=1.2,
+                linestyle="none",
+                zorder=4 if is_decisive else 3,
+                **(_edge(is_decisive) if has_bars else {}),
+            )
+    for number, point in points.items() if is_numbered else ():
+        style: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": 8.5, "fontweight": "bold"}
+        axis.text(costs[number], 100 * point.accuracy.mean, str(number), color="white", zorder=5, **style)
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
     axis.xaxis.set_minor_formatter(NullFormatter())
@@ -379,7 +373,7 @@ def _scatter(axis: Axes, panel: str, points: Mapping[int, Point], is_numbered: b
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def side_by_side(places: Sequence[tuple[float, float, float, float]], diameter: float) -> list[float]:
+def side_by_side(places: Sequence[Sequence[float]], diameter: float) -> list[float]:
     """How far to the right each point has to move to touch none of those before it: the nearest free place, no more
     than eight diameters away. Bars may come nearer to each other than points.
 
