@@ -523,6 +523,12 @@ def test_a_teacher_without_a_run_of_its_own_is_a_point_too() -> None:
     assert points[0].costs["latency"] == pytest.approx(9.2)
 
 
+def test_points_of_one_title_say_in_what_they_differ() -> None:
+    runs = [record("distill", 0, 0.9, optimizer__lr=rate) for rate in ("0.1", "0.2")]
+    names = {point.name for point in pictures.points_of(compare(make_cells(runs), lambda run_id: None))}
+    assert names == {f"student_cnn KD alpha 0.5 temperature 4 (optimizer.lr={rate})" for rate in ("0.1", "0.2")}
+
+
 def test_points_are_those_of_the_verdict_s_seeds() -> None:
     later = [record("student", seed, 0.70) for seed in (3, 4)]
     later += [record("distill", seed, 0.75, loss__temperature="2") for seed in (3, 4)]

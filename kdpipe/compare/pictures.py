@@ -6,6 +6,7 @@ Blue and orange are the colours that readers with any colour vision tell apart (
 
 import io
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-from kdpipe.compare.cells import Cell
+from kdpipe.compare.cells import Cell, differences
 from kdpipe.compare.comparison import Comparison, Row
 from kdpipe.compare.formats import rows_of
 from kdpipe.compare.statistics import Interval, interval, signed
@@ -33,6 +34,7 @@ STAGES = {
 SIZE, LATENCY = "size", "latency"  # the panels
 VERDICT = ", the verdict is on it"
 MOST_NUMBERS = 12  # points that are numbered; more are told apart by their stage alone
+LONG = 50  # characters of a remark
 MOST_BARS = 60  # points that have bars
 WIDTH, HEIGHT = 660, 230  # of the panels of `pareto`, about, in typographic points
 LINES = {"student alone": (ALONE, "--"), "student distilled": (DISTILLED, "-")}
@@ -178,20 +180,31 @@ def points_of(comparison: Comparison) -> list[Point]:
         taught_by = distilled.teacher_runs
     latencies = Latencies(cells, timed_on_of(comparison))
     points, has_teacher = [], False
-    for cell in cells:
+    for cell, name in zip(cells, _names(cells), strict=True):
         accuracy = interval(list(cell.values("test/accuracy").values()))
         if accuracy is None:
             continue
         is_decisive = decisive is not None and cell.settings == decisive.cell.settings
         has_teacher |= any(run.id in taught_by for run in cell.runs.values())
         costs = {SIZE: average(cell, "model/size_mb"), LATENCY: latencies.of(cell.first)}
-        points.append(Point(cell.title, cell.stage, _known(costs), accuracy, is_decisive))
+        points.append(Point(name, cell.stage, _known(costs), accuracy, is_decisive))
     if decisive and decisive.cell.teacher_run and comparison.teacher_accuracy is not None and not has_teacher:
         run = decisive.cell.first
         costs = {SIZE: average(decisive.cell, "teacher/size_mb"), LATENCY: latencies.of(run, "teacher")}
         only = Interval(comparison.teacher_accuracy, None, None, 1)
         points.append(Point(f"{run.params.get('teacher.name', '')} teacher", "teacher", _known(costs), only))
     return sorted(points, key=lambda point: -point.accuracy.mean)
+
+
+def _names(cells: Sequence[Cell]) -> list[str]:
+    """Titles, and where several have the same in what they differ."""
+    titles = Counter(cell.title for cell in cells)
+    return [
+        f"{cell.title} ({where if len(where) < LONG else f'{where[:LONG]}…'})"
+        if titles[cell.title] > 1 and where
+        else cell.title
+        for cell, where in zip(cells, differences(cells), strict=True)
+    ]
 
 
 def _known(costs: Mapping[str, float | None]) -> dict[str, float]:
