@@ -521,6 +521,12 @@ def test_a_teacher_without_a_run_of_its_own_is_a_point_too() -> None:
     assert points[0].name == "resnet20 teacher"
     assert points[0].accuracy.mean == pytest.approx(0.96)
     assert points[0].costs["latency"] == pytest.approx(9.2)
+    # That of an earlier epoch stands beside what its run came to.
+    runs = measured()
+    for run in runs[4:]:
+        run.params["teacher.weights"] = "runs:/t/epoch_1"
+    points = pictures.points_of(compare(make_cells(runs), teacher_run))
+    assert [point.accuracy.mean for point in points[:2]] == pytest.approx([0.96, 0.95])
 
 
 def test_points_of_one_title_say_in_what_they_differ() -> None:

@@ -201,12 +201,17 @@ def accuracy_of_teacher(cell: Cell, get_run: GetRun) -> float | None:
         return None
     if measured := cell.values("teacher/accuracy"):
         return fmean(measured.values())
-    params = cell.first.params
-    if "teacher.members" in params or "/epoch_" in params.get("teacher.weights", ""):
+    if not taught_by_last_weights(cell):
         return None
     teachers = [get_run(source) for source in cell.teacher_runs]
     accuracies = [teacher.metrics[TEST] for teacher in teachers if teacher and TEST in teacher.metrics]
     return fmean(accuracies) if accuracies else None
+
+
+def taught_by_last_weights(cell: Cell) -> bool:
+    """Whether the teacher is what one run came to, and not an ensemble or what a run was after an earlier epoch."""
+    params = cell.first.params
+    return "teacher.members" not in params and "/epoch_" not in params.get("teacher.weights", "")
 
 
 def seen_by_teacher(cell: Cell, get_run: GetRun) -> str:

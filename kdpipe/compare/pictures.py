@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from kdpipe.compare.cells import Cell, differences
-from kdpipe.compare.comparison import Comparison, Row
+from kdpipe.compare.comparison import Comparison, Row, taught_by_last_weights
 from kdpipe.compare.formats import rows_of
 from kdpipe.compare.statistics import Interval, interval, signed
 from kdpipe.compare.worth import Latencies, average, students_of, threads_of, timed_on
@@ -177,7 +177,7 @@ def points_of(comparison: Comparison) -> list[Point]:
         alone, distilled = students_of(decisive)
         of_the_verdict = {cell.settings: cell for cell in (alone, distilled) if cell}
         cells = [of_the_verdict.pop(cell.settings, cell) for cell in cells] + list(of_the_verdict.values())
-        taught_by = distilled.teacher_runs
+        taught_by = distilled.teacher_runs if taught_by_last_weights(distilled) else []
     latencies = Latencies(cells, timed_on_of(comparison))
     points, has_teacher = [], False
     for cell, name in zip(cells, _names(cells), strict=True):
