@@ -94,7 +94,7 @@ def test_a_sweep_has_one_parent_with_its_summary_and_a_child_for_each_run(kdpipe
     assert "teacher.name" not in children[0].data.params
     assert children[2].data.tags["kdpipe.teacher_run"] == teacher.info.run_id
 
-    pictures = {"heatmap.png", "size.png"}  # of one epoch there is no curve
+    pictures = {"heatmap.png", "pareto.png"}  # of one epoch there is no curve
     assert artifacts(parent) == pictures | {"comparison.txt", "comparison.csv", "comparison.html"}
     assert parent.data.tags["kdpipe.verdict"] in outcome.output
     assert parent.data.tags["kdpipe.verdict"] in parent.data.tags["mlflow.note.content"]
@@ -252,7 +252,7 @@ def test_each_budget_of_a_sweep_has_a_verdict_of_its_own(kdpipe: Callable, teach
     assert outcome.status == 0, outcome.errors
     (parent,) = runs()["sweep"]
     assert outcome.output.count("verdict: ") == 2
-    assert {"1_size.png", "2_size.png"} <= artifacts(parent)
+    assert {"1_pareto.png", "2_pareto.png"} <= artifacts(parent)
 
 
 def test_there_has_to_be_something_to_confirm(kdpipe: Callable) -> None:
