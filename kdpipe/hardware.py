@@ -31,11 +31,10 @@ class Hardware:
 
     @property
     def described(self) -> str:
-        name = (
-            torch.cuda.get_device_name(self.device)
-            if self.device.type == "cuda"
-            else f"{torch.get_num_threads()} threads"
-        )
+        number = torch.get_num_threads()
+        name = f"{number} thread{'s' if number > 1 else ''}"
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
         processes = f", {self.processes} processes" if self.processes > 1 else ""
         return f"{self.device} ({name}), {self.precision}{processes}"
 

@@ -299,9 +299,9 @@ def summarise(sweep: Sweep) -> None:
         return
 
     from kdpipe.compare import formats
-    from kdpipe.compare.store import compare_sweep, pictures_of
+    from kdpipe.compare.store import compare_sweep, image_by_image, pictures_of
 
-    comparisons = compare_sweep(sweep.tracker, sweep.id)
+    comparisons = [image_by_image(found, sweep.tracker) for found in compare_sweep(sweep.tracker, sweep.id)]
     pictures = [pictures_of(comparison, sweep.tracker) for comparison in comparisons]
     table = "\n\n".join(map(formats.as_table, comparisons))
     files = {

@@ -41,6 +41,7 @@ os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
 SHARED_DATA = Path(os.environ.get("KDPIPE_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
 # At the end of each of hundreds of runs: pictures take a second, and timing as long as one likes.
+KEPT = {"config.yaml", "model.safetensors", "predictions.csv", "classes.csv"}  # of such a run
 IN_A_HURRY = ["evaluation.pictures=false", "evaluation.timing_seconds=0"]
 
 settings.register_resolvers()

@@ -3,8 +3,10 @@
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,10 @@ from scipy import stats
 from kdpipe.compare import __main__ as command
 from kdpipe.compare import formats, pictures
 from kdpipe.compare.cells import Controls, differences, make_cells
-from kdpipe.compare.comparison import check_comparable, compare, families
+from kdpipe.compare.comparison import accuracy_of_teacher, check_comparable, compare, families
 from kdpipe.compare.statistics import interval, verdict
-from kdpipe.compare.store import those
+from kdpipe.compare.store import image_by_image, those
+from kdpipe.compare.worth import worth_of
 from kdpipe.tracking import RunRecord
 
 
@@ -367,11 +370,14 @@ def test_each_format_holds_every_row(tmp_path: Path) -> None:
         [float(row["test_accuracy"]) for row in rows]
     )
     assert described["gain"] == pytest.approx(0.04, abs=0.01)
-    page = formats.as_html("<sweep>", [comparison], [{"heatmap.png": b"a picture"}])
+    drawn = {"heatmap.png": formats.Picture(b"a picture", "What <it> shows")}
+    page = formats.as_html("<sweep>", [comparison], [drawn])
     assert "&lt;sweep&gt;" in page
-    assert page.count("<tr") == 6
+    assert "<figcaption>What &lt;it&gt; shows</figcaption>" in page
+    assert page.count("<tr") == 6 + 4  # the rows, and the best one beside its teacher
     assert "http" not in page  # nothing from elsewhere
     assert formats.as_markdown([comparison]).count("KD alpha") == 4
+    assert "| student distilled | 84.0" in formats.as_markdown([comparison])
     assert formats.as_table(comparison).count("← best") == 1
 
 
@@ -391,16 +397,274 @@ def test_the_heatmap_has_each_cell_with_its_spread_and_marks_what_includes_0() -
 def test_pictures_are_pngs() -> None:
     comparison = compare(make_cells(grid()), teacher_run)
     steps = {seed: [(epoch, 0.5 + epoch / 100 + seed / 1000) for epoch in (1, 2, 3)] for seed in (0, 1)}
-    for figure in (pictures.sizes(comparison), pictures.curves({"student alone": steps, "student distilled": steps})):
+    for figure in (pictures.pareto(comparison), pictures.curves({"student alone": steps, "student distilled": steps})):
         assert figure is not None
         assert pictures.to_png(figure).startswith(b"\x89PNG")
     assert pictures.curves({"student alone": {0: [(1, 0.5)]}}) is None
+
+
+HERE, ELSEWHERE = "cpu (2 threads), float32, on here", "cpu (8 threads), float32, on elsewhere"
+
+
+def timed(run: RunRecord, milliseconds: float, teacher: float | None = None, where: str = HERE) -> RunRecord:
+    """The run, with its network timed, and its teacher where there is one."""
+    run.tags["kdpipe.timed_on"] = where
+    run.metrics["model/latency_ms_1_thread"] = milliseconds
+    if teacher:
+        run.metrics["teacher/latency_ms_1_thread"] = teacher
+        run.metrics["speedup/latency_1_thread"] = teacher / milliseconds
+    return run
+
+
+def measured() -> list[RunRecord]:
+    """A teacher, a student alone and a distilled one, three seeds, with all that a run measures."""
+    taught = replace(timed(teacher_run("t"), 8), id="t")
+    taught.metrics.update({"model/size_mb": 1.4, "test/ece": 0.5})
+    alone = [timed(record("student", seed, 0.80 + seed / 100), time) for seed, time in enumerate((2.2, 2.0, 90))]
+    distilled = [
+        timed(record("distill", seed, 0.83 + seed / 100), time, 4 * time) for seed, time in enumerate((2.1, 2.3, 9))
+    ]
+    for run in (*alone, *distilled):
+        run.metrics.update({"test/ece": 0.03, "test/loss": 0.4, "model/flops": 26.3e6, "model/images_per_second": 3000})
+    for run in distilled:
+        run.metrics.update({"teacher/accuracy": 0.96, "teacher/ece": 0.02, "teacher/loss": 0.2, "teacher/flops": 126e6})
+        run.metrics.update({"teacher/images_per_second": 900})
+    return [taught, *alone, *distilled]
+
+
+def test_the_student_stands_beside_its_teacher_with_quality_and_cost() -> None:
+    comparison = compare(make_cells(measured()), teacher_run)
+    worth = worth_of(comparison)
+    assert worth is not None
+    assert [dict(zip(worth.titles, row, strict=True)) for row in worth.rows] == [
+        {
+            **{"": "teacher resnet20", "test %": "96.00", "ECE %": "2.00", "loss": "0.200", "MB": "1.400"},
+            **{"MFLOPs": "126.0", "ms": "9.2", "images/s": "900"},
+            **{"smaller than teacher": "", "faster than teacher": ""},
+        },
+        *(
+            {
+                **{"": f"student {name}", "test %": test, "ECE %": "3.00", "loss": "0.400", "MB": "0.700"},
+                **{"MFLOPs": "26.3", "ms": "2.3", "images/s": "3,000"},
+                **{"smaller than teacher": "50.0 %", "faster than teacher": "4.00 ×"},
+            }
+            for name, test in (("alone", "81.00"), ("distilled", "84.00"))
+        ),
+    ]
+    assert worth.notes[-1] == f"ms for one image on one thread, images/s 64 at a time, timed on {HERE}"
+    table = formats.student_and_teacher(comparison)
+    assert max(map(len, table.splitlines())) < 131
+    assert table.startswith("student_cnn KD alpha 0.5 temperature 4, 3 seeds\n")
+
+
+def test_what_nobody_has_measured_is_no_column() -> None:
+    worth = worth_of(compare(make_cells(grid()), teacher_run))
+    assert worth is not None
+    assert worth.titles == ["", "test %", "MB", "smaller than teacher"]
+    assert worth.notes == []
+    two_students = [record("distill", 0, 0.9), record("student", 0, 0.8)]
+    two_students[0].tags["kdpipe.teacher_run"] = ""
+    two_students[0].metrics.update({"teacher/accuracy": 0.5, "speedup/latency": 1.0})
+    comparison = compare(make_cells(two_students), teacher_run)
+    worth = worth_of(comparison)
+    assert worth is not None and comparison.teacher_accuracy is None
+    assert worth.titles == ["", "test %", "MB"]
+    assert [name for name, *_ in worth.rows] == ["student alone", "student distilled"]
+    assert "best/speedup" not in formats.best_metrics(comparison)
+
+
+def test_a_larger_and_slower_student_is_told_so() -> None:
+    runs = measured()
+    for run in runs[4:]:
+        run.metrics.update({"model/size_mb": 2.0, "speedup/latency_1_thread": 0.5})
+    worth = worth_of(compare(make_cells(runs), teacher_run))
+    assert worth is not None
+    assert worth.rows[-1][-2:] == ["it is larger", "it is slower (0.50 ×)"]
+
+
+def test_a_teacher_s_accuracy_is_what_its_students_runs_have_measured() -> None:
+    runs = [record("distill", seed, 0.9, teacher__members="2") for seed in (0, 1)]
+    assert accuracy_of_teacher(make_cells(runs)[0], teacher_run) is None  # an ensemble's, before it was measured
+    for run, accuracy in zip(runs, (0.90, 0.92), strict=True):
+        run.metrics["teacher/accuracy"] = accuracy
+    assert accuracy_of_teacher(make_cells(runs)[0], teacher_run) == pytest.approx(0.91)
+
+
+def test_programs_are_told_of_every_metric_and_the_sweep_of_the_best() -> None:
+    comparison = compare(make_cells(measured()), teacher_run)
+    teacher, alone, distilled = formats.as_records(comparison)
+    assert distilled["test/ece"] == pytest.approx(0.03)
+    assert distilled["model/latency_ms_1_thread"] == 2.3  # the median
+    assert "teacher/flops" not in alone and teacher["timed_on"] == HERE
+    (*_, line) = csv.DictReader(io.StringIO(formats.as_csv([comparison])))
+    assert float(line["speedup/latency_1_thread"]) == pytest.approx(4)
+    metrics = formats.best_metrics(comparison)
+    assert metrics["best/speedup"] == pytest.approx(4)
+    assert metrics["best/ece"] == pytest.approx(0.03)
+    assert metrics["best/latency_ms"] == 2.3
+
+
+def test_the_same_network_has_one_latency_and_a_teacher_that_of_its_students_runs() -> None:
+    elsewhere = [record("distill", seed, 0.8, loss__alpha="0.9") for seed in range(3)]
+    runs = [*measured(), *(timed(run, 0.1, 0.2, where=ELSEWHERE) for run in elsewhere)]
+    points = {point.name: point for point in pictures.points_of(compare(make_cells(runs), teacher_run))}
+    one = np.median([2.2, 2.0, 90, 2.1, 2.3, 9])
+    assert points["student_cnn alone"].costs == {"size": pytest.approx(0.7), "latency": pytest.approx(one)}
+    decisive = points["student_cnn KD alpha 0.5 temperature 4"]
+    assert decisive.is_decisive and decisive.costs["latency"] == pytest.approx(one)
+    assert points["student_cnn KD alpha 0.9 temperature 4"].costs["latency"] == pytest.approx(one)
+    assert points["resnet20 teacher"].costs == {"size": 1.4, "latency": pytest.approx(np.median([8.4, 9.2, 36]))}
+
+
+def test_a_teacher_without_a_run_of_its_own_is_a_point_too() -> None:
+    points = pictures.points_of(compare(make_cells(measured()[1:]), lambda run_id: None))
+    assert points[0].name == "resnet20 teacher"
+    assert points[0].accuracy.mean == pytest.approx(0.96)
+    assert points[0].costs["latency"] == pytest.approx(9.2)
+    # That of an earlier epoch stands beside what its run came to.
+    runs = measured()
+    for run in runs[4:]:
+        run.params["teacher.weights"] = "runs:/t/epoch_1"
+    points = pictures.points_of(compare(make_cells(runs), teacher_run))
+    assert [point.accuracy.mean for point in points[:2]] == pytest.approx([0.96, 0.95])
+
+
+def test_points_of_one_title_say_in_what_they_differ() -> None:
+    runs = [record("distill", 0, 0.9, optimizer__lr=rate) for rate in ("0.1", "0.2")]
+    names = {point.name for point in pictures.points_of(compare(make_cells(runs), lambda run_id: None))}
+    assert names == {f"student_cnn KD alpha 0.5 temperature 4 (optimizer.lr={rate})" for rate in ("0.1", "0.2")}
+
+
+def test_points_are_those_of_the_verdict_s_seeds() -> None:
+    later = [record("student", seed, 0.70) for seed in (3, 4)]
+    later += [record("distill", seed, 0.75, loss__temperature="2") for seed in (3, 4)]
+    points = pictures.points_of(compare(make_cells([*grid(), *later]), teacher_run, confirm=[3, 4]))
+    assert len(points) == 6  # with the teacher
+    means = {point.name: point.accuracy.mean for point in points}
+    assert means["student_cnn alone"] == pytest.approx(0.70)
+    (decisive,) = (point for point in points if point.is_decisive)
+    assert decisive.accuracy.mean == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize(
+    ("places", "front"),
+    [
+        ([(1, 50), (2, 60), (3, 55), (4, 70)], [0, 1, 3]),
+        ([(1, 50), (1, 60), (2, 60)], [1]),
+        ([(3, 90)], [0]),
+    ],
+)
+def test_the_pareto_front_is_what_nothing_beats(places: list[tuple[float, float]], front: list[int]) -> None:
+    assert pictures.front_of(places) == front
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=12))
+def test_off_the_pareto_front_everything_is_beaten(places: list[tuple[int, int]]) -> None:
+    front = [places[number] for number in pictures.front_of(places)]
+    for cost, accuracy in places:
+        beaten = any(c <= cost and a >= accuracy and (c, a) != (cost, accuracy) for c, a in front)
+        assert beaten != ((cost, accuracy) in front)
+
+
+def test_panels_without_values_are_left_out_and_many_points_have_no_numbers() -> None:
+    figure = pictures.pareto(compare(make_cells(measured()), teacher_run))
+    assert figure is not None
+    size, latency = figure.axes
+    assert "timed on cpu (2 threads)" in latency.get_xlabel()
+    assert sorted(text.get_text() for text in size.texts) == ["1", "2", "3"]
+    figure = pictures.pareto(compare(make_cells(grid()), teacher_run))
+    assert figure is not None and len(figure.axes) == 1
+    many = [record("distill", 0, 0.8 + step / 1000, loss__temperature=str(step + 1)) for step in range(20)]
+    figure = pictures.pareto(compare(make_cells([*many, record("student", 0, 0.7)]), teacher_run))
+    assert figure is not None and not figure.axes[0].texts
+    assert len(figure.legends[0].get_texts()) < 7
+    assert pictures.pareto(compare(make_cells([record("student", 0, 0.7)]), teacher_run)) is None
+
+
+def test_points_that_would_touch_stand_side_by_side() -> None:
+    places = [(0.0, 0.0, -5.0, 5.0), (0.0, 6.0, 6.0, 6.0), (0.0, 90.0, 80.0, 99.0), (1.0, 3.0, 3.0, 3.0)]
+    moved = pictures.side_by_side([*places, (0.0, 20.0, 4.0, 36.0)], 10)
+    assert moved[0] == moved[2] == 0
+    first, second, _, fourth = (place[0] + aside for place, aside in zip(places, moved[:4], strict=True))
+    assert min(abs(first - second), abs(first - fourth), abs(second - fourth)) >= 10
+    assert abs(moved[4]) == 5  # two bars
+
+
+def answers(right: str, first: int = 0) -> bytes:
+    """predictions.csv: an image that is right for each 1, of a class whose name has a comma and a quote."""
+    lines = [f'{first + number},"a ""cat"", tabby",' for number in range(len(right))]
+    told = {"1": '"a ""cat"", tabby",0.9', "0": "dog,0.6"}
+    return "\n".join(["image,label,answer,probability", *map(str.__add__, lines, map(told.get, right))]).encode()
+
+
+class Kept:
+    """The store of an experiment, with what its runs have kept."""
+
+    def __init__(self, files: dict[tuple[str, str], bytes]) -> None:
+        self.files, self.asked = files, list[str]()
+
+    def read(self, run_id: str, name: str) -> bytes | None:
+        self.asked.append(run_id)
+        return self.files.get((run_id, name))
+
+
+def kept(**predictions: bytes) -> Kept:
+    return Kept({(run_id, "predictions.csv"): content for run_id, content in predictions.items()})
+
+
+def test_what_was_gained_and_lost_image_by_image_is_paired_by_seed() -> None:
+    comparison = compare(make_cells(measured()), teacher_run)
+    store = kept(
+        distill0=answers("1110000000"),
+        student0=answers("0011000000"),
+        distill1=answers("1111000000"),
+        student1=answers("0001100000"),
+        distill2=answers("1111111111"),
+        student2=answers("0000000000", first=1),  # of other images
+    )
+    comparison = image_by_image(comparison, store)
+    assert comparison.exchange is not None
+    assert comparison.exchange.gained == interval([0.2, 0.3])
+    assert comparison.exchange.lost == interval([0.1, 0.1])
+    assert formats.exchanged(comparison) == [
+        "of the test images the distilled student gets 25.0 % [0.0, 88.5] right that the student alone got wrong, "
+        "and 10.0 % the other way round (on 2 of 3 seeds)"
+    ]
+    (sentence,) = formats.exchanged(comparison)
+    (described,) = json.loads(formats.as_json([comparison]))
+    assert described["gained_images"] == pytest.approx(0.25)
+    assert described["lost_images_low"] is None
+    assert sentence in formats.as_table(comparison)
+    assert sentence in formats.as_html("", [comparison], [{}])
+    assert f"- {sentence}" in formats.as_markdown([comparison])
+    assert formats.best_metrics(comparison)["best/gained_images"] == pytest.approx(0.25)
+
+
+def test_only_the_files_of_the_decisive_rows_are_read() -> None:
+    store = kept()
+    comparison = image_by_image(compare(make_cells(grid()), teacher_run), store)
+    assert comparison.exchange is None and formats.exchanged(comparison) == []
+    assert sorted(store.asked) == ["distill0", "distill1", "distill2"]
+    store = kept()
+    image_by_image(compare(make_cells([record("distill", 0, 0.9)]), teacher_run), store)
+    assert store.asked == []  # no student alone
+
+
+@pytest.mark.parametrize("content", [b"", b"image,label\n1,2", b"image,label,answer\n1", b"\xff"])
+def test_predictions_that_cannot_be_read_are_left_out(content: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    comparison = compare(make_cells(measured()), teacher_run)
+    whole = {f"{arm}{seed}": answers("10") for arm in ("distill", "student") for seed in range(3)}
+    comparison = image_by_image(comparison, kept(**{**whole, "student1": content}))
+    assert comparison.exchange is not None and comparison.exchange.gained.number == 2
+    assert "run student1: predictions.csv: columns image, label, answer are expected" in caplog.text
 
 
 def test_the_tutorial_s_last_section(
     kdpipe: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ["dataset=digits", "train.threads=1", "train.epochs=1", "tracking.experiment=three"]
+    common += ["evaluation.timing_seconds=0.01", "evaluation.pictures=true"]
     kdpipe(*common, "experiment=teacher", "model=resnet20", "model.depth=8")
     for experiment in ("student", "distill"):
         kdpipe(*common, f"experiment={experiment}", "model@teacher=resnet20", "teacher.depth=8")
@@ -410,11 +674,32 @@ def test_the_tutorial_s_last_section(
     for row in ("teacher resnet20", "student alone", "student distilled"):
         assert row in text
     assert "verdict: cannot tell: one seed shows nothing" in text
+    beside, costs = (
+        line.split() for line in text.splitlines() if line.startswith(("  student alone", "  student dist"))
+    )
+    assert len(costs) >= 12  # test, ECE, loss, MB, MFLOPs, ms, images/s, 30.0 %, 3.21 ×
+    assert beside[5:] == costs[5:]
+    gained, lost = map(float, re.findall(r"(\d+\.\d) %(?: right| the other)", text))
+    assert gained - lost == pytest.approx(float(costs[2]) - float(beside[2]), abs=0.11)
+
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--format", "json"])
+    command.cli()
+    (described,) = json.loads(capsys.readouterr().out)
+    teacher, alone, distilled = described["rows"]
+    assert described["gained_images"] - described["lost_images"] == pytest.approx(described["gain"])
+    assert distilled["speedup/latency_1_thread"] > 0 and "speedup/latency" not in alone
+    assert distilled["teacher/ece"] == pytest.approx(teacher["test/ece"])
+    assert distilled["model/flops"] == alone["model/flops"]
+    assert distilled["timed_on"].startswith("cpu")
+    monkeypatch.setattr(sys, "argv", sys.argv[:-2])
 
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--format", "html", "--out", "there"])
     command.cli()
-    assert {file.name for file in Path("there").iterdir()} == {"comparison.html", "size.png"}
-    assert Path("there/comparison.html").read_text().count("data:image/png;base64,") == 1
+    drawn = {"pareto.png", "reliability.png", "confusion.png", "differing.png"}
+    assert {file.name for file in Path("there").iterdir()} == {"comparison.html", *drawn}
+    page = Path("there/comparison.html").read_text()
+    assert page.count("data:image/png;base64,") == page.count("<figcaption>") == 4
+    assert "seed 0)" in page and "of the test images the distilled student gets" in page
 
     kdpipe(*common, "experiment=student", "train.batch_size=50")
     monkeypatch.setattr(sys, "argv", ["kdpipe-compare", "--experiment", "three"])

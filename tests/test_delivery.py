@@ -15,7 +15,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from conftest import Started, free_port
+from conftest import KEPT, Started, free_port
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
@@ -92,7 +92,7 @@ def the_server_has_it_all(server: Server, epochs: int) -> None:
     assert server.run.data.metrics == {name: value for name, value in last.items() if name != "step"}
     client = MlflowClient(server.uri)
     artifacts = {file.path for file in client.list_artifacts(server.run.info.run_id)}
-    assert artifacts == {"config.yaml", "model.safetensors"}
+    assert artifacts == KEPT
     assert server.run.info.status == "FINISHED"
     assert not list(Path("outputs/runs").glob("*/tracking.json"))
 

@@ -105,7 +105,7 @@ def test_a_whole_run_mixes_and_asks_the_teacher_anew_in_each_epoch(kdpipe: Calla
     assert kdpipe(*small, "experiment=teacher", "model=resnet20").status == 0
     done = kdpipe(*small, "model@teacher=resnet20", "train.mixup=0.2", "train.cutmix=1")
     assert done.status == 0, done.errors
-    assert "logits of resnet20" not in done.errors + done.output
+    assert "logits of resnet20 for 1,078 images" not in done.errors + done.output
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import free_port
+from conftest import free_port, in_a_hurry
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
@@ -69,7 +69,7 @@ def teacher(kdpipe: Callable) -> Run:
 
 
 def command(*overrides: str) -> list[str]:
-    return [sys.executable, "-m", "kdpipe", *overrides]
+    return [sys.executable, "-m", "kdpipe", *in_a_hurry(overrides)]
 
 
 def test_a_sweep_has_one_parent_with_its_summary_and_a_child_for_each_run(kdpipe: Callable, teacher: Run) -> None:
@@ -94,7 +94,7 @@ def test_a_sweep_has_one_parent_with_its_summary_and_a_child_for_each_run(kdpipe
     assert "teacher.name" not in children[0].data.params
     assert children[2].data.tags["kdpipe.teacher_run"] == teacher.info.run_id
 
-    pictures = {"heatmap.png", "size.png"}  # of one epoch there is no curve
+    pictures = {"heatmap.png", "pareto.png"}  # of one epoch there is no curve
     assert artifacts(parent) == pictures | {"comparison.txt", "comparison.csv", "comparison.html"}
     assert parent.data.tags["kdpipe.verdict"] in outcome.output
     assert parent.data.tags["kdpipe.verdict"] in parent.data.tags["mlflow.note.content"]
@@ -104,8 +104,8 @@ def test_a_sweep_has_one_parent_with_its_summary_and_a_child_for_each_run(kdpipe
     assert outcome.output.count("logits of resnet20 for") == 0  # a run is one line
 
     logs = "".join(file.read_text() for file in Path("outputs/runs").glob("*/kdpipe.log"))
-    assert logs.count("s and kept") == 1
-    assert logs.count("images of digits: from the cache") == 3
+    assert logs.count("s and kept") == 2  # of the training and of the test images
+    assert logs.count("images of digits: from the cache") == 6
 
 
 def test_what_is_finished_is_not_run_again_and_the_parent_is_the_same(kdpipe: Callable, teacher: Run) -> None:
@@ -252,7 +252,7 @@ def test_each_budget_of_a_sweep_has_a_verdict_of_its_own(kdpipe: Callable, teach
     assert outcome.status == 0, outcome.errors
     (parent,) = runs()["sweep"]
     assert outcome.output.count("verdict: ") == 2
-    assert {"1_size.png", "2_size.png"} <= artifacts(parent)
+    assert {"1_pareto.png", "2_pareto.png"} <= artifacts(parent)
 
 
 def test_there_has_to_be_something_to_confirm(kdpipe: Callable) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import in_a_hurry
 
 from kdpipe.hardware import Hardware
 from kdpipe.models import Classifier
@@ -25,7 +26,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
 
 
 def torchrun(*overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*TORCHRUN, *overrides], capture_output=True, text=True, timeout=300)
+    return subprocess.run([*TORCHRUN, *in_a_hurry(overrides)], capture_output=True, text=True, timeout=300)
 
 
 def epochs(output_dir: str) -> list[dict[str, float]]:
@@ -54,7 +55,7 @@ def test_two_processes_that_were_killed_go_on_after_the_last_epoch(kdpipe: Calla
     student = [*RUN, "experiment=student", "model=torchvision", "model.name=squeezenet1_1", "model.weights=null"]
     student += ["model.image_size=32", "train.epochs=4", "optimizer.lr=3e-4"]
     assert torchrun(*student, "output_dir=whole").returncode == 0
-    process = subprocess.Popen([*TORCHRUN, *student, "output_dir=killed"], start_new_session=True)
+    process = subprocess.Popen([*TORCHRUN, *in_a_hurry(student), "output_dir=killed"], start_new_session=True)
     while len(list(Path("killed/runs").glob("*/checkpoints/*.pt"))) < 2:
         assert process.poll() is None
         time.sleep(0.05)

@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from conftest import free_port
+from conftest import KEPT, free_port
 from mlflow import MlflowClient
 
 from kdpipe.store import check_uri, store_uri
@@ -26,7 +26,7 @@ def test_a_run_goes_to_a_server_and_its_weights_come_back(kdpipe: Callable, serv
     client = MlflowClient(server)
     (run,) = client.search_runs([client.get_experiment_by_name("served").experiment_id])
     assert run.info.status == "FINISHED"
-    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"config.yaml", "model.safetensors"}
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == KEPT
     assert f"{server}/#/experiments/" in teacher.output
 
     distilled = kdpipe("dataset=digits", "train.epochs=0", "model@teacher=student_cnn", f"tracking.uri={server}")

@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> str:
     from kdpipe.compare import formats
     from kdpipe.compare.comparison import with_published
     from kdpipe.compare.published import NONE_PUBLISHED
-    from kdpipe.compare.store import compare_experiment, compare_sweep, pictures_of, run_finder
+    from kdpipe.compare.store import compare_experiment, compare_sweep, image_by_image, pictures_of, run_finder
     from kdpipe.tracking import Tracker
 
     tracker = Tracker(uri, arguments.experiment, arguments.output_dir / "mlartifacts", create=False)
@@ -67,6 +67,8 @@ def run(arguments: argparse.Namespace) -> str:
         found = any(row.published for comparison in comparisons for row in comparison.rows)
         if arguments.format == "csv" and not found:  # the other formats have notes
             print(NONE_PUBLISHED, file=sys.stderr)
+    if arguments.format in ("table", "json", "html"):
+        comparisons = [image_by_image(comparison, tracker) for comparison in comparisons]
     title = f"sweep {arguments.sweep}" if arguments.sweep else arguments.experiment
     drawn = []
     if arguments.out or arguments.format == "html":

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 
+from kdpipe.compare.answers import Exchange
 from kdpipe.compare.cells import Cell, Controls
 from kdpipe.compare.published import Published, notes_on, published_for, teacher_note
 from kdpipe.compare.statistics import CANNOT_TELL, Interval, interval, verdict
@@ -50,6 +51,8 @@ class Comparison:
         teacher_accuracy: of the best cell's teacher on the test images, a fraction, where it is known; the mean over
             its teachers where each seed has its own.
         published: whether published accuracies were looked for.
+        exchange: what the decisive student gained and lost over the student alone image by image, where that was asked
+            for and the runs have kept their answers.
     """
 
     rows: list[Row]
@@ -59,6 +62,12 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
     teacher_accuracy: float | None = None
     published: bool = False
+    exchange: Exchange | None = None
+
+    @property
+    def decisive(self) -> Row | None:
+        """The distilled student that the verdict rests on: the best one, on new seeds where it was trained on such."""
+        return self.confirmed or self.best
 
 
 def compare(
@@ -182,18 +191,34 @@ def notes(best: Row, confirmed: Row | None, distilled: Sequence[Row], get_run: G
     said.append(f"the interval covers {covered} the sample of test images")
     if doubt := seen_by_teacher(best.cell, get_run):
         said.append(doubt)
+    seed, run = max(decisive.cell.runs.items(), key=lambda item: _chosen_by(item[1]))
+    measured = "validation" if VALIDATION in run.metrics else "test"
+    said.append(f"the student's run with the best {measured} accuracy is {run.id} (seed {seed})")
     return said
 
 
+def _chosen_by(run: RunRecord) -> float:
+    return run.metrics.get(VALIDATION, run.metrics[TEST])
+
+
 def accuracy_of_teacher(cell: Cell, get_run: GetRun) -> float | None:
-    """On the test images, a fraction, the mean where each seed has its own; that of an ensemble, and that after an
-    earlier epoch, was not measured."""
-    params = cell.first.params
-    if "teacher.members" in params or "/epoch_" in params.get("teacher.weights", ""):
+    """On the test images, a fraction, the mean where each seed has its own. The students' runs have measured it; where
+    they are of an earlier version, that of an ensemble, and that after an earlier epoch, is not known."""
+    if not cell.teacher_run:  # two students have none
+        return None
+    if measured := cell.values("teacher/accuracy"):
+        return fmean(measured.values())
+    if not taught_by_last_weights(cell):
         return None
     teachers = [get_run(source) for source in cell.teacher_runs]
     accuracies = [teacher.metrics[TEST] for teacher in teachers if teacher and TEST in teacher.metrics]
     return fmean(accuracies) if accuracies else None
+
+
+def taught_by_last_weights(cell: Cell) -> bool:
+    """Whether the teacher is what one run came to, and not an ensemble or what a run was after an earlier epoch."""
+    params = cell.first.params
+    return "teacher.members" not in params and "/epoch_" not in params.get("teacher.weights", "")
 
 
 def seen_by_teacher(cell: Cell, get_run: GetRun) -> str:

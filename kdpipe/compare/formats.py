@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment
 from rich.box import SIMPLE_HEAD
@@ -16,6 +16,7 @@ from rich.table import Table
 from kdpipe.compare.cells import differences
 from kdpipe.compare.comparison import Comparison, Row
 from kdpipe.compare.statistics import Interval
+from kdpipe.compare.worth import averages, threads_of, timed_on, worth_of
 from kdpipe.report import render
 
 # Where any row has a published accuracy.
@@ -36,6 +37,13 @@ COLUMNS = (
 )
 RIGHT = ("seeds", "epochs", "val %", "test %", "gain", *PUBLISHED, "MB", "seconds")
 WHERE = "where rows differ"
+
+
+class Picture(NamedTuple):
+    """A PNG, and what it shows."""
+
+    content: bytes
+    caption: str
 
 
 def with_interval(value: Interval | None, sign: str = "") -> str:
@@ -101,38 +109,57 @@ def as_table(comparison: Comparison) -> str:
         table.add_row(*(line[title] for title in titles))
     lines = [render(table)]
     if comparison.best:
-        lines += ["", student_and_teacher(comparison)]
+        lines += ["", student_and_teacher(comparison), *exchanged(comparison), ""]
     lines += [f"verdict: {comparison.verdict}", *(f"  · {note}" for note in comparison.notes)]
     return "\n".join(lines)
 
 
 def student_and_teacher(comparison: Comparison) -> str:
-    """The best student beside the same student alone and its teacher: accuracy against size."""
-    best = comparison.best
-    assert best
-    decisive = comparison.confirmed or best
+    """The decisive student beside the same student alone and its teacher: what it can do, and what it costs."""
+    worth = worth_of(comparison)
+    assert worth
     table = Table(box=SIMPLE_HEAD)
-    table.add_column(f"{best.cell.title}, {len(decisive.cell.runs)} seeds".replace(" 1 seeds", " 1 seed"))
-    for title in ("test %", "MB", "smaller than teacher"):
-        table.add_column(title, justify="right")
-    teacher_mb = best.cell.first.metrics.get("teacher/size_mb", math.nan)
-    name = f"teacher {best.cell.first.params.get('teacher.name', '')}"
-    accuracy = f"{100 * comparison.teacher_accuracy:.2f}" if comparison.teacher_accuracy is not None else "–"
-    if best.cell.teacher_run:
-        table.add_row(name, accuracy, f"{teacher_mb:.3f}", "")
-    alone = decisive.control.only(decisive.cell.runs) if decisive.control else None
-    for title, cell in (("student alone", alone), ("student distilled", decisive.cell)):
-        if cell and cell.runs:
-            test = fmean(cell.values("test/accuracy").values())
-            megabytes = cell.first.metrics.get("model/size_mb", math.nan)
-            smaller = f"{100 * (1 - megabytes / teacher_mb):.1f} %" if megabytes <= teacher_mb else "it is larger"
-            smaller = smaller if best.cell.teacher_run else ""  # two students have none
-            table.add_row(title, f"{100 * test:.2f}", f"{megabytes:.3f}", smaller)
-    return render(table)
+    for number, title in enumerate(worth.titles):
+        table.add_column(title, justify="right" if number else "left")
+    for texts in worth.rows:
+        table.add_row(*texts)
+    return "\n".join([title_of(comparison), render(table), *(f"  {note}" for note in worth.notes)])
+
+
+def title_of(comparison: Comparison) -> str:
+    """The decisive student, and how many seeds it was trained on."""
+    decisive = comparison.decisive
+    if decisive is None:
+        return ""
+    number = len(decisive.cell.runs)
+    return f"{decisive.cell.title}, {number} seed{'s' if number > 1 else ''}"
+
+
+def exchanged(comparison: Comparison) -> list[str]:
+    """What was gained and lost image by image, as a sentence, where that is known."""
+    exchange, decisive = comparison.exchange, comparison.decisive
+    if exchange is None or decisive is None:
+        return []
+    seeds = len(decisive.cell.runs)
+    some = f" (on {exchange.gained.number} of {seeds} seeds)" if exchange.gained.number < seeds else ""
+    gained, lost = (share(value) for value in (exchange.gained, exchange.lost))
+    return [
+        f"of the test images the distilled student gets {gained} right that the student alone got wrong, "
+        f"and {lost} the other way round{some}"
+    ]
+
+
+def share(value: Interval) -> str:
+    """8.1 % [7.2, 9.0], the brackets only where there is an interval."""
+    text = f"{100 * value.mean:.1f} %"
+    if value.low is None or value.high is None:
+        return text
+    return f"{text} [{100 * max(value.low, 0):.1f}, {100 * min(value.high, 1):.1f}]"
 
 
 def as_records(comparison: Comparison) -> list[dict[str, Any]]:
-    """The rows as plain values; accuracies and gains are fractions."""
+    """The rows as plain values; accuracies and gains are fractions. Metrics have the names and units that they have in
+    MLflow: means over seeds, times medians."""
     records = []
     rows = rows_of(comparison)
     for (row, remark), where in zip(rows, differences([row.cell for row, _ in rows]), strict=True):
@@ -158,6 +185,9 @@ def as_records(comparison: Comparison) -> list[dict[str, Any]]:
             ("test_gain", row.gain),
         ):
             record |= _bounds(name, value)
+        record |= averages(row.cell)
+        if where := timed_on(row.cell.runs.values()):
+            record["timed_on"] = where
         records.append(record | (_published(row) if comparison.published else {}))
     return records
 
@@ -184,7 +214,9 @@ def as_json(comparisons: Sequence[Comparison]) -> str:
                 "sentence": comparison.verdict,
                 "notes": comparison.notes,
                 "confirmed_on": list(comparison.confirmed.cell.runs) if comparison.confirmed else [],
-                **_bounds("gain", decisive.gain if (decisive := comparison.confirmed or comparison.best) else None),
+                **_bounds("gain", decisive.gain if (decisive := comparison.decisive) else None),
+                **_bounds("gained_images", exchange.gained if (exchange := comparison.exchange) else None),
+                **_bounds("lost_images", exchange.lost if exchange else None),
                 "rows": as_records(comparison),
             }
             for comparison in comparisons
@@ -208,7 +240,9 @@ table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabul
 th, td { padding: .3rem .5rem; text-align: left; border-bottom: 1px solid #ddd; white-space: nowrap }
 th.right, td.right { text-align: right }
 tr.best { background: #e6f1f8; font-weight: 600 }
-img { max-width: 100%; height: auto; display: block; margin: 1.5rem 0 }
+figure { margin: 1.5rem 0 }
+img { max-width: 100%; height: auto; display: block }
+figcaption, .note { color: #555; font-size: .85rem }
 </style>
 </head>
 <body>
@@ -216,8 +250,25 @@ img { max-width: 100%; height: auto; display: block; margin: 1.5rem 0 }
 {% for part in parts %}
 <p class="verdict">{{ part.verdict }}</p>
 <ul>{% for note in part.notes %}<li>{{ note }}</li>{% endfor %}</ul>
-{% for name, picture in part.pictures.items() %}
+{% if part.worth %}
+<h2>{{ part.title }}</h2>
+<div class="wide"><table>
+<tr>{% for title in part.worth.titles -%}
+<th{% if loop.index0 %} class="right"{% endif %}>{{ title }}</th>{% endfor %}</tr>
+{% for texts in part.worth.rows %}
+<tr>{% for text in texts %}<td{% if loop.index0 %} class="right"{% endif %}>{{ text }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
+{% for note in part.worth.notes %}<p class="note">{{ note }}</p>
+{% endfor %}
+{% endif %}
+{% for sentence in part.exchanged %}<p>{{ sentence }}</p>
+{% endfor %}
+{% for name, caption, picture in part.pictures %}
+<figure>
 <img alt="{{ name }}" src="data:image/png;base64,{{ picture }}">
+<figcaption>{{ caption }}</figcaption>
+</figure>
 {% endfor %}
 <div class="wide"><table>
 <tr>{% for column in columns %}<th{% if column in right %} class="right"{% endif %}>{{ column }}</th>{% endfor %}</tr>
@@ -233,14 +284,19 @@ img { max-width: 100%; height: auto; display: block; margin: 1.5rem 0 }
 """
 
 
-def as_html(title: str, comparisons: Sequence[Comparison], pictures: Sequence[Mapping[str, bytes]]) -> str:
-    """One page with everything inside; `pictures` are PNGs by name, for each comparison."""
+def as_html(title: str, comparisons: Sequence[Comparison], pictures: Sequence[Mapping[str, Picture]]) -> str:
+    """One page with everything inside; `pictures` are by file name, for each comparison."""
     titles = columns_of(comparisons)
     parts = [
         {
             "verdict": comparison.verdict,
             "notes": comparison.notes,
-            "pictures": {name: base64.b64encode(content).decode() for name, content in found.items()},
+            "title": title_of(comparison),
+            "worth": worth_of(comparison),
+            "exchanged": exchanged(comparison),
+            "pictures": [
+                (name, picture.caption, base64.b64encode(picture.content).decode()) for name, picture in found.items()
+            ],
             "rows": [
                 (bool(remark), [texts[title] for title in titles])
                 for (_, remark), texts in zip(rows_of(comparison), texts_of(comparison), strict=True)
@@ -258,7 +314,11 @@ def as_markdown(comparisons: Sequence[Comparison]) -> str:
     titles = [title for title in columns_of(comparisons) if title not in left_out]
     lines = []
     for comparison in comparisons:
-        lines += [f"**{comparison.verdict}**", "", *(f"- {note}" for note in comparison.notes), ""]
+        said = [*exchanged(comparison), *comparison.notes]
+        lines += [f"**{comparison.verdict}**", "", *(f"- {sentence}" for sentence in said), ""]
+        if worth := worth_of(comparison):
+            lines += [_markdown_row(texts) for texts in (worth.titles, ["---"] * len(worth.titles), *worth.rows)]
+            lines += ["", *(f"- {note}" for note in worth.notes), ""]
         lines += [_markdown_row(titles), _markdown_row(["---"] * len(titles))]
         for texts in texts_of(comparison):
             lines.append(_markdown_row([texts[title] for title in titles]))
@@ -268,12 +328,12 @@ def as_markdown(comparisons: Sequence[Comparison]) -> str:
     return "\n".join(lines)
 
 
-def numbered(pictures: Sequence[Mapping[str, bytes]]) -> dict[str, bytes]:
+def numbered(pictures: Sequence[Mapping[str, Picture]]) -> dict[str, bytes]:
     """The pictures of all comparisons by file name: heatmap.png, or 1_heatmap.png where there are several."""
     return {
-        f"{number}_{name}" if len(pictures) > 1 else name: content
+        f"{number}_{name}" if len(pictures) > 1 else name: picture.content
         for number, drawn in enumerate(pictures, start=1)
-        for name, content in drawn.items()
+        for name, picture in drawn.items()
     }
 
 
@@ -287,15 +347,24 @@ def best_metrics(comparison: Comparison) -> dict[str, float]:
     if best is None:
         return {}
     decisive = comparison.confirmed or best
+    metrics, exchange = averages(decisive.cell), comparison.exchange
     values: dict[str, float | None] = {
         "best/val_accuracy": best.validation.mean if best.validation else None,
         "best/test_accuracy": decisive.test.mean if decisive.test else None,
+        "best/gained_images": exchange.gained.mean if exchange else None,
+        "best/lost_images": exchange.lost.mean if exchange else None,
     }
+    for name in ("test/loss", "test/ece", "teacher/agreement", "model/size_mb", "model/flops"):
+        values[f"best/{name.partition('/')[2]}"] = metrics.get(name)
+    threads = threads_of([decisive.cell], timed_on(decisive.cell.runs.values()))
+    values["best/latency_ms"] = metrics.get(f"model/latency_ms{threads}")
+    if decisive.cell.teacher_run:  # two students have none
+        values["best/speedup"] = metrics.get(f"speedup/latency{threads}")
     for name, part in (("best/gain", "mean"), ("best/gain_low", "low"), ("best/gain_high", "high")):
         values[name] = getattr(decisive.gain, part, None)
     for axis in ("alpha", "temperature"):
-        if (value := best.cell.first.params.get(f"loss.{axis}")) is not None:
-            values[f"best/{axis}"] = float(value)
+        if (setting := best.cell.first.params.get(f"loss.{axis}")) is not None:
+            values[f"best/{axis}"] = float(setting)
     return {name: value for name, value in values.items() if value is not None}
 
 

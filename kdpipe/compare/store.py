@@ -1,13 +1,26 @@
 """From an MLflow store to comparisons and their pictures."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 
+from kdpipe.compare.answers import Answers, exchange, read_answers
 from kdpipe.compare.cells import Cell, Controls, make_cells, teacher_runs
 from kdpipe.compare.comparison import Comparison, GetRun, check_comparable, compare, families, row_of
+from kdpipe.compare.formats import Picture
 from kdpipe.compare.statistics import CANNOT_TELL
-from kdpipe.tracking import RunRecord, Tracker
+from kdpipe.tracking import RunRecord, RunStore, Tracker
+
+PREDICTIONS = "predictions.csv"  # what a run answered on each test image
+# Pictures that a run of the decisive student drew, and what they show.
+OF_A_RUN = {
+    "reliability.png": "How sure the distilled student is, and how often it is right",
+    "confusion.png": "Which classes the distilled student takes for which",
+    "differing.png": "The test images on which the distilled student and its teacher differ most",
+}
+
+log = logging.getLogger("kdpipe")
 
 
 def compare_experiment(tracker: Tracker, where: Mapping[str, str], mixed: bool) -> list[Comparison]:
@@ -116,11 +129,12 @@ def _same(one: str | None, other: str) -> bool:
         return one == other
 
 
-def pictures_of(comparison: Comparison, tracker: Tracker) -> dict[str, bytes]:
-    """The pictures that there is something to draw for: PNGs by file name."""
+def pictures_of(comparison: Comparison, tracker: Tracker) -> dict[str, Picture]:
+    """The pictures that there is something to draw for, and those that a run of the decisive student drew, by file
+    name."""
     from kdpipe.compare import pictures  # a second of imports, for those who want pictures
 
-    decisive = comparison.confirmed or comparison.best
+    decisive = comparison.decisive
     curves = None
     if decisive:
         shown = {"student distilled": decisive.cell}
@@ -132,8 +146,51 @@ def pictures_of(comparison: Comparison, tracker: Tracker) -> dict[str, bytes]:
                 for name, cell in shown.items()
             }
         )
-    drawn = {"heatmap": pictures.heatmap(comparison), "curves": curves, "size": pictures.sizes(comparison)}
-    return {f"{name}.png": pictures.to_png(figure) for name, figure in drawn.items() if figure}
+    drawn = {
+        "pareto": (pictures.pareto(comparison), pictures.pareto_caption(comparison)),
+        "heatmap": (pictures.heatmap(comparison), "Gain over the student alone at each alpha and temperature"),
+        "curves": (curves, "Validation accuracy in the course of the training"),
+    }
+    found = {
+        f"{name}.png": Picture(pictures.to_png(figure), caption) for name, (figure, caption) in drawn.items() if figure
+    }
+    return found | (_pictures_of_a_run(decisive.cell, tracker) if decisive else {})
+
+
+def _pictures_of_a_run(cell: Cell, tracker: RunStore) -> dict[str, Picture]:
+    """What the run with the smallest seed drew of itself."""
+    seed = min(cell.runs)
+    run = cell.runs[seed]
+    contents = {name: tracker.read(run.id, name) for name in OF_A_RUN}
+    return {
+        name: Picture(content, f"{OF_A_RUN[name]} (run {run.name or run.id}, seed {seed})")
+        for name, content in contents.items()
+        if content
+    }
+
+
+def image_by_image(comparison: Comparison, tracker: RunStore) -> Comparison:
+    """The comparison, with what the decisive student gained and lost over the student alone on single images. Only
+    the files of its runs are read."""
+    decisive = comparison.decisive
+    if decisive is None or decisive.control is None:
+        return comparison
+    pairs = []
+    for seed in sorted(decisive.cell.runs.keys() & decisive.control.runs.keys()):
+        distilled = _answers(decisive.cell.runs[seed], tracker)
+        alone = _answers(decisive.control.runs[seed], tracker) if distilled else None
+        if distilled and alone:
+            pairs.append((distilled, alone))
+    return replace(comparison, exchange=exchange(pairs))
+
+
+def _answers(run: RunRecord, tracker: RunStore) -> Answers | None:
+    content = tracker.read(run.id, PREDICTIONS)
+    try:
+        return None if content is None else read_answers(content)
+    except ValueError as error:
+        log.warning("run %s: %s", run.id, error)
+        return None
 
 
 def run_finder(tracker: Tracker) -> GetRun:

@@ -15,6 +15,8 @@ from kdpipe.journal import FINISHED, now
 from kdpipe.store import epoch_file
 from kdpipe.tracking.sqlite import store_lock
 
+log = logging.getLogger("kdpipe")
+
 UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # what MLflow says of a run that it does not have
 
 
@@ -112,6 +114,20 @@ class RunStore:
             raise ValueError(
                 f"{key}=runs:/{run_id}: {problem}; the id of a finished run is accepted, runs:/<run id>"
             ) from error
+
+    def read(self, run_id: str, name: str) -> bytes | None:
+        """What is in a file that a run has kept; None where it has no such file, or the file cannot be read now."""
+        try:
+            if name not in self.artifacts(run_id):
+                return None
+            with TemporaryDirectory() as folder:  # of a server's file a copy is made
+                file = mlflow.artifacts.download_artifacts(
+                    run_id=run_id, artifact_path=name, tracking_uri=self.uri, dst_path=folder
+                )
+                return Path(file).read_bytes()
+        except (MlflowException, OSError) as error:
+            log.warning("run %s: %s cannot be read (%s)", run_id, name, str(error).split("\n")[0])
+            return None
 
     def restore(self, run_id: str, folder: Path) -> None:
         """Put a run's files into its folder, where a later run of the same identity may have been: all but the weights
