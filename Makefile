@@ -31,8 +31,8 @@ unexport MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE
 DEMO := dataset=digits tracking.experiment=demo train.epochs=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults teacher student distill sweep compare reproduce sync ui server bench bench-methods \
-	cache-info cache-clean lint format clean
+.PHONY: help setup demo test test-faults teacher student distill sweep compare cost export predict reproduce sync ui server \
+	bench bench-methods cache-info cache-clean lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,15 @@ sweep: setup  ## alpha × temperature × seed, the best of them, and whether it 
 
 compare: setup  ## the finished runs side by side (ARGS="--experiment demo")
 	$(COMPARE) $(ARGS)
+
+cost: setup  ## what a finished run's network costs beside its teacher (ARGS="RUN --seconds 30")
+	$(BIN)/python -m kdpipe.cost $(ARGS)
+
+export: setup  ## a finished run as ONNX and int8 files, checked (ARGS="RUN --out student")
+	$(BIN)/python -m kdpipe.export $(ARGS)
+
+predict: setup  ## what a network sees in photos (ARGS="student photo.jpg other.png")
+	$(BIN)/python -m kdpipe.predict $(ARGS)
 
 reproduce: setup  ## the tutorial's three experiments: CIFAR-10, DenseNet-121 (hours without a GPU)
 	$(RUN) experiment=tutorial_teacher tracking.experiment=tutorial $(ARGS)

@@ -224,6 +224,14 @@ def test_the_best_cell_is_chosen_on_validation_images_and_reported_on_test_image
     assert "flatters" in comparison.notes[1]
 
 
+def test_the_run_that_one_would_use_is_named_and_chosen_on_validation_images() -> None:
+    runs = [record("student", seed, 0.8, 0.8) for seed in (0, 1)]
+    runs += [record("distill", 0, 0.9, 0.80), record("distill", 1, 0.7, 0.85)]
+    comparison = compare(make_cells(runs), teacher_run)
+    assert comparison.notes[-1] == "the student's run with the best validation accuracy is distill1 (seed 1)"
+    assert json.loads(formats.as_json([comparison]))[0]["run"] == "distill1"
+
+
 def test_without_a_validation_split_it_says_that_the_choice_was_made_on_test_images() -> None:
     comparison = compare(make_cells(grid(validation=False)), teacher_run)
     assert comparison.best is not None

@@ -191,14 +191,15 @@ def notes(best: Row, confirmed: Row | None, distilled: Sequence[Row], get_run: G
     said.append(f"the interval covers {covered} the sample of test images")
     if doubt := seen_by_teacher(best.cell, get_run):
         said.append(doubt)
-    seed, run = max(decisive.cell.runs.items(), key=lambda item: _chosen_by(item[1]))
+    seed, run = best_run(decisive.cell)
     measured = "validation" if VALIDATION in run.metrics else "test"
     said.append(f"the student's run with the best {measured} accuracy is {run.id} (seed {seed})")
     return said
 
 
-def _chosen_by(run: RunRecord) -> float:
-    return run.metrics.get(VALIDATION, run.metrics[TEST])
+def best_run(cell: Cell) -> tuple[int, RunRecord]:
+    """The run that one would use, of the best accuracy on validation images (or on test images), and its seed."""
+    return max(cell.runs.items(), key=lambda item: item[1].metrics.get(VALIDATION, item[1].metrics[TEST]))
 
 
 def accuracy_of_teacher(cell: Cell, get_run: GetRun) -> float | None:

@@ -14,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from kdpipe.compare.cells import differences
-from kdpipe.compare.comparison import Comparison, Row
+from kdpipe.compare.comparison import Comparison, Row, best_run
 from kdpipe.compare.statistics import Interval
 from kdpipe.compare.worth import averages, threads_of, timed_on, worth_of
 from kdpipe.report import render
@@ -213,6 +213,7 @@ def as_json(comparisons: Sequence[Comparison]) -> str:
                 "verdict": comparison.verdict.split(":")[0],
                 "sentence": comparison.verdict,
                 "notes": comparison.notes,
+                "run": best_run(comparison.decisive.cell)[1].id if comparison.decisive else None,
                 "confirmed_on": list(comparison.confirmed.cell.runs) if comparison.confirmed else [],
                 **_bounds("gain", decisive.gain if (decisive := comparison.decisive) else None),
                 **_bounds("gained_images", exchange.gained if (exchange := comparison.exchange) else None),
