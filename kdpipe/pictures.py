@@ -71,6 +71,8 @@ def reliability(networks: Mapping[str, Reliability]) -> Figure:
             axis.set_xlim(0, 1)
     panels[0, 0].set_ylabel("accuracy")
     panels[1, 0].set_ylabel("% of images")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     return figure
 
 
@@ -89,9 +91,8 @@ def _calibration(axis: Axes, middles: NDArray[np.float64], found: Reliability) -
         hatch="////",
         label="gap to the confidence",
     )
-    axis.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
+    axis.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="accuracy = confidence")
     axis.set_ylim(0, 1)
-    axis.legend(loc="upper left", frameon=False, fontsize=9)
 
 
 def differing(images: Tensor, told: Sequence[Sequence[str]]) -> Figure:
