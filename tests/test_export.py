@@ -320,8 +320,9 @@ def test_a_run_that_is_none_and_images_that_are_others_are_refused(
 def test_a_run_that_is_not_finished_and_one_without_weights_are_refused(taught: Taught, command: Callable) -> None:
     client = MlflowClient(taught.uri)
     config = client.download_artifacts(taught.student, "config.yaml")
+    experiment = client.get_run(taught.student).info.experiment_id
     for status, error in (("FAILED", "this run is FAILED"), ("FINISHED", "this run has no model.safetensors")):
-        run_id = client.create_run("0").info.run_id
+        run_id = client.create_run(experiment).info.run_id
         client.log_artifact(run_id, config)
         client.set_terminated(run_id, status)
         refused = command("export", run_id, "--out", "x")
