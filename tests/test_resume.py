@@ -270,6 +270,7 @@ def test_a_sweep_that_is_killed_at_random_moments_ends_as_if_nothing_had_been(
     assert found[0] == found[1]
 
 
+@pytest.mark.faults
 def test_ctrl_c_ends_the_workers_of_a_sweep_with_a_checkpoint(start: Callable[..., Started]) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     assert start(*TEACHER).end() == 0

@@ -424,6 +424,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
             daemon.wait()
 
 
+@pytest.mark.faults
 def test_slurm_and_a_server_give_the_same_numbers_as_one_process(kdpipe: Callable, slurm: None, server: str) -> None:
     store = f"tracking.uri={server}"
     kdpipe(*TEACHER, store)
