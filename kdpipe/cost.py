@@ -5,30 +5,34 @@
 
 import argparse
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdpipe.checks import check_number
 from kdpipe.command import add_store_arguments, existing_store, run_command
-from kdpipe.hardware import Hardware
+from kdpipe.hardware import Hardware, prepare
 from kdpipe.models import Classifier, Ensemble, size_mb
 from kdpipe.report import cost_table
+from kdpipe.store import IMAGE_SHAPE
 from kdpipe.timing import median_ratio, percentile_95, threads, time_in_turn
 
 BATCH = 64  # images, for the throughput
 # Rounds that are made whatever they take: a percentile wants more of them than a median.
-LEAST = {1: 10, BATCH: 3}
+LEAST = {1: 10, BATCH: 5}
 MB = 2**20
 
-Networks = Mapping[str, Classifier | Ensemble]  # "model", and "teacher" where there is one
+# "model", and where there is one "teacher", or "peer": a second student.
+Networks = Mapping[str, Classifier | Ensemble]
 
 
 def cost(networks: Networks, images: Tensor, hardware: Hardware, seconds: float) -> dict[str, float]:
@@ -45,7 +49,7 @@ def cost(networks: Networks, images: Tensor, hardware: Hardware, seconds: float)
     """
     modes = {name: network.training for name, network in networks.items()}
     found: dict[str, float] = {}
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), hardware.autocast():
+    with computing(hardware):
         for name, network in networks.items():
             network.eval()
             one = images[:1].to(hardware.device)
@@ -61,6 +65,15 @@ def cost(networks: Networks, images: Tensor, hardware: Hardware, seconds: float)
     for name, was_training in modes.items():
         networks[name].train(was_training)
     return found
+
+
+@contextmanager
+def computing(hardware: Hardware) -> Iterator[None]:
+    """Without gradients, in the run's precision, and each network for itself."""
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), hardware.autocast():
+        # Else weights that can learn would be cast once, and those of a frozen teacher in each call.
+        torch.set_autocast_cache_enabled(False)
+        yield
 
 
 def time_networks(networks: Networks, images: Tensor, hardware: Hardware, seconds: float) -> dict[str, float]:
@@ -109,15 +122,20 @@ def _timed(network: nn.Module, images: Tensor) -> None:
 @torch.no_grad()
 def flops(network: nn.Module, images: Tensor) -> int:
     """Floating-point operations of convolutions and matrix products, as PyTorch's own counter has them."""
-    with FlopCounterMode(display=False) as counter:
-        network(images)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # in one piece, the counter does not see what attention is made of
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            network(images)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return int(counter.get_total_flops())
 
 
 @torch.no_grad()
 def peak_bytes(network: nn.Module, images: Tensor) -> int:
     """The most bytes that tensors, beside the weights and `images`, take at once while these pass."""
-    with _LiveTensors(network) as living:
+    with _LiveTensors([*network.state_dict().values(), images]) as living:
         network(images)
     return living.peak
 
@@ -125,11 +143,11 @@ def peak_bytes(network: nn.Module, images: Tensor) -> int:
 class _LiveTensors(TorchDispatchMode):
     """Adds up what operations give, until it is given back."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, there: Iterable[Tensor]) -> None:
         super().__init__()
         self.peak = self._bytes = 0
-        # Views of the weights take nothing.
-        self._known = {tensor.untyped_storage()._cdata for tensor in network.state_dict().values()}
+        # Views of what is there already take nothing.
+        self._known = {tensor.untyped_storage()._cdata for tensor in there}
 
     def __torch_dispatch__(self, operation: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = operation(*args, **(kwargs or {}))
@@ -178,6 +196,7 @@ def run(arguments: argparse.Namespace) -> str:
         check_number("--threads", arguments.threads, low=1, integer=True)
     uri = existing_store(arguments)
     device = torch.device(check_device(arguments.device))
+    prepare(device)
 
     # Seconds of imports, after what can fail sooner.
     from kdpipe.finished import open_run, open_teacher
@@ -197,7 +216,11 @@ def run(arguments: argparse.Namespace) -> str:
     store.log_metrics(finished.record.id, found, step)
     store.set_tag(finished.record.id, "kdpipe.timed_on", where)
     names = {"model": finished.name, "teacher": teacher[1] if teacher else ""}
-    return "\n".join([cost_table(found, names), f"measured on {where}; logged to run {finished.record.id}"])
+    lines = [cost_table(found, names)]
+    if IMAGE_SHAPE not in finished.record.tags:
+        shape = "×".join(map(str, finished.image_shape))
+        lines.append(f"the run does not tell the shape of its images: {shape} is what its network looks at")
+    return "\n".join([*lines, f"measured on {where}; logged to run {finished.record.id}"])
 
 
 def check_device(name: str) -> str:

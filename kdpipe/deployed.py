@@ -26,6 +26,7 @@ ABOUT = "about.json"  # within a .pt2 file
 BATCH = 64  # images that are answered together
 # More side in pixels or classes than any network here has: a file that claims them is damaged.
 LARGEST_SIDE = 8192
+LEAST_TEMPERATURE = 0.01
 
 Answer = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
@@ -78,7 +79,7 @@ def about(run: FinishedRun, version: str) -> dict[str, str]:
 
 def temperature_of(run: FinishedRun) -> float:
     """The one at which the run's probabilities fit its validation images best; 1 where it has looked for none."""
-    temperature = run.record.metrics.get("model/temperature", 1.0)
+    temperature = run.metrics.get("model/temperature", 1.0)
     return temperature if 0 < temperature < float("inf") else 1.0
 
 
@@ -97,7 +98,7 @@ def described(source: str, answer: Answer, said: Mapping[str, str]) -> Deployed:
             and all(isinstance(name, str) for name in class_names)
             and channels in (1, 3)
             and 0 < min(height, width) <= max(height, width) <= LARGEST_SIDE
-            and 0 < temperature < float("inf")
+            and LEAST_TEMPERATURE <= temperature <= 1 / LEAST_TEMPERATURE
         )
     except (KeyError, ValueError, RecursionError):
         whole = False
@@ -106,7 +107,28 @@ def described(source: str, answer: Answer, said: Mapping[str, str]) -> Deployed:
             f"{source}: this file does not say its classes and the shape of its images; one that "
             "python -m kdpipe.export wrote is accepted"
         )
-    return Deployed(source, answer, tuple(class_names), (channels, height, width), temperature)
+    names = tuple("".join(letter if letter.isprintable() else "�" for letter in name) for name in class_names)
+    return Deployed(source, answer, names, (channels, height, width), temperature)
+
+
+def tried(deployed: Deployed) -> Deployed:
+    """The same, once two black images were answered with as many logits as it has classes.
+
+    Raises:
+        ValueError: they were not: the file is not what it says.
+    """
+    asked = np.zeros((2, *deployed.image_shape), np.uint8)
+    try:
+        given = list(deployed.answer(asked).shape)
+    except Exception as error:  # onnxruntime and PyTorch have many
+        raise ValueError(
+            f"{deployed.name}: it does not take the images that it says it takes, uint8 {list(asked.shape)} "
+            f"({' '.join(str(error).split())[:200]})"
+        ) from error
+    if given != [2, len(deployed.class_names)]:
+        names = f"it names {len(deployed.class_names)} classes"
+        raise ValueError(f"{deployed.name}: {names} and gives logits {given}; a damaged or tampered file")
+    return deployed
 
 
 def open_deployed(address: str, store: Callable[[], RunStore], trust: bool = False) -> Deployed:
@@ -190,7 +212,7 @@ def open_onnx(path: Path, threads: int | None = None) -> Deployed:
         logits: NDArray[np.float32] = session.run(None, {names[0]: images})[0]
         return logits
 
-    return described(str(path), answer, session.get_modelmeta().custom_metadata_map)
+    return tried(described(str(path), answer, session.get_modelmeta().custom_metadata_map))
 
 
 def session_options(threads: int | None) -> Any:
@@ -251,7 +273,7 @@ def open_program(path: Path, trust: bool) -> Deployed:
         description = json.loads(text or "{}")
     except Exception as error:  # whatever the file makes it stumble over
         raise ValueError(f"{path}: not readable ({' '.join(str(error).split())[:300]})") from error
-    return described(str(path), answers_of(program.module()), description)
+    return tried(described(str(path), answers_of(program.module()), description))
 
 
 def open_weights(path: Path) -> Deployed:

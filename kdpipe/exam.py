@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from kdpipe.quality import (
     scaling_temperature,
 )
 from kdpipe.teacher import Teacher
+
+log = logging.getLogger("kdpipe")
 
 PREDICTIONS, CLASSES = "predictions.csv", "classes.csv"
 CONFUSION, RELIABILITY, DIFFERING = "confusion.png", "reliability.png", "differing.png"
@@ -82,20 +85,37 @@ def take_exam(
         data: what the learner takes: the images, or what its frozen backbone made of them.
         images: the data set as it is stored.
         teacher: asked about its test images, too, once: the answers are kept in `folder`.
+
+    Raises:
+        ValueError: answers that are no finite numbers.
     """
     positions = data.splits["test"].cpu()
-    student = logits_of(learner, data, "test", hardware)
+    student = finite("the trained network", logits_of(learner, data, "test", hardware))
     temperature = None
     if "validation" in data.splits:
         validation = logits_of(learner, data, "validation", hardware)
         temperature = scaling_temperature(validation, images.labels[images.splits["validation"]])
+        if temperature is None:
+            log.info("temperature scaling: no temperature fits the validation images better than all others")
     teachers = None
     if teacher and hardware.rank == 0:
         in_order = positions.sort().values
         question = Question("logits", teacher_name, teacher.classifier, teacher.classifier, images, in_order)
         (known,) = known_outputs(question, folder, math.inf, hardware)
-        teachers = known[positions].clone()
+        teachers = finite(f"the teacher {teacher_name}", known[positions].clone())
     return Exam(positions, images.labels[positions], student, teachers, temperature)
+
+
+def finite(who: str, logits: Tensor) -> Tensor:
+    """The logits [n, classes].
+
+    Raises:
+        ValueError: some are NaN or infinite.
+    """
+    bad = int((~logits.isfinite()).any(dim=1).sum())
+    if bad:
+        raise ValueError(f"{who} answers {bad} of {len(logits)} test images with logits that are no finite numbers")
+    return logits
 
 
 def write_files(exam: Exam, data: ImageDataset, folder: Path, draws: bool) -> list[Path]:

@@ -10,12 +10,13 @@ from kdpipe.build import build_data, build_ensemble, build_network, load_trained
 from kdpipe.config import is_ensemble
 from kdpipe.data import ImageDataset
 from kdpipe.models import Classifier, Ensemble
-from kdpipe.models.weights import read_weights
-from kdpipe.store import CONFIG, IMAGE_SHAPE, run_and_file
+from kdpipe.models.weights import read_weights, weights_digest
+from kdpipe.store import CONFIG, IMAGE_SHAPE, WEIGHTS, run_and_file
 from kdpipe.targets import guard_hydra
 from kdpipe.tracking import RunRecord, RunStore
 
 guard_hydra()
+COUNTED = ("model/params", "model/size_mb", "model/flops", "model/activation_mb")
 SECTIONS = ("model", "teacher", "dataset", "loss", "optimizer", "scheduler", "train")  # of a run's composed config
 
 
@@ -40,6 +41,13 @@ class FinishedRun:
     @property
     def name(self) -> str:
         return str(self.config.model.name)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What the run knows of these weights: of those of an earlier epoch what any weights of the network cost."""
+        if run_and_file(self.address)[1] == WEIGHTS:
+            return self.record.metrics
+        return {name: value for name, value in self.record.metrics.items() if name in COUNTED}
 
 
 def open_run(address: str, store: RunStore) -> FinishedRun:
@@ -87,21 +95,22 @@ def open_teacher(run: FinishedRun, store: RunStore) -> tuple[Classifier | Ensemb
     """The network that taught a run, in evaluation mode, and its name; None where none did.
 
     Raises:
-        ValueError: its weights are not there any more.
+        ValueError: its weights are not there any more, or are others.
     """
     source = run.record.tags.get("kdpipe.teacher_run", "")
     if not source:
         return None
     teacher, images = run.config.teacher, blank(run.class_names, run.image_shape)
     if is_ensemble(teacher):
-        ensemble, _ = build_ensemble(teacher, images, store)
-        return ensemble.classifier, str(teacher.name)
-    weights = str(teacher.weights)
-    if weights == "auto":
-        weights = f"runs:/{source}"
-    classifier = build_network("teacher", teacher, images, freeze="none")
-    load_trained("teacher.weights", weights, teacher.name, classifier, images, store)
-    return classifier.eval(), str(teacher.name)
+        network: Classifier | Ensemble = build_ensemble(teacher, images, store)[0].classifier
+    else:
+        weights = f"runs:/{source}" if teacher.weights == "auto" else str(teacher.weights)
+        network = build_network("teacher", teacher, images, freeze="none")
+        load_trained("teacher.weights", weights, teacher.name, network, images, store)
+    known = run.record.tags.get("kdpipe.inputs", "").rpartition("-")[2]
+    if known and known != weights_digest(network.network):
+        raise ValueError(f"teacher.weights={teacher.weights}: these are no more the weights that taught the run")
+    return network.eval(), str(teacher.name)
 
 
 def open_data(run: FinishedRun, root: str | None = None) -> ImageDataset:
@@ -115,6 +124,8 @@ def open_data(run: FinishedRun, root: str | None = None) -> ImageDataset:
     """
     dataset = run.config.dataset.copy()
     if root is not None:
+        if "root" not in dataset:
+            raise ValueError(f"--root {root}: {dataset.name} has no folder of its own; leave it out")
         dataset.root = root
     data = build_data(dataset)
     known = run.record.tags.get("kdpipe.data", data.fingerprint)

@@ -31,17 +31,21 @@ class Hardware:
 
     @property
     def described(self) -> str:
-        number = torch.get_num_threads()
-        name = f"{number} thread{'s' if number > 1 else ''}"
-        if self.device.type == "cuda":
-            name = torch.cuda.get_device_name(self.device)
         processes = f", {self.processes} processes" if self.processes > 1 else ""
-        return f"{self.device} ({name}), {self.precision}{processes}"
+        return f"{self.device} ({self._name}), {self.precision}{processes}"
+
+    @property
+    def _name(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        number = torch.get_num_threads()
+        return f"{number} thread{'s' if number > 1 else ''}"
 
     @property
     def machine(self) -> str:
-        """What timings belong to."""
-        return f"{self.described}, on {platform.node()}"
+        """What timings belong to: GPUs of one name are equal, CPUs are their machine's."""
+        where = "" if self.device.type == "cuda" else f", on {platform.node()}"
+        return f"{self.device.type} ({self._name}), {self.precision}{where}"
 
     @property
     def batch_without_gradients(self) -> int:
@@ -114,6 +118,15 @@ class Hardware:
             warnings.simplefilter("ignore", FutureWarning)  # of the new name, which older versions do not know
             # Processes may evaluate different numbers of batches, so none may wait for another to share its buffers.
             return DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def prepare(device: torch.device) -> None:
+    """Set this process up to compute on a device, in a run and where one is timed again."""
+    if device.type == "cpu":
+        keep_freed_memory()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # all batches but the last have one shape
 
 
 def keep_freed_memory() -> None:

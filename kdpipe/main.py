@@ -280,8 +280,7 @@ def run_tags(config: DictConfig, parts: Parts, hardware: Hardware) -> dict[str, 
     """What a run is found by, in MLflow's UI too."""
     tags = {**parts.tags, "kdpipe.data": parts.data.fingerprint, "kdpipe.hardware": hardware.described}
     tags[IMAGE_SHAPE] = "x".join(map(str, parts.data.images.shape[1:]))
-    if config.evaluation.timing_seconds > 0:
-        tags["kdpipe.timed_on"] = hardware.machine
+    tags["kdpipe.timed_on"] = hardware.machine if config.evaluation.timing_seconds > 0 else ""
     if parts.data.unlabelled:
         tags["kdpipe.unlabelled"] = parts.data.unlabelled
     if parts.teacher_source:
@@ -329,7 +328,7 @@ def cost_of(config: DictConfig, parts: Parts, hardware: Hardware) -> dict[str, f
     """What the trained network costs, and its teacher."""
     networks: dict[str, Classifier | Ensemble] = {"model": parts.model}
     if parts.teacher:
-        networks["teacher"] = parts.teacher.classifier
+        networks["peer" if isinstance(parts.teacher, Peer) else "teacher"] = parts.teacher.classifier
     images = parts.data.images[parts.data.splits["test"][:BATCH]]
     return cost(networks, images, hardware, config.evaluation.timing_seconds)
 

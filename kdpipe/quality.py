@@ -16,6 +16,7 @@ from torch import Tensor
 
 BINS = 15  # of confidence, as in Guo et al. 2017
 TOP = 5
+TEMPERATURES = (0.05, 20)
 
 
 def quality(logits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -86,15 +87,18 @@ def beside_teacher(student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str
     return found | ({"agreement_where_wrong": float(same[wrong].double().mean())} if wrong.any() else {})
 
 
-def scaling_temperature(logits: Tensor, labels: Tensor) -> float:
+def scaling_temperature(logits: Tensor, labels: Tensor) -> float | None:
     """The temperature T at which softmax(logits / T) fits the labels best (Guo et al. 2017,
-    https://arxiv.org/abs/1706.04599): the smallest negative log-likelihood for T in 0.05 … 20. It changes no answer."""
+    https://arxiv.org/abs/1706.04599): the smallest negative log-likelihood. It changes no answer.
+
+    Returns:
+        T within 0.05 … 20; None where none of these is best: all answers are right, or worthless.
+    """
+    low, high = np.log(TEMPERATURES)
     found = minimize_scalar(
-        lambda power: negative_log_likelihood(logits, labels, np.exp(power)),
-        bounds=(np.log(0.05), np.log(20)),
-        method="bounded",
+        lambda power: negative_log_likelihood(logits, labels, np.exp(power)), bounds=(low, high), method="bounded"
     )
-    return float(np.exp(found.x))
+    return float(np.exp(found.x)) if low + 0.05 < found.x < high - 0.05 else None
 
 
 def confusion(logits: Tensor, labels: Tensor) -> NDArray[np.int64]:

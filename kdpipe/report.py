@@ -55,7 +55,8 @@ def _agreement(metrics: Mapping[str, float]) -> str:
 
 
 def cost_table(metrics: Mapping[str, float], names: Mapping[str, str]) -> str:
-    """What a network costs, beside its teacher where it has one, and how many times less.
+    """What a network costs, beside its teacher where it has one, and how many times less: of times the median over
+    rounds, in which both took turns.
 
     Args:
         metrics: as `kdpipe.cost` gives them.
@@ -80,7 +81,7 @@ def cost_table(metrics: Mapping[str, float], names: Mapping[str, str]) -> str:
         if "teacher" in networks:
             texts.append(f"{values[0] / values[1]:.1f}" if values[1] else "")
         table.add_row(title, *texts)
-    for suffix, where in (("", ""), ("_1_thread", ", one thread")):
+    for suffix, where in (("_1_thread", ", one thread"), ("", "")):
         if f"model/latency_ms{suffix}" in metrics:
             _add_times(table, metrics, networks, suffix, where)
     return render(table)

@@ -187,6 +187,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory, store_template: Path) -> Ta
     (folder / "outputs").mkdir()
     shutil.copy(store_template, folder / "outputs" / "mlflow.db")
     digits = ["dataset=digits", "train.threads=1", "train.epochs=3", "train.batch_size=50", "optimizer.lr=3e-3"]
+    digits.append("train.keep_epochs=[1]")
     with pytest.MonkeyPatch.context() as environment:
         environment.chdir(folder)
         environment.delenv("MLFLOW_TRACKING_URI", raising=False)

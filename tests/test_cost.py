@@ -1,7 +1,6 @@
 """What a network costs: counted where that can be, timed in turns where it cannot."""
 
 import time
-from collections.abc import Callable
 from statistics import median
 
 import pytest
@@ -73,20 +72,51 @@ def test_without_seconds_nothing_is_timed() -> None:
     assert set(found) == {"model/params", "model/size_mb", "model/flops", "model/activation_mb"}
 
 
-def test_a_machine_that_is_slow_for_a_while_slows_both_down() -> None:
-    """Every second round the machine is ten times slower: the medians may tell anything, their ratio does not."""
-    rounds = {"slow": 0, "fast": 0}
+def test_the_ratio_is_the_median_of_the_rounds_ratios() -> None:
+    """A machine that slows down in the middle: each round's ratio is 3, the ratio of the medians is not."""
+    faster = [1.0, 1.0, 10.0, 10.0, 10.0]
+    slower = [3.0, 3.0, 30.0, 30.0, 30.0]
+    assert median_ratio(slower, faster) == 3
+    assert (
+        median_ratio([3.0, 3.0, 30.0], [10.0, 1.0, 10.0]) == 3 != median([3.0, 3.0, 30.0]) / median([10.0, 1.0, 10.0])
+    )
 
-    def work(name: str, seconds: float) -> Callable[[], None]:
-        def call() -> None:
-            rounds[name] += 1
-            time.sleep(seconds * (10 if rounds[name] % 2 else 1))
 
-        return call
+def test_what_is_slow_for_a_while_is_slow_for_both() -> None:
+    """Turns alternate, so the second half of the rounds is slow for each of them."""
+    calls = 0
 
-    taken = time_in_turn({"slow": work("slow", 0.003), "fast": work("fast", 0.001)}, seconds=0, least=20)
-    assert max(taken["fast"]) > 5 * min(taken["fast"])
+    def work(seconds: float) -> None:
+        nonlocal calls
+        calls += 1
+        time.sleep(seconds * (8 if calls > 26 else 1))
+
+    taken = time_in_turn({"slow": lambda: work(0.006), "fast": lambda: work(0.002)}, seconds=0, least=20)
+    assert all(max(times) > 4 * min(times) for times in taken.values())
     assert median_ratio(taken["slow"], taken["fast"]) == pytest.approx(3, rel=0.3)
+
+
+def test_a_frozen_teacher_costs_what_the_same_network_costs_that_learns() -> None:
+    """In bfloat16, weights are cast for both in each call."""
+    networks = {"model": classifier(8), "teacher": classifier(8).requires_grad_(False)}
+    found = cost(networks, IMAGES, Hardware(torch.device("cpu"), "bfloat16"), seconds=0)
+    assert found["model/activation_mb"] == found["teacher/activation_mb"]
+    assert all(parameter.requires_grad for parameter in networks["model"].parameters())
+    assert torch.is_autocast_cache_enabled()
+
+
+def test_what_a_network_looks_at_is_no_activation_of_its() -> None:
+    """One channel is expanded to three: a view of a batch's storage, of which one image is taken."""
+    network = Classifier(nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten()), 10, [0.5] * 3, [0.5] * 3)
+    assert peak_bytes(network, IMAGES[:1]) == peak_bytes(network, IMAGES[:1].clone())
+
+
+def test_attention_is_counted_whatever_computes_it() -> None:
+    layer = nn.TransformerEncoderLayer(64, 4, dim_feedforward=128, batch_first=True).eval()
+    tokens = 10
+    projections = 4 * 64 * 64 + 2 * 64 * 128
+    assert flops(layer, torch.zeros(1, tokens, 64)) == 2 * tokens * projections + 2 * 2 * tokens * tokens * 64
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_who_is_first_changes() -> None:

@@ -12,8 +12,10 @@ from PIL import Image
 from kdpipe.cost import arguments_of
 from kdpipe.cost import run as measure_cost
 from kdpipe.data import ImageDataset
-from kdpipe.exam import DIFFERING, FILES, Exam, _most_differing, by_class, predictions, write_files
+from kdpipe.exam import DIFFERING, FILES, Exam, _most_differing, by_class, finite, predictions, write_files
+from kdpipe.finished import open_data, open_run
 from kdpipe.pictures import confusion, to_png
+from kdpipe.tracking import RunStore
 
 TEACHER = ["experiment=teacher", "model=resnet20", "dataset=digits", "train.epochs=1", "train.threads=1"]
 DISTILL = ["experiment=distill", "model@teacher=resnet20", "dataset=digits", "train.epochs=2", "train.threads=1"]
@@ -142,7 +144,26 @@ def test_what_is_no_run_is_said_in_a_line(kdpipe: Callable, words: list[str], sa
 
 
 def test_the_trained_head_of_a_frozen_backbone_is_examined(kdpipe: Callable, tmp_path: Path) -> None:
-    """It learns from features; the exam has the logits of the whole network on the images."""
+    """It learns from features, and its answers are those of the whole network to the images."""
     assert kdpipe(*TEACHER, "model.freeze=backbone").status == 0
     (file,) = (tmp_path / "outputs" / "runs").glob("*/predictions.csv")
-    assert len(file.read_text().splitlines()) == 1 + 449
+    client = MlflowClient(f"sqlite:///{tmp_path / 'outputs' / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("kdpipe").experiment_id])
+    whole = open_run(run.info.run_id, RunStore(f"sqlite:///{tmp_path / 'outputs' / 'mlflow.db'}"))
+    with torch.no_grad():
+        logits = whole.classifier(open_data(whole).images)
+    lines = list(csv.DictReader(file.open(newline="")))
+    assert len(lines) == 449
+    for line in lines:
+        probability, answer = logits[int(line["image"])].softmax(dim=0).max(dim=0)
+        assert float(line["probability"]) == pytest.approx(float(probability), abs=1e-3)
+        assert line["answer"] == str(int(answer)) or probability < 0.2
+
+
+def test_answers_that_are_no_numbers_are_named() -> None:
+    logits = torch.zeros(5, 3)
+    logits[2, 1] = torch.nan
+    with pytest.raises(
+        ValueError, match="the teacher resnet20 answers 1 of 5 test images with logits that are no finite"
+    ):
+        finite("the teacher resnet20", logits)

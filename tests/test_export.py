@@ -22,7 +22,7 @@ from kdpipe.deployed import answers_of, open_deployed, open_onnx, open_program
 from kdpipe.export import int8, making
 from kdpipe.export.check import evenly, problem_of_float, problem_of_int8
 from kdpipe.export.formats import traced, write_onnx, write_program
-from kdpipe.finished import blank, open_run
+from kdpipe.finished import blank, open_run, open_teacher
 from kdpipe.tracking import RunStore
 
 QUICK = ("--seconds", 0, "--images", 100, "--max-loss", 10)
@@ -357,3 +357,28 @@ def test_the_config_beside_the_weights_names_no_place(taught: Taught, command: C
     config = read_config(Path("files/config.yaml"), ["model", "dataset", "train"])
     assert config.model.name == "student_cnn" and config.dataset.name == "digits"
     assert making.config_of(open_run(taught.student, RunStore(taught.uri))) == Path("files/config.yaml").read_text()
+
+
+def test_the_weights_of_an_earlier_epoch_have_none_of_the_last_ones_figures(taught: Taught, command: Callable) -> None:
+    made = command("export", f"{taught.student}/epoch_1", "--out", "early", *QUICK)
+    assert made.status == 0, made.errors
+    text = Path("early/README.md").read_text()
+    assert f"runs:/{taught.student}/epoch_1" in text and "model-index" not in text and "test accuracy" not in text
+    assert "| parameters | 189,854 |" in text
+    assert open_deployed("early/model.onnx", no_store).temperature == 1
+    run = MlflowClient(taught.uri).get_run(taught.student)
+    assert "model/temperature" in run.data.metrics  # of the last weights
+
+
+def test_a_teacher_with_other_weights_than_taught_is_none(taught: Taught) -> None:
+    store = RunStore(taught.uri)
+    run = open_run(taught.student, store)
+    assert open_teacher(run, store) is not None
+    run.record.tags["kdpipe.inputs"] = "images-0123456789abcdef"
+    with pytest.raises(ValueError, match="teacher.weights=auto: these are no more the weights that taught the run"):
+        open_teacher(run, store)
+
+
+def test_a_data_set_without_a_folder_takes_no_root(taught: Taught, command: Callable) -> None:
+    refused = command("export", taught.student, "--out", "files", "--root", "photos")
+    assert refused.status == 1 and "--root photos: digits has no folder of its own" in refused.errors

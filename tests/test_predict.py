@@ -160,6 +160,27 @@ def test_what_a_file_says_of_itself_is_not_believed(exported: Path, tmp_path: Pa
         open_onnx(tmp_path / "model.onnx")
 
 
+@pytest.mark.parametrize(
+    ("said", "problem"),
+    [
+        ({"class_names": '["a", "b"]'}, "it names 2 classes and gives logits [2, 10]"),
+        ({"class_names": "[]"}, "it names 0 classes and gives logits [2, 10]"),
+        ({"image_shape": "3x8x8"}, "it does not take the images that it says it takes, uint8 [2, 3, 8, 8]"),
+    ],
+)
+def test_what_a_file_says_of_itself_is_tried(
+    exported: Path, tmp_path: Path, said: dict[str, str], problem: str
+) -> None:
+    model = onnx.load(exported / "model.onnx")
+    before = {entry.key: entry.value for entry in model.metadata_props}
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, before | said)
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(ValueError) as error:
+        open_onnx(tmp_path / "model.onnx")
+    assert problem in str(error.value) and "\n" not in str(error.value)
+
+
 def test_weights_in_another_file_are_not_read(exported: Path, tmp_path: Path) -> None:
     onnx.save(
         onnx.load(exported / "model.onnx"),

@@ -86,3 +86,10 @@ def test_probabilities_that_are_too_sharp_are_scaled_back() -> None:
     assert temperature == pytest.approx(3, rel=0.05)
     assert reliability(3 * logits, labels).error > 0.2
     assert reliability(3 * logits, labels, temperature).error < 0.02
+
+
+def test_where_any_sharpness_is_too_little_or_too_much_there_is_no_temperature() -> None:
+    labels = torch.tensor([0, 1, 2] * 10)
+    right = torch.eye(3)[labels]
+    assert scaling_temperature(right, labels) is None  # the sharper the better
+    assert scaling_temperature(-9 * right, labels) is None  # the flatter the better

@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 from torch import distributed
 
-from kdpipe.hardware import Hardware, keep_freed_memory
+from kdpipe.hardware import Hardware, prepare
 
 _own_gpu: list[FileLock] = []  # held until the process ends
 
@@ -42,7 +42,7 @@ def use_hardware(config: DictConfig) -> Hardware:
     if name == "auto" and config.sweep.job and gpus > 1:
         name = devices()[own_gpu(gpus, Path(config.output_dir) / "runs")]
     device = torch.device({"auto": devices()[0], "cuda": "cuda:0"}.get(name, name))
-    _set_up(device)
+    prepare(device)
     return Hardware(device, precision)
 
 
@@ -57,18 +57,10 @@ def _shared_hardware(train: DictConfig, precision: str) -> Hardware:
         accepted = f"{processes} processes share it, from {processes} is accepted"
         raise ValueError(f"train.batch_size={train.batch_size}: {accepted}")
     device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if has_gpu else "cpu")
-    _set_up(device)
+    prepare(device)
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if has_gpu else "gloo")
     return Hardware(device, precision, distributed.get_rank(), processes)
-
-
-def _set_up(device: torch.device) -> None:
-    if device.type == "cpu":
-        keep_freed_memory()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # all batches but the last have one shape
 
 
 def own_gpu(number_of_gpus: int, folder: Path) -> int:

@@ -72,6 +72,8 @@ def averages(cell: Cell) -> dict[str, float]:
 def threads_of(cells: Iterable[Cell], where: str) -> str:
     """The suffix of the times to look at: on one thread, where networks were timed so on this hardware (on a GPU they
     are not)."""
+    if not where.startswith("cpu"):
+        return ""
     runs = [run for cell in cells for run in cell.runs.values() if run.tags.get(TIMED_ON, "") == where]
     return ONE_THREAD if any(f"model/latency_ms{ONE_THREAD}" in run.metrics for run in runs) else ""
 

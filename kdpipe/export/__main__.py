@@ -24,7 +24,7 @@ def arguments_of(words: list[str] | None = None) -> argparse.Namespace:
         prog="python -m kdpipe.export",
         description="A finished run's network as files, preprocessing inside, checked against PyTorch and timed.",
     )
-    parser.add_argument("run", metavar="RUN", help="id of a finished run, with or without runs:/ before it")
+    parser.add_argument("run", metavar="RUN", help="id of a finished run, or runs:/<run id>/epoch_<number>")
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=["onnx"], help="default: onnx (float and int8)")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="new folder that gets the files")
     parser.add_argument("--root", metavar="FOLDER", help="where the run's images are now (default: where they were)")

@@ -82,7 +82,7 @@ def card(
         "## Use\n\n" + use(run, files),
         "## Data\n\n" + about_data(run, data),
         "## Training\n\n" + method(run, teacher),
-        "## Numbers\n\n" + numbers(run.record.metrics),
+        "## Numbers\n\n" + numbers(run.metrics),
         f"{as_markdown(rows)}\n\n({legend(checked, cores)})",
         "## Limits\n\n"
         f"The accuracy is that on the test images of {data.name}, and says nothing of other images. It is of a single "
@@ -105,11 +105,11 @@ def front_matter(run: FinishedRun, data: ImageDataset, files: Sequence[str], lic
         known = re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license.lower()) and " " not in license
         said = {"license": license.lower()} if known else {"license": "other", "license_name": license}
     said |= {"pipeline_tag": "image-classification", "tags": tags, "metrics": ["accuracy"]}
-    if "test/accuracy" in run.record.metrics:
+    if "test/accuracy" in run.metrics:
         result = {
             "task": {"type": "image-classification"},
             "dataset": {"name": data.name, "type": data.name, "split": "test"},
-            "metrics": [{"type": "accuracy", "value": run.record.metrics["test/accuracy"]}],
+            "metrics": [{"type": "accuracy", "value": run.metrics["test/accuracy"]}],
         }
         said["model-index"] = [{"name": f"{run.name} on {data.name}", "results": [result]}]
     return yaml.safe_dump(said, sort_keys=False, allow_unicode=True)

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from kdpipe.cost import BATCH
 from kdpipe.deployed import Answer
 from kdpipe.report import render
 from kdpipe.timing import median_ratio, percentile_95, threads, time_in_turn
 
 Logits = NDArray[np.float32]
 TOLERANCE = 1e-3  # of a difference between logits, times the largest of them where that is above 1
-TIMED_BATCH = 64
 LEAST_ROUNDS = 5
 TEACHER, STUDENT = "teacher", "student"
 
@@ -118,7 +118,7 @@ def time_rows(rows: Sequence[Row], works: Mapping[str, Timed], images: NDArray[n
         images: uint8 [N, C, H, W], any; repeated where they are fewer than a batch.
         seconds: for how long, in all.
     """
-    batch = np.ascontiguousarray(np.resize(images, (TIMED_BATCH, *images.shape[1:])))
+    batch = np.ascontiguousarray(np.resize(images, (BATCH, *images.shape[1:])))
     cores = torch.get_num_threads()
 
     def call(work: Timed, answer: Answer, count: int, number: int) -> Callable[[], object]:
@@ -130,7 +130,7 @@ def time_rows(rows: Sequence[Row], works: Mapping[str, Timed], images: NDArray[n
 
         return once
 
-    measurements = {"one": (1, 1), "all": (1, cores), "batch": (TIMED_BATCH, cores)}
+    measurements = {"one": (1, 1), "all": (1, cores), "batch": (BATCH, cores)}
     for key, (count, number) in measurements.items():
         calls = {
             row.name: call(works[row.name], works[row.name].one if number == 1 else works[row.name].all, count, number)
@@ -162,7 +162,7 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
                 "" if row.difference is None else f"{row.difference:.2g}",
                 *(f"{1000 * number:.2f}" for number in (median(one), percentile_95(one))),
                 *(f"{1000 * number:.2f}" for number in (median(several), percentile_95(several))),
-                f"{TIMED_BATCH / median(batch):,.0f}",
+                f"{BATCH / median(batch):,.0f}",
                 f"{median_ratio(rows[0].seconds['one'], one):.2f}",
             ]
         )
@@ -192,5 +192,5 @@ def legend(checked: int, cores: int) -> str:
     return (
         f"checked on {checked:,} test images; same, difference: answers like those of the student in PyTorch, and the "
         f"largest difference of logits\nms: of one image, median and 95th percentile, on one and on {cores} threads; "
-        f"images/s: in batches of {TIMED_BATCH} on {cores} threads"
+        f"images/s: in batches of {BATCH} on {cores} threads"
     )

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from kdpipe import __version__
 from kdpipe.data import ImageDataset
 from kdpipe.deployed import (
+    BATCH,
     INT8,
     ONNX,
     PROGRAM,
@@ -40,6 +41,7 @@ from kdpipe.export.check import (
 from kdpipe.export.formats import config_of, quiet, traced, write_onnx, write_program, write_weights
 from kdpipe.export.int8 import CALIBRATION, write_int8
 from kdpipe.finished import FinishedRun, open_data, open_run, open_teacher
+from kdpipe.hardware import prepare
 from kdpipe.models import Classifier, Ensemble, size_mb
 from kdpipe.progress import progress
 from kdpipe.store import CONFIG
@@ -87,8 +89,8 @@ class Made:
             "int8": str(name == INT8).lower(),
             "checked_accuracy": f"{row.accuracy:.6g}",
         }
-        if "test/accuracy" in self.run.record.metrics:
-            tags["test_accuracy"] = f"{self.run.record.metrics['test/accuracy']:.6g}"
+        if "test/accuracy" in self.run.metrics:
+            tags["test_accuracy"] = f"{self.run.metrics['test/accuracy']:.6g}"
         return tags
 
 
@@ -123,6 +125,7 @@ def make(
 ) -> Made:
     """Write a run's network into `folder`: write → check → time → describe. What fails its check is not left there."""
     run, data = sources.run, sources.data
+    prepare(torch.device("cpu"))
     made = Made(run, notes=list(sources.notes))
     said = about(run, __version__)
     positions = evenly(data.splits["test"], images)
@@ -220,7 +223,7 @@ def answered(words: str, network: Classifier | Ensemble, images: NDArray[np.uint
     answer = answers_of(network)
     parts = []
     with progress(words, len(images)) as bar:
-        for first in range(0, len(images), 64):
-            parts.append(answer(images[first : first + 64]))
+        for first in range(0, len(images), BATCH):
+            parts.append(answer(images[first : first + BATCH]))
             bar.advance(len(parts[-1]))
     return np.concatenate(parts)
