@@ -268,7 +268,7 @@ ROOMS = {
     "quality": set(),
     "exam": {"data", "evaluate", "files", "hardware", "outputs", "pictures", "quality", "teacher"},
     "pictures": {"quality"},
-    "cost": {"checks", "command", "finished", "hardware", "models", "report", "timing", "tracking"},
+    "cost": {"checks", "command", "finished", "hardware", "models", "report", "store", "timing", "tracking"},
     "timing": set(),
     "teacher": {"data", "features", "models"},
     "features": set(),
@@ -289,6 +289,8 @@ ROOMS = {
     "export": {
         *("command", "deployed", "finished", "report", "timing", "tracking"),
         *("build", "data", "models", "progress", "store"),
+        "cost",
+        "hardware",
     },
     "predict": {"command", "data", "deployed", "report", "tracking"},
     "tracking": {"claim", "interruption", "journal", "store"},
