@@ -68,7 +68,7 @@ def cost_table(metrics: Mapping[str, float], names: Mapping[str, str]) -> str:
     for network in networks:
         table.add_column(names[network], justify="right")
     if "teacher" in networks:
-        table.add_column("times less", justify="right")
+        table.add_column("times less / faster", justify="right")
     for title, name, form in (
         ("parameters", "params", "{:,.0f}"),
         ("size, MB", "size_mb", "{:.3f}"),

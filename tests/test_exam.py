@@ -98,7 +98,7 @@ def test_a_run_s_end(kdpipe: Callable, tmp_path: Path) -> None:
         "calibration error",
         "agrees with it",
         "MFLOP",
-        "times less",
+        "times less / faster",
         "ms for an image, median (95 %), one thread",
     ):
         assert said in outcome.output
