@@ -459,7 +459,7 @@ def test_the_student_stands_beside_its_teacher_with_quality_and_cost() -> None:
             for name, test in (("alone", "81.00"), ("distilled", "84.00"))
         ),
     ]
-    assert worth.notes[-1] == f"ms for one image on one thread, images/s 64 at a time, timed on {HERE}"
+    assert worth.notes[-1] == f"ms for one image on one thread, images/s 64 at a time on all, timed on {HERE}"
     table = formats.student_and_teacher(comparison)
     assert max(map(len, table.splitlines())) < 131
     assert table.startswith("student_cnn KD alpha 0.5 temperature 4, 3 seeds\n")

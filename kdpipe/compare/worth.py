@@ -177,7 +177,9 @@ def worth_of(comparison: Comparison) -> Worth | None:
     notes = ["loss and ECE (expected calibration error) on the test images"] if "ECE %" in texts else []
     if "ms" in texts:
         one = " on one thread" if threads else ""
-        notes.append(f"ms for one image{one}, images/s 64 at a time{', timed on ' if where else ''}{where}")
+        notes.append(
+            f"ms for one image{one}, images/s 64 at a time{' on all' if threads else ''}{', timed on ' if where else ''}{where}"
+        )
     lines = [[name, *(column[number] for column in texts.values())] for number, (name, _) in enumerate(rows)]
     return Worth(["", *texts], lines, notes)
 
