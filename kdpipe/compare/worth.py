@@ -176,10 +176,9 @@ def worth_of(comparison: Comparison) -> Worth | None:
         texts |= {title: ["", *[text] * (len(rows) - 1)] for title, text in ratios.items() if text}
     notes = ["loss and ECE (expected calibration error) on the test images"] if "ECE %" in texts else []
     if "ms" in texts:
-        one = " on one thread" if threads else ""
-        notes.append(
-            f"ms for one image{one}, images/s 64 at a time{' on all' if threads else ''}{', timed on ' if where else ''}{where}"
-        )
+        one, several = (" on one thread", " on all") if threads else ("", "")
+        here = f", timed on {where}" if where else ""
+        notes.append(f"ms for one image{one}, images/s 64 at a time{several}{here}")
     lines = [[name, *(column[number] for column in texts.values())] for number, (name, _) in enumerate(rows)]
     return Worth(["", *texts], lines, notes)
 
