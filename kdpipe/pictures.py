@@ -38,7 +38,7 @@ def confusion(counts: NDArray[np.int64], class_names: Sequence[str]) -> Figure:
     if number <= WITH_NUMBERS:
         for row, column in np.ndindex(percent.shape):
             value = percent[row, column]
-            text = f"{value:.0f}" if value >= 0.5 else "·" if counts[row, column] else ""
+            text = f"{value:.0f}" if round(value) else "·" if counts[row, column] else ""
             axis.text(column, row, text, ha="center", va="center", color="white" if value > 60 else "black", fontsize=9)
     if number <= WITH_NAMES:
         names = [short(name) for name in class_names]

@@ -7,7 +7,7 @@ from functools import cache
 
 from kdpipe.compare.answers import Answers, exchange, read_answers
 from kdpipe.compare.cells import Cell, Controls, make_cells, teacher_runs
-from kdpipe.compare.comparison import Comparison, GetRun, check_comparable, compare, families, row_of
+from kdpipe.compare.comparison import Comparison, GetRun, best_run, check_comparable, compare, families, row_of
 from kdpipe.compare.formats import Picture
 from kdpipe.compare.statistics import CANNOT_TELL
 from kdpipe.tracking import RunRecord, RunStore, Tracker
@@ -158,9 +158,8 @@ def pictures_of(comparison: Comparison, tracker: Tracker) -> dict[str, Picture]:
 
 
 def _pictures_of_a_run(cell: Cell, tracker: RunStore) -> dict[str, Picture]:
-    """What the run with the smallest seed drew of itself."""
-    seed = min(cell.runs)
-    run = cell.runs[seed]
+    """What the run that one would use drew of itself."""
+    seed, run = best_run(cell)
     contents = {name: tracker.read(run.id, name) for name in OF_A_RUN}
     return {
         name: Picture(content, f"{OF_A_RUN[name]} (run {run.name or run.id}, seed {seed})")
