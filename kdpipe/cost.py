@@ -28,7 +28,7 @@ from kdpipe.timing import median_ratio, percentile_95, threads, time_in_turn
 
 BATCH = 64  # images, for the throughput
 # Rounds that are made whatever they take: a percentile wants more of them than a median.
-LEAST = {1: 10, BATCH: 5}
+LEAST = {1: 10, BATCH: 3}
 MB = 2**20
 
 # "model", and where there is one "teacher", or "peer": a second student.

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -321,20 +322,22 @@ def sweep_lines(bench: Bench, arguments: argparse.Namespace) -> list[dict[str, A
     command = [sys.executable, "-m", "kdpipe", "experiment=sweep", *bench.overrides, f"output_dir={output}"]
     command += [f"model@teacher={TEACHER}", f"teacher.weights={weights}", "train.epochs=1"]
     command += [f"dataset.train_fraction={min(1.0, share):g}", "loss.alpha=0,0.5", "loss.temperature=5"]
-    command += ["seed=range(12)"]
+    command += ["seed=range(12)", "evaluation.timing_seconds=0"]
     run(command, output)
     tracker = Tracker(f"sqlite:///{output.resolve()}/mlflow.db", "kdpipe", output / "mlartifacts", create=False)
     found = tracker.finished_runs()
     alone = [record.seconds for record in found if record.tags["kdpipe.stage"] == "student"]
     distilled = [record.seconds for record in found if record.tags["kdpipe.stage"] == "distill"]
     logs = "".join(file.read_text() for file in (output / "runs").glob("*/kdpipe.log"))
-    passes = [float(seconds) for seconds in re.findall(r"logits of .*: worked out in ([\d.]+) s", logs)]
+    worked_out = re.findall(r"logits of \S+ for ([\d,]+) images .*: worked out in ([\d.]+) s", logs)
+    passes = [float(seconds) for _, seconds in worked_out]  # over the training images, and over the test images
+    most = max(Counter(images for images, _ in worked_out).values(), default=0)
     assert len(alone) == len(distilled) == 12, (len(alone), len(distilled))
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return [
-        line("sweep of 12 cells, teacher's passes over the data", len(passes), "<=", 1, f"{sum(passes):,.0f} s"),
+        line("sweep of 12 cells, teacher's passes over the same images", most, "<=", 1, f"{sum(passes):,.0f} s"),
         line(
-            "sweep of 12 cells, of 12 students alone and that pass",
+            "sweep of 12 cells, of 12 students alone and these passes",
             sum(distilled) / (sum(alone) + sum(passes)),
             "<=",
             1.1,
