@@ -150,6 +150,13 @@ def compare_command(config: DictConfig) -> str:
     return shlex.join(["python", "-m", "kdpipe.compare", *flags])
 
 
+def export_command(config: DictConfig, run_id: str) -> str:
+    """The command that makes files of a run's network."""
+    flags = ["--uri", config.tracking.uri] if config.tracking.uri else []
+    flags += ["--output-dir", config.output_dir] if config.output_dir != "outputs" else []
+    return shlex.join(["python", "-m", "kdpipe.export", run_id, "--out", config.model.name, *flags])
+
+
 def check(config: DictConfig) -> None:
     """Raise ValueError for a value outside of its range; losses and networks check their own."""
     for key in ("teacher", "train", "evaluation", "distillation", "sweep", "tracking"):

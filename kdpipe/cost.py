@@ -4,6 +4,7 @@
 """
 
 import argparse
+import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -193,7 +194,7 @@ def run(arguments: argparse.Namespace) -> str:
     """
     check_number("--seconds", arguments.seconds, above=0)
     if arguments.threads is not None:
-        check_number("--threads", arguments.threads, low=1, integer=True)
+        check_number("--threads", arguments.threads, low=1, high=os.cpu_count() or 1, integer=True)
     uri = existing_store(arguments)
     device = torch.device(check_device(arguments.device))
     prepare(device)

@@ -54,8 +54,14 @@ class Deployed:
         return np.concatenate(parts)
 
     def probabilities(self, images: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """Probabilities [N, classes] of uint8 images [N, C, H, W]."""
+        """Probabilities [N, classes] of uint8 images [N, C, H, W].
+
+        Raises:
+            ValueError: logits that are no finite numbers.
+        """
         logits = self.logits(images).astype(np.float64) / self.temperature
+        if not np.isfinite(logits).all():
+            raise ValueError(f"{self.name}: it answers with logits that are no finite numbers; a damaged file")
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
         result: NDArray[np.float64] = shares / shares.sum(axis=1, keepdims=True)
         return result
@@ -151,7 +157,10 @@ def open_deployed(address: str, store: Callable[[], RunStore], trust: bool = Fal
     elif not path.is_file():
         if path.suffix in SUFFIXES or (len(path.parts) > 1 and not address.startswith("runs:/")):
             raise ValueError(f"{address}: there is no such file; {', '.join(SUFFIXES)}, a folder or a run is accepted")
-        return of_run(open_run(address, store()))
+        opened = store()
+        if not address.startswith("runs:/") and opened.get_run(address) is None:
+            raise ValueError(f"{address}: there is no such file or folder, and no such run in {opened.uri}")
+        return of_run(open_run(address, opened))
     if path.suffix == ".onnx":
         return open_onnx(path)
     if path.suffix == ".pt2":

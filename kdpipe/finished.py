@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
 from kdpipe.build import build_data, build_ensemble, build_network, load_trained, read_config
 from kdpipe.config import is_ensemble
 from kdpipe.data import ImageDataset
+from kdpipe.errors import one_line
 from kdpipe.models import Classifier, Ensemble
 from kdpipe.models.weights import read_weights, weights_digest
 from kdpipe.store import CONFIG, IMAGE_SHAPE, WEIGHTS, run_and_file
@@ -127,11 +129,14 @@ def open_data(run: FinishedRun, root: str | None = None) -> ImageDataset:
         if "root" not in dataset:
             raise ValueError(f"--root {root}: {dataset.name} has no folder of its own; leave it out")
         dataset.root = root
-    data = build_data(dataset)
+    try:
+        data = build_data(dataset)
+    except (InstantiationException, ValueError) as error:
+        raise ValueError(f"{one_line(error)}; --root FOLDER says where the run's images are now") from error
     known = run.record.tags.get("kdpipe.data", data.fingerprint)
     if data.fingerprint != known:
         raise ValueError(
             f"dataset.root={dataset.get('root', dataset.name)}: these are other images than those of run "
-            f"{run.record.id}, or another version of them; --root FOLDER says where its own are"
+            f"{run.record.id}, or another version ({len(data.labels):,} now); --root FOLDER says where its own are"
         )
     return data

@@ -88,7 +88,7 @@ def run(config: DictConfig) -> float:
             tracker.restore(finished.id, folder)
             if config.train.keep_epochs:
                 warn_of_epochs_not_kept(config, config.train.epochs, tracker.artifacts(finished.id))
-            show_result(finished.metrics, config, tracker.link(finished.id))
+            show_result(finished.metrics, config, tracker, finished.id)
             return objective(finished.metrics)
         return lead(config, parts, tracker, folder, hardware)
 
@@ -137,7 +137,7 @@ def lead(config: DictConfig, parts: Parts, tracker: Any, folder: Path, hardware:
         for file in files:
             current.save(file)
         current.log(metrics, step=config.train.epochs)
-    show_result(metrics, config, tracker.link(current.id))
+    show_result(metrics, config, tracker, current.id)
     return objective(metrics)
 
 
@@ -337,13 +337,14 @@ def objective(metrics: Mapping[str, float]) -> float:
     return metrics.get("selected/accuracy", metrics["test/accuracy"])
 
 
-def show_result(metrics: Mapping[str, float], config: DictConfig, link: str) -> None:
+def show_result(metrics: Mapping[str, float], config: DictConfig, tracker: Any, run_id: str) -> None:
     """The end of a run: what it came to, and where to look next."""
     names = {"model": config.model.name, "teacher": config.teacher.name}
     for line in [*result_table(metrics).splitlines(), *cost_table(metrics, names).splitlines()]:
         log.info(line)
     log.info("weights, config, metrics: %s", os.path.relpath(HydraConfig.get().runtime.output_dir))
-    log.info("in MLflow (make ui): %s", link)
+    log.info("in MLflow (make ui): %s", tracker.link(run_id))
+    log.info("to take it away: %s", settings.export_command(config, run_id))
     log.info("all runs side by side: %s", settings.compare_command(config))
 
 

@@ -6,6 +6,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+BUSY = "the machine was busy with other things: only ratios hold; python -m kdpipe.cost times again"
+
 
 def epoch_line(epoch: int, epochs: int, metrics: Mapping[str, float]) -> str:
     """One epoch in a log."""
@@ -84,7 +86,15 @@ def cost_table(metrics: Mapping[str, float], names: Mapping[str, str]) -> str:
     for suffix, where in (("_1_thread", ", one thread"), ("", "")):
         if f"model/latency_ms{suffix}" in metrics:
             _add_times(table, metrics, networks, suffix, where)
-    return render(table)
+    return "\n".join([render(table), *([BUSY] if was_busy(metrics) else [])])
+
+
+def was_busy(metrics: Mapping[str, float]) -> bool:
+    """Whether other work has disturbed the timing: one in twenty images took far longer than half of them, or all
+    threads far longer than one."""
+    names = [name for name in metrics if "/latency_ms" in name]
+    slow = any(metrics[name.replace("_ms", "_p95_ms")] > 4 * metrics[name] for name in names)
+    return slow or any(metrics[name.removesuffix("_1_thread")] > 2 * metrics[name] for name in names)
 
 
 def _add_times(table: Table, metrics: Mapping[str, float], networks: Sequence[str], suffix: str, where: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kdpipe.cost import cost, flops, peak_bytes
 from kdpipe.hardware import Hardware
 from kdpipe.models import Classifier
+from kdpipe.report import was_busy
 from kdpipe.timing import median_ratio, threads, time_in_turn
 
 CPU = Hardware(torch.device("cpu"))
@@ -133,3 +134,12 @@ def test_threads_are_given_back() -> None:
         assert torch.get_num_threads() == 1
         raise KeyError
     assert torch.get_num_threads() == before
+
+
+def test_a_busy_machine_is_told() -> None:
+    quiet = {"model/latency_ms_1_thread": 1.0, "model/latency_p95_ms_1_thread": 1.5}
+    quiet |= {"model/latency_ms": 0.7, "model/latency_p95_ms": 0.9}
+    assert not was_busy(quiet)
+    assert was_busy({**quiet, "model/latency_p95_ms": 5.0})
+    assert was_busy({**quiet, "model/latency_ms": 2.5, "model/latency_p95_ms": 2.6})
+    assert not was_busy({"model/params": 1.0})

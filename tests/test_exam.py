@@ -133,7 +133,7 @@ def test_a_run_s_end(kdpipe: Callable, tmp_path: Path) -> None:
     [
         (["nothing"], "runs:/nothing: there is no such run in "),
         (["nothing", "--seconds", "0"], "--seconds=0.0: a number above 0 is accepted"),
-        (["nothing", "--threads", "0"], "--threads=0: a whole number from 1 is accepted"),
+        (["nothing", "--threads", "0"], "--threads=0: a whole number from 1 "),
         (["nothing", "--device", "cuda:99"], "--device cuda:99: cpu, or cuda"),
         (["nothing", "--uri", "sqlite:///nowhere.db"], "nowhere.db: there is no such MLflow store"),
     ],

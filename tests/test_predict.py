@@ -113,7 +113,7 @@ def test_what_is_no_image_is_named_and_the_others_are_answered(
     ("network", "error"),
     [
         ("none.onnx", "none.onnx: there is no such file"),
-        ("nosuchrun", "runs:/nosuchrun: there is no such run"),
+        ("nosuchrun", "nosuchrun: there is no such file or folder, and no such run in "),
         ("temple.jpg", "temple.jpg: .onnx, .pt2, .safetensors, a folder or a run is accepted"),
         (".", ".: a folder with model.onnx, model_int8.onnx, model.safetensors or model.pt2 is accepted"),
         ("broken.onnx", "broken.onnx: not a readable ONNX file"),
@@ -179,6 +179,18 @@ def test_what_a_file_says_of_itself_is_tried(
     with pytest.raises(ValueError) as error:
         open_onnx(tmp_path / "model.onnx")
     assert problem in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_whose_weights_are_damaged_answers_nothing(
+    exported: Path, tmp_path: Path, photo: Callable, command: Callable
+) -> None:
+    model = onnx.load(exported / "model.onnx")
+    weights = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    weights.raw_data = b"\xff" * len(weights.raw_data)
+    onnx.save(model, tmp_path / "model.onnx")
+    photo(0).save(tmp_path / "photo.png")
+    refused = command("predict", tmp_path / "model.onnx", tmp_path / "photo.png")
+    assert refused.status == 1 and "it answers with logits that are no finite numbers" in refused.errors
 
 
 def test_weights_in_another_file_are_not_read(exported: Path, tmp_path: Path) -> None:

@@ -95,8 +95,8 @@ def run(arguments: argparse.Namespace) -> str:
     store = RunStore(uri)
     if arguments.register is not None:
         check_registry(store, arguments.register, alias)
-    sources = open_sources(arguments.run, store, arguments.root)
     with new_folder(arguments.out) as folder:
+        sources = open_sources(arguments.run, store, arguments.root)
         made = make(
             sources,
             folder,
@@ -140,8 +140,11 @@ def refusals(made: "Made") -> str:
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out`, gone at the end: an export that is interrupted leaves nothing."""
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        place = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
+    except OSError as error:
+        raise ValueError(f"--out {out}: {error.strerror}; a folder that can be written is accepted") from error
     try:
         yield place
     finally:

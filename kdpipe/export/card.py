@@ -129,7 +129,7 @@ def use(run: FinishedRun, files: Sequence[str]) -> str:
         axes = axes if axes.startswith("[") else f".{axes}"
         divided = " / float(said['temperature'])" if temperature_of(run) != 1 else ""
         parts += [
-            "or, with onnxruntime alone:",
+            "or, with onnxruntime alone, for photos of 8 bits a channel:",
             f"""```python
 import json, numpy, onnxruntime
 from PIL import Image
