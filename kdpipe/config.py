@@ -144,17 +144,19 @@ def softening(config: DictConfig) -> float | None:
 
 def compare_command(config: DictConfig) -> str:
     """The command that shows the runs of this config's experiment side by side."""
-    flags = ["--experiment", config.tracking.experiment]
-    flags += ["--uri", config.tracking.uri] if config.tracking.uri else []
-    flags += ["--output-dir", config.output_dir] if config.output_dir != "outputs" else []
-    return shlex.join(["python", "-m", "kdpipe.compare", *flags])
+    experiment = ["--experiment", config.tracking.experiment]
+    return shlex.join(["python", "-m", "kdpipe.compare", *experiment, *_store_flags(config)])
 
 
 def export_command(config: DictConfig, run_id: str) -> str:
     """The command that makes files of a run's network."""
+    return shlex.join(["python", "-m", "kdpipe.export", run_id, "--out", config.model.name, *_store_flags(config)])
+
+
+def _store_flags(config: DictConfig) -> list[str]:
+    """What tells a command on finished runs where they are."""
     flags = ["--uri", config.tracking.uri] if config.tracking.uri else []
-    flags += ["--output-dir", config.output_dir] if config.output_dir != "outputs" else []
-    return shlex.join(["python", "-m", "kdpipe.export", run_id, "--out", config.model.name, *flags])
+    return flags + (["--output-dir", config.output_dir] if config.output_dir != "outputs" else [])
 
 
 def check(config: DictConfig) -> None:

@@ -21,10 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdpipe.checks import check_number
 from kdpipe.command import add_store_arguments, existing_store, run_command
-from kdpipe.hardware import Hardware, prepare
+from kdpipe.hardware import Hardware, check_there, prepare
 from kdpipe.models import Classifier, Ensemble, size_mb
 from kdpipe.report import cost_table
-from kdpipe.store import IMAGE_SHAPE
+from kdpipe.store import IMAGE_SHAPE, TIMED_ON
 from kdpipe.timing import median_ratio, percentile_95, threads, time_in_turn
 
 BATCH = 64  # images, for the throughput
@@ -196,7 +196,8 @@ def run(arguments: argparse.Namespace) -> str:
     if arguments.threads is not None:
         check_number("--threads", arguments.threads, low=1, high=os.cpu_count() or 1, integer=True)
     uri = existing_store(arguments)
-    device = torch.device(check_device(arguments.device))
+    check_there("--device", arguments.device)
+    device = torch.device(arguments.device)
     prepare(device)
 
     # Seconds of imports, after what can fail sooner.
@@ -215,27 +216,13 @@ def run(arguments: argparse.Namespace) -> str:
         where = hardware.machine
     step = int(finished.record.params["train.epochs"])
     store.log_metrics(finished.record.id, found, step)
-    store.set_tag(finished.record.id, "kdpipe.timed_on", where)
+    store.set_tag(finished.record.id, TIMED_ON, where)
     names = {"model": finished.name, "teacher": teacher[1] if teacher else ""}
     lines = [cost_table(found, names)]
     if IMAGE_SHAPE not in finished.record.tags:
         shape = "×".join(map(str, finished.image_shape))
         lines.append(f"the run does not tell the shape of its images: {shape} is what its network looks at")
     return "\n".join([*lines, f"measured on {where}; logged to run {finished.record.id}"])
-
-
-def check_device(name: str) -> str:
-    """The device's name, where PyTorch has it.
-
-    Raises:
-        ValueError: it has not.
-    """
-    if name == "cpu" or (name == "mps" and torch.backends.mps.is_available()):
-        return name
-    kind, _, number = name.partition(":")
-    if kind == "cuda" and (number or "0").isdecimal() and int(number or 0) < torch.cuda.device_count():
-        return name
-    raise ValueError(f"--device {name}: cpu, or cuda, cuda:<number> or mps where there is one, is accepted")
 
 
 if __name__ == "__main__":

@@ -26,12 +26,11 @@ from kdpipe.quality import (
     reliability,
     scaling_temperature,
 )
+from kdpipe.store import CLASSES, CONFUSION, DIFFERING, PREDICTIONS, RELIABILITY
 from kdpipe.teacher import Teacher
 
 log = logging.getLogger("kdpipe")
 
-PREDICTIONS, CLASSES = "predictions.csv", "classes.csv"
-CONFUSION, RELIABILITY, DIFFERING = "confusion.png", "reliability.png", "differing.png"
 SHOWN = 16  # images on which two networks differ most
 FILES = (PREDICTIONS, CLASSES, CONFUSION, RELIABILITY, DIFFERING)
 

@@ -120,6 +120,19 @@ class Hardware:
             return DistributedDataParallel(module, broadcast_buffers=False)
 
 
+def devices() -> list[str]:
+    """The devices of this machine, the fastest first."""
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return [*gpus, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+
+
+def check_there(key: str, name: str, *also: str) -> None:
+    """Raise ValueError for a device that this machine does not have, unless it is one of the other words."""
+    accepted = [*also, *devices()]
+    if name not in (*accepted, "cuda" if "cuda:0" in accepted else "cpu"):
+        raise ValueError(f"{key}={name}: one of {', '.join(accepted)} is accepted on this machine")
+
+
 def prepare(device: torch.device) -> None:
     """Set this process up to compute on a device, in a run and where one is timed again."""
     if device.type == "cpu":

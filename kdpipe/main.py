@@ -46,7 +46,17 @@ from kdpipe.models import Classifier, Ensemble
 from kdpipe.profiling import traced, traces
 from kdpipe.report import cost_table, epoch_line, result_table
 from kdpipe.shortcuts import answer_in_advance, build_features, build_mixing, build_views
-from kdpipe.store import CONFIG, IMAGE_SHAPE, PATIENCE, PEER_WEIGHTS, WEIGHTS, epoch_file, store_uri, wait_for_store
+from kdpipe.store import (
+    CONFIG,
+    IMAGE_SHAPE,
+    PATIENCE,
+    PEER_WEIGHTS,
+    TIMED_ON,
+    WEIGHTS,
+    epoch_file,
+    store_uri,
+    wait_for_store,
+)
 from kdpipe.targets import guard_hydra, refuse_pickled_config
 from kdpipe.teacher import Peer, Teacher
 from kdpipe.teacher_check import check_teacher, warn_once
@@ -280,7 +290,7 @@ def run_tags(config: DictConfig, parts: Parts, hardware: Hardware) -> dict[str, 
     """What a run is found by, in MLflow's UI too."""
     tags = {**parts.tags, "kdpipe.data": parts.data.fingerprint, "kdpipe.hardware": hardware.described}
     tags[IMAGE_SHAPE] = "x".join(map(str, parts.data.images.shape[1:]))
-    tags["kdpipe.timed_on"] = hardware.machine if config.evaluation.timing_seconds > 0 else ""
+    tags[TIMED_ON] = hardware.machine if config.evaluation.timing_seconds > 0 else ""
     if parts.data.unlabelled:
         tags["kdpipe.unlabelled"] = parts.data.unlabelled
     if parts.teacher_source:

@@ -17,7 +17,12 @@ log = logging.getLogger("kdpipe")
 WEIGHTS = "model.safetensors"
 CONFIG = "config.yaml"
 PEER_WEIGHTS = "peer.safetensors"
-IMAGE_SHAPE = "kdpipe.image_shape"  # a run's tag: what its stored images have, such as 3x32x32
+PREDICTIONS = "predictions.csv"  # a line for each test image
+CLASSES = "classes.csv"
+CONFUSION, RELIABILITY, DIFFERING = "confusion.png", "reliability.png", "differing.png"
+# Tags of a run.
+IMAGE_SHAPE = "kdpipe.image_shape"  # of its stored images, such as 3x32x32
+TIMED_ON = "kdpipe.timed_on"  # the hardware that its networks were timed on
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 # Not mssql: what stands in the place of its host may be the name of a data source or of an instance.
 PORTS = {"postgresql": 5432, "mysql": 3306}

@@ -140,6 +140,15 @@ class Outcome:
     errors: str
 
 
+def exit_status(cli: Callable[[], object]) -> int | str | None:
+    """What a command ends with."""
+    try:
+        cli()
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
 @pytest.fixture
 def kdpipe(
     tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -151,14 +160,10 @@ def kdpipe(
 
     def command(*overrides: str) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["kdpipe", *in_a_hurry(overrides)])
-        status: int | str | None = 0
         with pytest.MonkeyPatch.context() as environment:
             # What the command sets itself must not outlive it.
             environment.setenv("HYDRA_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR", "0"))
-            try:
-                main.cli()
-            except SystemExit as end:
-                status = end.code
+            status = exit_status(main.cli)
         captured = capsys.readouterr()
         return Outcome(status, captured.out, captured.err)
 
@@ -213,12 +218,8 @@ def command(
     def begin(name: str, *words: object) -> Outcome:
         module = importlib.import_module(f"kdpipe.{name}.__main__" if name == "export" else f"kdpipe.{name}")
         monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
-        status: int | str | None = 0
         capsys.readouterr()
-        try:
-            module.cli()
-        except SystemExit as end:
-            status = end.code
+        status = exit_status(module.cli)
         captured = capsys.readouterr()
         return Outcome(status, captured.out, captured.err)
 
@@ -239,11 +240,7 @@ def _command(folder: Path, overrides: list[str], log: Path) -> None:
     sys.stdout.reconfigure(line_buffering=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where tests run in the background
     sys.argv = ["kdpipe", *in_a_hurry(overrides)]
-    status: int | str | None = 0
-    try:
-        main.cli()
-    except SystemExit as end:
-        status = end.code
+    status = exit_status(main.cli)
     if loky := sys.modules.get("joblib.externals.loky"):  # which such a process would wait for
         loky.get_reusable_executor(reuse=True).shutdown(kill_workers=True)
     sys.exit(status)

@@ -266,7 +266,7 @@ ROOMS = {
     },
     "evaluate": {"data", "models", "hardware", "progress"},
     "quality": set(),
-    "exam": {"data", "evaluate", "files", "hardware", "outputs", "pictures", "quality", "teacher"},
+    "exam": {"data", "evaluate", "files", "hardware", "outputs", "pictures", "quality", "store", "teacher"},
     "pictures": {"quality"},
     "cost": {"checks", "command", "finished", "hardware", "models", "report", "store", "timing", "tracking"},
     "timing": set(),

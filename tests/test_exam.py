@@ -12,9 +12,10 @@ from PIL import Image
 from kdpipe.cost import arguments_of
 from kdpipe.cost import run as measure_cost
 from kdpipe.data import ImageDataset
-from kdpipe.exam import DIFFERING, FILES, Exam, _most_differing, by_class, finite, predictions, write_files
+from kdpipe.exam import FILES, Exam, _most_differing, by_class, finite, predictions, write_files
 from kdpipe.finished import open_data, open_run
 from kdpipe.pictures import confusion, to_png
+from kdpipe.store import DIFFERING
 from kdpipe.tracking import RunStore
 
 TEACHER = ["experiment=teacher", "model=resnet20", "dataset=digits", "train.epochs=1", "train.threads=1"]
@@ -134,7 +135,7 @@ def test_a_run_s_end(kdpipe: Callable, tmp_path: Path) -> None:
         (["nothing"], "runs:/nothing: there is no such run in "),
         (["nothing", "--seconds", "0"], "--seconds=0.0: a number above 0 is accepted"),
         (["nothing", "--threads", "0"], "--threads=0: a whole number from 1 "),
-        (["nothing", "--device", "cuda:99"], "--device cuda:99: cpu, or cuda"),
+        (["nothing", "--device", "cuda:99"], "--device=cuda:99: one of "),
         (["nothing", "--uri", "sqlite:///nowhere.db"], "nowhere.db: there is no such MLflow store"),
     ],
 )

@@ -10,22 +10,14 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 from torch import distributed
 
-from kdpipe.hardware import Hardware, prepare
+from kdpipe.hardware import Hardware, check_there, devices, prepare
 
 _own_gpu: list[FileLock] = []  # held until the process ends
 
 
 def check_device(config: DictConfig) -> None:
     """Raise ValueError for a device that this machine does not have."""
-    name, there = str(config.train.device), devices()
-    if name not in ("auto", *there, "cuda" if "cuda:0" in there else "cpu"):
-        raise ValueError(f"train.device={name}: one of auto, {', '.join(there)} is accepted on this machine")
-
-
-def devices() -> list[str]:
-    """The devices of this machine, the fastest first."""
-    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    return [*gpus, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+    check_there("train.device", str(config.train.device), "auto")
 
 
 def use_hardware(config: DictConfig) -> Hardware:

@@ -344,10 +344,9 @@ def _markdown_row(texts: Sequence[str]) -> str:
 
 def best_metrics(comparison: Comparison) -> dict[str, float]:
     """The best cell's figures as metrics of a sweep's parent run, fractions."""
-    best = comparison.best
-    if best is None:
+    best, decisive = comparison.best, comparison.decisive
+    if best is None or decisive is None:
         return {}
-    decisive = comparison.confirmed or best
     metrics, exchange = averages(decisive.cell), comparison.exchange
     values: dict[str, float | None] = {
         "best/val_accuracy": best.validation.mean if best.validation else None,

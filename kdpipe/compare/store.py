@@ -10,14 +10,14 @@ from kdpipe.compare.cells import Cell, Controls, make_cells, teacher_runs
 from kdpipe.compare.comparison import Comparison, GetRun, best_run, check_comparable, compare, families, row_of
 from kdpipe.compare.formats import Picture
 from kdpipe.compare.statistics import CANNOT_TELL
+from kdpipe.store import CONFUSION, DIFFERING, PREDICTIONS, RELIABILITY
 from kdpipe.tracking import RunRecord, RunStore, Tracker
 
-PREDICTIONS = "predictions.csv"  # what a run answered on each test image
 # Pictures that a run of the decisive student drew, and what they show.
 OF_A_RUN = {
-    "reliability.png": "How sure the distilled student is, and how often it is right",
-    "confusion.png": "Which classes the distilled student takes for which",
-    "differing.png": "The test images on which the distilled student and its teacher differ most",
+    RELIABILITY: "How sure the distilled student is, and how often it is right",
+    CONFUSION: "Which classes the distilled student takes for which",
+    DIFFERING: "The test images on which the distilled student and its teacher differ most",
 }
 
 log = logging.getLogger("kdpipe")

@@ -7,9 +7,9 @@ from statistics import fmean, median
 
 from kdpipe.compare.cells import Cell
 from kdpipe.compare.comparison import Comparison, Row
+from kdpipe.store import TIMED_ON
 from kdpipe.tracking import RunRecord
 
-TIMED_ON = "kdpipe.timed_on"  # the tag that says which hardware a run's networks were timed on
 ONE_THREAD = "_1_thread"
 QUALITY = ("top5_accuracy", "loss", "brier", "ece", "loss_scaled", "ece_scaled")
 COST = ("params", "size_mb", "flops", "activation_mb")

@@ -31,7 +31,6 @@ class RunRecord:
     tags: dict[str, str]
     ended: float  # seconds since 1970
     seconds: float  # that processes worked on it
-    experiment_id: str = ""
     status: str = FINISHED
 
 
@@ -157,6 +156,5 @@ def record_of(run: mlflow.entities.Run) -> RunRecord:
         ended=ended,
         # A run that was interrupted says how long it was worked on; else it is from the start to the end.
         seconds=float(run.data.tags.get("kdpipe.seconds", ended - run.info.start_time / 1000)),
-        experiment_id=run.info.experiment_id,
         status=run.info.status,
     )
