@@ -21,6 +21,8 @@ log = logging.getLogger("kdpipe")
 METRICS = "metrics.jsonl"
 TRACKING = "tracking.json"
 CHECKPOINTS = "checkpoints"  # a folder
+BEGUN = "kdpipe.begun"  # a tag: a token that the folder knows before the store has the run, and gives it an id
+NOT_YET = ""  # the id of such a run
 RUNNING, FINISHED, KILLED, FAILED = "RUNNING", "FINISHED", "KILLED", "FAILED"  # as MLflow has them
 
 Row = dict[str, float]  # {"step": 3, "train/loss": 0.5, …}
@@ -44,7 +46,7 @@ class Journal:
     """What is known of the run in a folder.
 
     Attributes:
-        uri, run_id: of the store, and of the run there.
+        uri, run_id: of the store, and of the run there; NOT_YET until the store has answered.
         tags: those that say which run this is.
         status: RUNNING, FINISHED, KILLED or FAILED.
         reason: why it was KILLED or FAILED.
@@ -106,6 +108,10 @@ class Journal:
         """Whether it is about the run with these tags."""
         return tags.items() <= self.tags.items()
 
+    def forget(self) -> None:
+        """The store never began the run."""
+        (self.folder / TRACKING).unlink(missing_ok=True)
+
     def settled(self) -> None:
         """The store knows all of it: what is only there to go on from is not needed, unless the run is to go on."""
         self.delivered = True
@@ -123,6 +129,7 @@ def _is_well_formed(content: Any) -> bool:
         and {name: type(value) for name, value in content.items()} == KINDS
         and content["status"] in (RUNNING, FINISHED, KILLED, FAILED)
         and all(isinstance(text, str) for text in [*content["tags"].values(), *content["files"]])
+        and (content["run_id"] != NOT_YET or BEGUN in content["tags"])
         and all(isinstance(time, int) for time in content["times"])
     )
 

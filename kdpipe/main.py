@@ -40,7 +40,7 @@ from kdpipe.features import Observed
 from kdpipe.files import write_whole
 from kdpipe.hardware import Hardware
 from kdpipe.interruption import Interrupted, InterruptedJobError
-from kdpipe.journal import CHECKPOINTS, Journal, is_unfinished, rows_since
+from kdpipe.journal import CHECKPOINTS, NOT_YET, Journal, is_unfinished, rows_since
 from kdpipe.losses.base import roles_of
 from kdpipe.models import Classifier, Ensemble
 from kdpipe.profiling import traced, traces
@@ -172,7 +172,9 @@ def what_is_begun(config: DictConfig, parts: Parts, folder: Path) -> tuple[str |
         log.warning("the run that was begun here is another one, of other images or another teacher: this one is new")
         remove_checkpoints(folder / CHECKPOINTS)
         start = None
-    return journal.run_id if journal else start["run"] if start else None, start
+    if journal and journal.run_id != NOT_YET:
+        return journal.run_id, start
+    return start["run"] if start else None, start
 
 
 def follow(config: DictConfig, tracker: Any, hardware: Hardware) -> float:

@@ -9,11 +9,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
 from threading import Thread
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 from conftest import KEPT, free_port
 from mlflow import MlflowClient
+from mlflow.entities import Run
 
+from kdpipe.journal import BEGUN, NOT_YET, Journal
 from kdpipe.store import check_uri, store_uri
 from kdpipe.tracking import Tracker
 
@@ -160,6 +164,77 @@ def test_metrics_stand_in_the_folder_before_they_are_sent(empty_store: Path, tmp
             time.sleep(0.01)
         run.log({"train/loss": 1.25}, step=2)
     assert tracker.client.get_run(run.id).data.metrics == {"train/loss": 1.25}
+
+
+class Lossy(BaseHTTPRequestHandler):
+    """Passes requests on to a server, and hangs up instead of answering to the first one that creates a run."""
+
+    protocol_version = "HTTP/1.1"
+    server: "LossyServer"
+
+    def do_GET(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        headers = {"Content-Type": self.headers.get("Content-Type", "application/json")}
+        request = Request(self.server.behind + self.path, body or None, headers, method=self.command)
+        try:
+            with urlopen(request) as answer:
+                status, content = answer.status, answer.read()
+        except HTTPError as error:
+            status, content = error.code, error.read()
+        if self.path.endswith("/runs/create") and not self.server.lost:
+            self.server.lost = True
+            self.close_connection = True
+            return
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_POST = do_PATCH = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class LossyServer(ThreadingHTTPServer):
+    lost = False
+
+    def __init__(self, behind: str) -> None:
+        super().__init__(("127.0.0.1", 0), Lossy)
+        self.behind = behind
+
+
+def test_a_server_that_began_a_run_and_did_not_answer_has_it_once(server: str, tmp_path: Path) -> None:
+    with LossyServer(server) as lossy:
+        Thread(target=lossy.serve_forever, daemon=True).start()
+        tracker = Tracker(f"http://127.0.0.1:{lossy.server_port}", "once", tmp_path)
+        with tracker.run("a run", tmp_path, {"seed": 0}, {}) as run:
+            pass
+        lossy.shutdown()
+    assert lossy.lost
+    (found,) = runs_of(Tracker(server, "once", tmp_path))
+    assert (found.info.run_id, found.info.status) == (run.id, "FINISHED")
+
+
+def test_a_run_whose_process_is_killed_while_it_is_begun_is_ended_or_forgotten(
+    empty_store: Path, tmp_path: Path
+) -> None:
+    tracker = Tracker(f"sqlite:///{empty_store}", "killed", tmp_path)
+    left = Journal(tmp_path, tracker.uri, NOT_YET, {BEGUN: "a token"})
+    left.write()
+    tracker.settle(tmp_path)  # the process was killed before the store had the run,
+    assert Journal.read(tmp_path) is None
+    left.write()
+    run_id = tracker.client.create_run(tracker.experiment_id, tags=left.tags).info.run_id
+    tracker.settle(tmp_path)  # or after that
+    assert [(run.info.run_id, run.info.status) for run in runs_of(tracker)] == [(run_id, "KILLED")]
+    journal = Journal.read(tmp_path)
+    assert journal
+    assert journal.run_id == run_id  # the same command goes on with it
+
+
+def runs_of(tracker: Tracker) -> list[Run]:
+    return list(tracker.client.search_runs([tracker.experiment_id]))
 
 
 def test_a_metric_that_mlflow_refuses_ends_the_run_and_is_kept_in_its_folder(empty_store: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
-from kdpipe.journal import FINISHED, KILLED, RUNNING, Journal, Row, append_row, has_row, now, read_rows
+from kdpipe.journal import BEGUN, FINISHED, KILLED, NOT_YET, RUNNING, Journal, Row, append_row, has_row, now, read_rows
 from kdpipe.store import check_uri
 
 log = logging.getLogger("kdpipe")
@@ -236,6 +236,19 @@ def rows_known(client: MlflowClient, run_id: str, rows: Sequence[Row]) -> int:
     return len(rows)
 
 
+def find_begun(client: MlflowClient, token: str) -> str:
+    """The id of the run whose BEGUN is this token, in any experiment; NOT_YET where there is none.
+
+    A server that dies when it has written a new run, and has not answered, is asked again by MLflow's client, and
+    writes another one: such a double is deleted.
+    """
+    experiments = [found.experiment_id for found in client.search_experiments()]
+    runs = client.search_runs(experiments, f"tags.`{BEGUN}` = '{token}'", order_by=["attributes.start_time ASC"])
+    for double in runs[1:]:
+        client.delete_run(double.info.run_id)
+    return str(runs[0].info.run_id) if runs else NOT_YET
+
+
 def is_final(error: Exception) -> bool:
     """Whether the store will refuse the same again: it is there, and does not want it."""
     return isinstance(error, MlflowException) and error.error_code in FINAL
@@ -260,13 +273,20 @@ class Stores:
             return ""
         if journal.status == RUNNING:
             journal.end(KILLED, "its process is gone")
-            log.info("run %s was left unfinished by a process that is gone: it is KILLED", journal.run_id)
+            log.info(
+                "run %s was left unfinished by a process that is gone: it is KILLED", journal.run_id or folder.name
+            )
         uri = journal.uri
         try:
             if uri not in self._problems and uri not in self._clients:
                 check_there(uri)
                 self._clients[uri] = MlflowClient(tracking_uri=uri)
             if uri not in self._problems:
+                if journal.run_id == NOT_YET:
+                    journal.run_id = find_begun(self._clients[uri], journal.tags[BEGUN])
+                if journal.run_id == NOT_YET:
+                    journal.forget()
+                    return ""
                 rows = read_rows(folder)[: journal.released]
                 deliver(self._clients[uri], journal, rows, Told(), lambda: True, closing=True)
                 journal.settled()

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
+from uuid import uuid4
 
 import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, Param
@@ -18,9 +19,9 @@ from mlflow.exceptions import MlflowException
 
 from kdpipe.claim import ClaimedError, claim, is_of_this_machine, locked
 from kdpipe.interruption import postponed
-from kdpipe.journal import FAILED, FINISHED, KILLED, METRICS, Journal, Row, now, undelivered, write_rows
+from kdpipe.journal import BEGUN, FAILED, FINISHED, KILLED, METRICS, NOT_YET, Journal, Row, now, undelivered, write_rows
 from kdpipe.store import WEIGHTS
-from kdpipe.tracking.delivery import IN_A_HURRY, Run, Stores
+from kdpipe.tracking.delivery import IN_A_HURRY, Run, Stores, find_begun
 from kdpipe.tracking.runs import UNKNOWN, RunRecord, RunStore, record_of
 from kdpipe.tracking.sqlite import set_aside_half_made, store_lock
 
@@ -95,17 +96,23 @@ class Tracker(RunStore):
         run = journal = None
         try:
             with postponed():  # what is begun in the store is to be known in the folder
-                run_id = begun if begun and goes_on else self._create(name, tags)
-                journal = Journal(folder, self.uri, run_id, dict(tags), seconds=seconds, times=times)
+                if begun and goes_on:
+                    opened = Journal(folder, self.uri, begun, dict(tags), seconds=seconds, times=times)
+                else:
+                    marked = {**tags, BEGUN: uuid4().hex}
+                    opened = Journal(folder, self.uri, NOT_YET, marked, seconds=seconds, times=times)
+                    opened.write()  # a process that is killed now leaves no run behind that nobody knows of
+                    self._begin(opened, name, marked)
                 (folder / WEIGHTS).unlink(missing_ok=True)
                 if rows:
                     write_rows(folder, rows)
                 else:
                     (folder / METRICS).unlink(missing_ok=True)
-                journal.write()  # last: the lines of another run are not this one's
+                opened.write()  # last: the lines of another run are not this one's
+                journal = opened
             if goes_on:
-                self._reopen(run_id, tags)
-            self._log_params(run_id, params)
+                self._reopen(journal.run_id, tags)
+            self._log_params(journal.run_id, params)
             run = Run(self.client, journal, rows)
             run.deliver()
             yield run
@@ -159,24 +166,26 @@ class Tracker(RunStore):
                 is_first = False
             with store_lock(self.uri):  # two processes may run the same sweep
                 found = self.find_sweep(sweep_id)
-                run_id = found.id if found else self._create(name, {"kdpipe.stage": "sweep", "kdpipe.sweep": sweep_id})
+                journal = Journal(folder, self.uri, found.id if found else NOT_YET, {BEGUN: uuid4().hex})
+                if is_first:
+                    journal.write()
                 if found:
-                    self._reopen(run_id, {})
+                    self._reopen(journal.run_id, {})
                 else:
-                    self._log_params(run_id, params)
-            journal = Journal(folder, self.uri, run_id, {})
+                    self._begin(journal, name, {"kdpipe.stage": "sweep", "kdpipe.sweep": sweep_id, **journal.tags})
+                    self._log_params(journal.run_id, params)
             if is_first:
                 journal.write()
             try:
-                yield run_id
-                self.client.set_terminated(run_id, FINISHED)
+                yield journal.run_id
+                self.client.set_terminated(journal.run_id, FINISHED)
                 journal.status = FINISHED
             except BaseException as error:
                 journal.status, journal.reason = how_it_ended(error)
 
                 def close() -> None:
-                    self.client.set_terminated(run_id, journal.status)
-                    self.client.set_tag(run_id, "kdpipe.reason", journal.reason)
+                    self.client.set_terminated(journal.run_id, journal.status)
+                    self.client.set_tag(journal.run_id, "kdpipe.reason", journal.reason)
 
                 journal.delivered = at_most(IN_A_HURRY, close)
                 raise
@@ -194,9 +203,10 @@ class Tracker(RunStore):
             if "mlflow.parentRunId" not in tags:
                 self.client.set_tag(run.id, "mlflow.parentRunId", parent_id)
 
-    def _create(self, name: str, tags: Mapping[str, str]) -> str:
-        run = self.client.create_run(self.experiment_id, run_name=name, tags={**_origin(), **git_tags(), **tags})
-        return str(run.info.run_id)
+    def _begin(self, journal: Journal, name: str, tags: Mapping[str, str]) -> None:
+        """Begin the run of a journal, whose BEGUN is among the tags."""
+        self.client.create_run(self.experiment_id, run_name=name, tags={**_origin(), **git_tags(), **tags})
+        journal.run_id = find_begun(self.client, tags[BEGUN])
 
     def _log_params(self, run_id: str, params: Mapping[str, object]) -> None:
         # The first ones stand: MLflow's params cannot change, and those that matter do not when a run goes on.
