@@ -215,9 +215,13 @@ def _decode(
     if lost := {split_of(file.name) for file in files} - {split_of(name) for name in kept}:
         raise ValueError(f"dataset.root: the {lost.pop() or 'train'} folder has no readable image; it needs one")
     source = Source(torch.from_numpy(images), torch.from_numpy(labels), class_names, _given_splits(kept, split_of))
-    about = f"{len(good):,} images, {width}×{height}"
-    meta = {"about": about, "names": kept, "bad": bad, "fingerprint": source.fingerprint}
+    meta = {"about": _about(images.shape), "names": kept, "bad": bad, "fingerprint": source.fingerprint}
     (folder / META).write_text(json.dumps(meta))
+
+
+def _about(shape: tuple[int, ...]) -> str:
+    number, _, height, width = shape
+    return f"{number:,} images, {width}×{height}"
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -249,6 +253,7 @@ def _is_complete(num_classes: int, entry: Path) -> bool:
         and isinstance(meta.get("fingerprint"), str)
         and (images.dtype, images.ndim, labels.dtype, labels.ndim) == (np.uint8, 4, np.int64, 1)
         and images.flags.c_contiguous
+        and (images.shape[1], _about(images.shape)) == (3, meta.get("about"))
         and len(names) == len(images) == len(labels) > 0
         and 0 <= int(labels.min()) <= int(labels.max()) < num_classes
     )

@@ -97,19 +97,19 @@ class Tracker(RunStore):
         try:
             with postponed():  # what is begun in the store is to be known in the folder
                 if begun and goes_on:
-                    opened = Journal(folder, self.uri, begun, dict(tags), seconds=seconds, times=times)
+                    journal = Journal(folder, self.uri, begun, dict(tags), seconds=seconds, times=times)
                 else:
                     marked = {**tags, BEGUN: uuid4().hex}
-                    opened = Journal(folder, self.uri, NOT_YET, marked, seconds=seconds, times=times)
-                    opened.write()  # a process that is killed now leaves no run behind that nobody knows of
-                    self._begin(opened, name, marked)
+                    new = Journal(folder, self.uri, NOT_YET, marked, seconds=seconds, times=times)
+                    new.write()  # a process that is killed now leaves no run behind that nobody knows of
+                    self._begin(new, name, marked)
+                    journal = new
                 (folder / WEIGHTS).unlink(missing_ok=True)
                 if rows:
                     write_rows(folder, rows)
                 else:
                     (folder / METRICS).unlink(missing_ok=True)
-                opened.write()  # last: the lines of another run are not this one's
-                journal = opened
+                journal.write()  # last: the lines of another run are not this one's
             if goes_on:
                 self._reopen(journal.run_id, tags)
             self._log_params(journal.run_id, params)
