@@ -56,8 +56,8 @@ demo: setup  ## teacher, student alone, distilled student and their comparison o
 	$(RUN) experiment=distill model@teacher=resnet20 $(DEMO) $(ARGS)
 	$(COMPARE) --experiment $(or $(call given,tracking.experiment),demo) --uri "$(STORE)"
 
-test: setup  ## run the tests, a process for each core, and show what of kdpipe/ they do not reach
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup --cov --cov-report=term $(ARGS)
+test: setup  ## run the tests, a process for each core (ARGS=--cov shows what of kdpipe/ they do not reach)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup $(ARGS)
 
 test-faults: setup  ## run the long tests, of faults and of many processes
 	$(BIN)/python -m pytest -m faults $(ARGS)
