@@ -108,10 +108,6 @@ class Journal:
         """Whether it is about the run with these tags."""
         return tags.items() <= self.tags.items()
 
-    def forget(self) -> None:
-        """The store never began the run."""
-        (self.folder / TRACKING).unlink(missing_ok=True)
-
     def settled(self) -> None:
         """The store knows all of it: what is only there to go on from is not needed, unless the run is to go on."""
         self.delivered = True

@@ -20,6 +20,7 @@ from mlflow.entities import Run
 from kdpipe.journal import BEGUN, NOT_YET, Journal
 from kdpipe.store import check_uri, store_uri
 from kdpipe.tracking import Tracker
+from kdpipe.tracking.delivery import begun_token
 
 STUDENT = ["dataset=digits", "experiment=student", "train.epochs=1", "train.threads=1"]
 
@@ -216,21 +217,26 @@ def test_a_server_that_began_a_run_and_did_not_answer_has_it_once(server: str, t
     assert (found.info.run_id, found.info.status) == (run.id, "FINISHED")
 
 
-def test_a_run_whose_process_is_killed_while_it_is_begun_is_ended_or_forgotten(
-    empty_store: Path, tmp_path: Path
-) -> None:
+def test_a_run_whose_process_is_killed_while_it_is_begun_is_ended(empty_store: Path, tmp_path: Path) -> None:
     tracker = Tracker(f"sqlite:///{empty_store}", "killed", tmp_path)
-    left = Journal(tmp_path, tracker.uri, NOT_YET, {BEGUN: "a token"})
-    left.write()
-    tracker.settle(tmp_path)  # the process was killed before the store had the run,
-    assert Journal.read(tmp_path) is None
+    left = Journal(tmp_path, tracker.uri, NOT_YET, {BEGUN: begun_token(tracker.experiment_id)})
     left.write()
     run_id = tracker.client.create_run(tracker.experiment_id, tags=left.tags).info.run_id
-    tracker.settle(tmp_path)  # or after that
+    tracker.settle(tmp_path)
     assert [(run.info.run_id, run.info.status) for run in runs_of(tracker)] == [(run_id, "KILLED")]
     journal = Journal.read(tmp_path)
     assert journal
     assert journal.run_id == run_id  # the same command goes on with it
+
+
+def test_a_run_that_a_server_begins_late_is_removed(empty_store: Path, tmp_path: Path) -> None:
+    tracker = Tracker(f"sqlite:///{empty_store}", "late", tmp_path)
+    token = {BEGUN: begun_token(tracker.experiment_id)}
+    Journal(tmp_path, tracker.uri, NOT_YET, token).write()
+    tracker.settle(tmp_path)  # the process was killed before the server, which hung, began its run
+    with tracker.run("a run", tmp_path, {}, {}) as run:
+        tracker.client.create_run(tracker.experiment_id, tags=token)
+    assert [(found.info.run_id, found.info.status) for found in runs_of(tracker)] == [(run.id, "FINISHED")]
 
 
 def runs_of(tracker: Tracker) -> list[Run]:
@@ -270,6 +276,19 @@ def test_names_with_quotes_are_found(empty_store: Path, tmp_path: Path) -> None:
     assert tracker.find_teacher({"dataset.name": "bob"}, "abc") is None
     assert tracker.find_teacher({"dataset.name": "bob's photos"}, "other images") is None
     assert tracker.find_finished({"kdpipe.identity": "1"}) == found
+
+
+def test_a_teacher_is_found_among_any_number_of_experiments(
+    empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdpipe.tracking.tracker.PAGE", 1)
+    trackers = [Tracker(f"sqlite:///{empty_store}", name, tmp_path) for name in ("first", "second", "third")]
+    tags = {"kdpipe.stage": "teacher", "kdpipe.data": "abc"}
+    with trackers[0].run("run", tmp_path, {"train.epochs": 1, "model.weights": None}, tags) as run:
+        pass
+    found = trackers[2].find_teacher({}, "abc")
+    assert found
+    assert found.id == run.id
 
 
 def test_a_deleted_experiment_is_no_surprise(empty_store: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from uuid import uuid4
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric
@@ -216,6 +217,7 @@ def deliver(
             log.warning("%s is gone: MLflow does not get it", journal.folder / name)
         told.files.add(name)
     if closing:
+        remove_doubles(client, journal)
         tags = {"kdpipe.seconds": f"{journal.seconds:.1f}", "kdpipe.reason": journal.reason}
         for key, value in tags.items():
             if value and wanted():
@@ -236,17 +238,30 @@ def rows_known(client: MlflowClient, run_id: str, rows: Sequence[Row]) -> int:
     return len(rows)
 
 
-def find_begun(client: MlflowClient, token: str) -> str:
-    """The id of the run whose BEGUN is this token, in any experiment; NOT_YET where there is none.
+def begun_token(experiment_id: str) -> str:
+    """A new token for BEGUN, which says in what experiment the run with this tag is."""
+    return f"{experiment_id}/{uuid4().hex}"
 
-    A server that dies when it has written a new run, and has not answered, is asked again by MLflow's client, and
-    writes another one: such a double is deleted.
-    """
-    experiments = [found.experiment_id for found in client.search_experiments()]
-    runs = client.search_runs(experiments, f"tags.`{BEGUN}` = '{token}'", order_by=["attributes.start_time ASC"])
-    for double in runs[1:]:
-        client.delete_run(double.info.run_id)
-    return str(runs[0].info.run_id) if runs else NOT_YET
+
+def find_begun(client: MlflowClient, token: str) -> str:
+    """The id of the run whose BEGUN is this token; NOT_YET where there is none."""
+    runs = _runs_begun(client, token)
+    return runs[0] if runs else NOT_YET
+
+
+def remove_doubles(client: MlflowClient, journal: Journal) -> None:
+    """Delete the runs that the store began beside the journal's: MLflow's client asks again where a server died or
+    hung before it answered, and the server may carry out both requests, the first one long after."""
+    if token := journal.tags.get(BEGUN):
+        for run_id in _runs_begun(client, token):
+            if run_id != journal.run_id:
+                client.delete_run(run_id)
+
+
+def _runs_begun(client: MlflowClient, token: str) -> list[str]:
+    experiment = token.partition("/")[0]
+    runs = client.search_runs([experiment], f"tags.`{BEGUN}` = '{token}'", order_by=["attributes.start_time ASC"])
+    return [run.info.run_id for run in runs]
 
 
 def is_final(error: Exception) -> bool:
@@ -284,8 +299,8 @@ class Stores:
             if uri not in self._problems:
                 if journal.run_id == NOT_YET:
                     journal.run_id = find_begun(self._clients[uri], journal.tags[BEGUN])
-                if journal.run_id == NOT_YET:
-                    journal.forget()
+                if journal.run_id == NOT_YET:  # there is nothing to tell of it
+                    journal.settled()
                     return ""
                 rows = read_rows(folder)[: journal.released]
                 deliver(self._clients[uri], journal, rows, Told(), lambda: True, closing=True)

@@ -11,17 +11,16 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
-from uuid import uuid4
 
 import mlflow
-from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Param
 from mlflow.exceptions import MlflowException
 
 from kdpipe.claim import ClaimedError, claim, is_of_this_machine, locked
 from kdpipe.interruption import postponed
 from kdpipe.journal import BEGUN, FAILED, FINISHED, KILLED, METRICS, NOT_YET, Journal, Row, now, undelivered, write_rows
 from kdpipe.store import WEIGHTS
-from kdpipe.tracking.delivery import IN_A_HURRY, Run, Stores, find_begun
+from kdpipe.tracking.delivery import IN_A_HURRY, Run, Stores, begun_token, remove_doubles
 from kdpipe.tracking.runs import UNKNOWN, RunRecord, RunStore, record_of
 from kdpipe.tracking.sqlite import set_aside_half_made, store_lock
 
@@ -90,16 +89,17 @@ class Tracker(RunStore):
         goes_on = begun is not None and self._can_go_on(begun)
         before, rows = Journal.read(folder), list(history)
         if before and before.uri != self.uri and not before.delivered:
-            log.warning("%s is not told how run %s went on, for now it is in %s", before.uri, before.run_id, self.uri)
+            run_id = before.run_id or folder.name
+            log.warning("%s is not told how run %s went on, for now it is in %s", before.uri, run_id, self.uri)
+        marked = {**tags, BEGUN: self._token(before, begun if begun and goes_on else NOT_YET)}
         times = before.times[: len(rows)] if before and before.run_id == begun else []
         times += [now()] * (len(rows) - len(times))
         run = journal = None
         try:
             with postponed():  # what is begun in the store is to be known in the folder
                 if begun and goes_on:
-                    journal = Journal(folder, self.uri, begun, dict(tags), seconds=seconds, times=times)
+                    journal = Journal(folder, self.uri, begun, marked, seconds=seconds, times=times)
                 else:
-                    marked = {**tags, BEGUN: uuid4().hex}
                     new = Journal(folder, self.uri, NOT_YET, marked, seconds=seconds, times=times)
                     new.write()  # a process that is killed now leaves no run behind that nobody knows of
                     self._begin(new, name, marked)
@@ -166,18 +166,20 @@ class Tracker(RunStore):
                 is_first = False
             with store_lock(self.uri):  # two processes may run the same sweep
                 found = self.find_sweep(sweep_id)
-                journal = Journal(folder, self.uri, found.id if found else NOT_YET, {BEGUN: uuid4().hex})
+                token = {BEGUN: begun_token(self.experiment_id)}
+                journal = Journal(folder, self.uri, found.id if found else NOT_YET, token)
                 if is_first:
                     journal.write()
                 if found:
                     self._reopen(journal.run_id, {})
                 else:
-                    self._begin(journal, name, {"kdpipe.stage": "sweep", "kdpipe.sweep": sweep_id, **journal.tags})
+                    self._begin(journal, name, {"kdpipe.stage": "sweep", "kdpipe.sweep": sweep_id, **token})
                     self._log_params(journal.run_id, params)
             if is_first:
                 journal.write()
             try:
                 yield journal.run_id
+                remove_doubles(self.client, journal)
                 self.client.set_terminated(journal.run_id, FINISHED)
                 journal.status = FINISHED
             except BaseException as error:
@@ -203,10 +205,17 @@ class Tracker(RunStore):
             if "mlflow.parentRunId" not in tags:
                 self.client.set_tag(run.id, "mlflow.parentRunId", parent_id)
 
+    def _token(self, before: Journal | None, run_id: str) -> str:
+        """BEGUN for a run with this id: that of the journal before where it is about this run, or about one that the
+        store may begin yet."""
+        known = before.tags.get(BEGUN, "") if before and (before.uri, before.run_id) == (self.uri, run_id) else ""
+        return known if known.startswith(f"{self.experiment_id}/") else begun_token(self.experiment_id)
+
     def _begin(self, journal: Journal, name: str, tags: Mapping[str, str]) -> None:
         """Begin the run of a journal, whose BEGUN is among the tags."""
-        self.client.create_run(self.experiment_id, run_name=name, tags={**_origin(), **git_tags(), **tags})
-        journal.run_id = find_begun(self.client, tags[BEGUN])
+        run = self.client.create_run(self.experiment_id, run_name=name, tags={**_origin(), **git_tags(), **tags})
+        journal.run_id = run.info.run_id
+        remove_doubles(self.client, journal)
 
     def _log_params(self, run_id: str, params: Mapping[str, object]) -> None:
         # The first ones stand: MLflow's params cannot change, and those that matter do not when a run goes on.
@@ -233,7 +242,7 @@ class Tracker(RunStore):
 
     def find_teacher(self, params: Mapping[str, object], images: str) -> RunRecord | None:
         """The newest finished teacher run with these params on the images of this fingerprint, in any experiment."""
-        experiments = [found.experiment_id for found in self.client.search_experiments()]
+        experiments = [found.experiment_id for found in self._experiments()]
         conditions = ["tags.`kdpipe.stage` = 'teacher'", f"tags.`kdpipe.data` = '{images}'"]
         conditions += [f"params.`{key}` = {_quoted(value)}" for key, value in params.items()]
         for record in self._search(experiments, conditions):
@@ -292,8 +301,16 @@ class Tracker(RunStore):
                 return
 
     def _names(self) -> str:
-        names = [found.name for found in self.client.search_experiments()]
-        return ", ".join(names) or "none"
+        return ", ".join(found.name for found in self._experiments()) or "none"
+
+    def _experiments(self) -> Iterator[Experiment]:
+        token = None
+        while True:
+            page = self.client.search_experiments(max_results=PAGE, page_token=token)
+            yield from page
+            token = page.token
+            if not token:
+                return
 
 
 def how_it_ended(error: BaseException) -> tuple[str, str]:
