@@ -11,7 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from kdpipe.checks import as_typed, check_choice, check_number, check_numbers
 from kdpipe.identity import effective, flatten, identity, temperature_of
-from kdpipe.store import epoch_file, names_weights
+from kdpipe.store import epoch_file, names_weights, without_password
 from kdpipe.targets import find_target
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -155,7 +155,7 @@ def export_command(config: DictConfig, run_id: str) -> str:
 
 def _store_flags(config: DictConfig) -> list[str]:
     """What tells a command on finished runs where they are."""
-    flags = ["--uri", config.tracking.uri] if config.tracking.uri else []
+    flags = ["--uri", without_password(config.tracking.uri)] if config.tracking.uri else []
     return flags + (["--output-dir", config.output_dir] if config.output_dir != "outputs" else [])
 
 

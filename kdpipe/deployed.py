@@ -157,9 +157,14 @@ def open_deployed(address: str, store: Callable[[], RunStore], trust: bool = Fal
     elif not path.is_file():
         if path.suffix in SUFFIXES or (len(path.parts) > 1 and not address.startswith("runs:/")):
             raise ValueError(f"{address}: there is no such file; {', '.join(SUFFIXES)}, a folder or a run is accepted")
-        opened = store()
+        try:
+            opened = store()
+        except ValueError as error:
+            if address.startswith("runs:/"):
+                raise
+            raise ValueError(f"{address}: there is no such file or folder; nor such a run, for {error}") from error
         if not address.startswith("runs:/") and opened.get_run(address) is None:
-            raise ValueError(f"{address}: there is no such file or folder, and no such run in {opened.uri}")
+            raise ValueError(f"{address}: there is no such file or folder, and no such run in {opened.name}")
         return of_run(open_run(address, opened))
     if path.suffix == ".onnx":
         return open_onnx(path)

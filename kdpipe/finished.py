@@ -62,7 +62,7 @@ def open_run(address: str, store: RunStore) -> FinishedRun:
     run_id, weights = run_and_file(address)
     record = store.get_run(run_id)
     if record is None:
-        raise ValueError(f"{address}: there is no such run in {store.uri}; the id of a finished run is accepted")
+        raise ValueError(f"{address}: there is no such run in {store.name}; the id of a finished run is accepted")
     if record.tags.get("kdpipe.stage") == "sweep":
         raise ValueError(f"{address}: this is a sweep; the id of one of its runs is accepted")
     if record.status != "FINISHED":

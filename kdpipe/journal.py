@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from kdpipe.files import append_whole, write_whole
+from kdpipe.store import without_password
 
 log = logging.getLogger("kdpipe")
 
@@ -70,6 +71,11 @@ class Journal:
     released: int = 0
     times: list[int] = field(default_factory=list)
     delivered: bool = False
+
+    @property
+    def store(self) -> str:
+        """The store's URI, to be shown."""
+        return without_password(self.uri)
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:

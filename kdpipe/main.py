@@ -164,7 +164,7 @@ def what_is_begun(config: DictConfig, parts: Parts, folder: Path) -> tuple[str |
     if journal and not journal.is_of(parts.tags):
         if not journal.delivered:
             raise ValueError(
-                f"{folder} has a run of another teacher or other images, of which {journal.uri} has not got all; "
+                f"{folder} has a run of another teacher or other images, of which {journal.store} has not got all; "
                 f"python -m kdpipe.sync delivers it, train.resume=never drops it"
             )
         journal = None

@@ -35,6 +35,12 @@ def store_uri(configured: str | None, output_dir: Path) -> str:
     return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output_dir.resolve() / 'mlflow.db'}"
 
 
+def without_password(text: str) -> str:
+    """A store's URI, or a text with URIs, to be shown."""
+    text = re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:PASSWORD@", text)
+    return re.sub(r"([?&]password=)[^&\s]*", r"\1PASSWORD", text)
+
+
 def epoch_file(epoch: object) -> str:
     """The name of the file with the weights that a run had after an epoch; a pattern for "*"."""
     return f"epoch_{epoch}.safetensors"
@@ -64,13 +70,17 @@ def wait_for_store(uri: str, seconds: float) -> None:
             time.sleep(min(15.0, seconds))
 
 
+def shown(uri: str) -> str:
+    return f"tracking.uri={without_password(uri)}"
+
+
 def check_uri(uri: str) -> None:
     """Raise ValueError, within seconds, for a URI of no known kind and for a store that would not take a run."""
     scheme = uri.split(":", 1)[0].split("+")[0] if ":" in uri else ""
     if scheme in ("http", "https"):
         check_server(uri)
     elif scheme not in DATABASES:
-        raise ValueError(f"tracking.uri={uri}: sqlite:///FILE, postgresql://… or http://HOST:PORT is accepted")
+        raise ValueError(f"{shown(uri)}: sqlite:///FILE, postgresql://… or http://HOST:PORT is accepted")
     elif scheme != "sqlite":
         check_database(uri)
 
@@ -86,16 +96,16 @@ def check_server(uri: str) -> None:
     except (OSError, ValueError, HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise ValueError(
-            f"tracking.uri={uri}: no tracking server answers there ({reason}); "
+            f"{shown(uri)}: no tracking server answers there ({reason}); "
             "start it and its database, or use sqlite:///FILE"
         ) from error
     if status == 403 and "Invalid Host header" in said:
         raise ValueError(
-            f"tracking.uri={uri}: the server there refuses to be called {parts.hostname}; one of its own names is "
+            f"{shown(uri)}: the server there refuses to be called {parts.hostname}; one of its own names is "
             f"accepted, and this one with make server ALLOWED_HOSTS={parts.hostname}"
         )
     if status >= 500:
-        raise ValueError(f"tracking.uri={uri}: the server there answers {status}, its database may not: {said}")
+        raise ValueError(f"{shown(uri)}: the server there answers {status}, its database may not: {said}")
 
 
 def ask(server: str) -> tuple[int, str]:
@@ -117,9 +127,8 @@ def check_database(uri: str) -> None:
     try:
         url = make_url(uri)
     except (ValueError, ArgumentError) as error:
-        raise ValueError(
-            f"tracking.uri={uri}: {uri.split(':')[0]}://USER:PASSWORD@HOST:PORT/DATABASE is accepted"
-        ) from error
+        accepted = f"{uri.split(':')[0]}://USER:PASSWORD@HOST:PORT/DATABASE"
+        raise ValueError(f"{shown(uri)}: {accepted} is accepted") from error
     port = url.port or PORTS.get(url.get_backend_name())
     elsewhere = url.query.keys() & {"host", "hostaddr", "unix_socket"}
     if not url.host or not port or elsewhere:
@@ -128,5 +137,5 @@ def check_database(uri: str) -> None:
         socket.create_connection((url.host, port), timeout=SECONDS).close()
     except OSError as error:
         raise ValueError(
-            f"tracking.uri={url}: no database answers at {url.host}:{port} ({error}); start it, or use sqlite:///FILE"
+            f"{shown(uri)}: no database answers at {url.host}:{port} ({error}); start it, or use sqlite:///FILE"
         ) from error

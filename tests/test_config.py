@@ -281,7 +281,7 @@ ROOMS = {
     "checkpoint": {"files", "models"},
     "files": set(),
     "interruption": set(),
-    "journal": {"files"},
+    "journal": {"files", "store"},
     "sync": {"claim", "journal", "store", "tracking"},
     "command": {"store"},
     "compare": {"command", "config", "identity", "report", "store", "tracking"},

@@ -109,6 +109,12 @@ def test_what_is_no_image_is_named_and_the_others_are_answered(
     assert none.status == 1 and none.output == ""
 
 
+def test_a_mistyped_folder_is_told_where_there_is_no_store_either(command: Callable) -> None:
+    for name in ("studnt", "studnt/"):
+        given = command("predict", name, "photo.png", "--uri", "sqlite:///none.db")
+        assert given.errors.startswith(f"kdpipe.predict: {name}: there is no such file or folder; nor such a run, for ")
+
+
 @pytest.mark.parametrize(
     ("network", "error"),
     [

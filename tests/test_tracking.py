@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from kdpipe.journal import BEGUN, NOT_YET, Journal
-from kdpipe.store import check_uri, store_uri
+from kdpipe.store import check_uri, store_uri, without_password
 from kdpipe.tracking import Tracker
 from kdpipe.tracking.delivery import begun_token
 
@@ -95,6 +95,36 @@ def test_a_server_that_wants_a_password_or_has_no_experiment_0_answers(
     answering: Callable[[int, str], str], status: int
 ) -> None:
     check_uri(answering(status, "Permission denied"))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgresql+psycopg://user:s3/cr:et@host/db", "postgresql+psycopg://user:PASSWORD@host/db"),
+        (
+            "postgresql://host/db?user=me&password=s3cret&port=1",
+            "postgresql://host/db?user=me&password=PASSWORD&port=1",
+        ),
+        (
+            "API request to http://me:s3cret@host:5000/api failed",
+            "API request to http://me:PASSWORD@host:5000/api failed",
+        ),
+        ("http://host:5000", "http://host:5000"),
+        ("sqlite:////tmp/a@b/mlflow.db", "sqlite:////tmp/a@b/mlflow.db"),
+    ],
+)
+def test_a_password_is_not_shown(text: str, shown: str) -> None:
+    assert without_password(text) == shown
+
+
+@pytest.mark.parametrize("uri", ["http://me:s3cret@127.0.0.1:1", "postgresql://me:s3cret@127.0.0.1:1/db"])
+def test_a_store_that_does_not_answer_is_named_without_its_password(
+    kdpipe: Callable, command: Callable, uri: str
+) -> None:
+    for outcome in (kdpipe(*STUDENT, f"tracking.uri={uri}"), command("predict", "0123", "photo.png", "--uri", uri)):
+        assert outcome.status == 1
+        assert "me:PASSWORD@127.0.0.1:1" in outcome.errors
+        assert "s3cret" not in outcome.errors + outcome.output
 
 
 def test_what_speaks_no_http_is_no_tracking_server() -> None:

@@ -56,7 +56,7 @@ def build_teacher(config: DictConfig, data: ImageDataset, tracker: Any) -> tuple
         if found is None:
             raise ValueError(
                 f"teacher.weights=auto: no finished teacher run of {config.teacher.name} on these images and split "
-                f"in {tracker.uri}; this trains one: {teacher_command(config)}"
+                f"in {tracker.name}; this trains one: {teacher_command(config)}"
             )
         source = found.id
         load_trained("teacher.weights", f"runs:/{source}", config.teacher.name, classifier, data, tracker)

@@ -36,7 +36,7 @@ def compare_experiment(tracker: Tracker, where: Mapping[str, str], mixed: bool) 
     cells = make_cells(tracker.finished_runs())
     if not cells:
         raise ValueError(
-            f"tracking.experiment={tracker.experiment}: no finished run yet in {tracker.uri}; make demo trains three"
+            f"tracking.experiment={tracker.experiment}: no finished run yet in {tracker.name}; make demo trains three"
         )
     cells = those(cells, where)
     if mixed:

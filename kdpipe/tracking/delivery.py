@@ -12,7 +12,7 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from kdpipe.journal import BEGUN, FINISHED, KILLED, NOT_YET, RUNNING, Journal, Row, append_row, has_row, now, read_rows
-from kdpipe.store import check_uri
+from kdpipe.store import check_uri, without_password
 
 log = logging.getLogger("kdpipe")
 
@@ -80,7 +80,7 @@ class Run:
         if not self._delivery.finish(AT_THE_END if status == FINISHED else IN_A_HURRY):
             log.warning(
                 "%s has not got all of this run%s; %s has, and this delivers it: python -m kdpipe.sync",
-                self._journal.uri,
+                self._journal.store,
                 self._delivery.why_not(),
                 self.folder,
             )
@@ -151,7 +151,7 @@ class Delivery:
                 if not silent:
                     log.warning(
                         "%s does not take metrics now (%s): training goes on, they are kept and told later",
-                        self._journal.uri,
+                        self._journal.store,
                         _reason(error),
                     )
                 silent = True
@@ -166,7 +166,7 @@ class Delivery:
                         self._state.wait_for(lambda: self._ending, pause)
                 continue
             if silent:
-                log.info("%s is back, and has what it missed", self._journal.uri)
+                log.info("%s is back, and has what it missed", self._journal.store)
             silent = False
             with self._state:
                 self._failures = 0
@@ -310,9 +310,9 @@ class Stores:
             if is_final(error):  # such as a run that was deleted there: the folder keeps it, and may go on in a new one
                 journal.delivered = True
                 journal.write()
-                return f"{uri} refuses what this run has, for good ({_reason(error)})"
+                return f"{journal.store} refuses what this run has, for good ({_reason(error)})"
             self._problems[uri] = _reason(error)
-        return f"{uri} does not take what this run has ({self._problems[uri]})"
+        return f"{journal.store} does not take what this run has ({self._problems[uri]})"
 
 
 def check_there(uri: str) -> None:
@@ -323,4 +323,4 @@ def check_there(uri: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:300] or type(error).__name__
+    return without_password(str(error).strip().split("\n")[0])[:300] or type(error).__name__

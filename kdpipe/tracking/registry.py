@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version as installed
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -17,6 +18,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 from numpy.typing import NDArray
 
+from kdpipe.store import without_password
 from kdpipe.tracking.runs import RunStore
 
 FOLDER = "exported"  # among the run's artifacts
@@ -40,8 +42,8 @@ class Registered:
         return "\n".join(
             [
                 f"registered: {self.name} version {self.version}, alias {self.alias}",
-                f"it answers: MLFLOW_TRACKING_URI={without_password(self.uri)} mlflow models predict "
-                f'-m "models:/{self.name}@{self.alias}" --env-manager local -i input.json -o answers.json',
+                f"it answers: MLFLOW_TRACKING_URI={quote(without_password(self.uri))} mlflow models predict "
+                f"-m {quote(f'models:/{self.name}@{self.alias}')} --env-manager local -i input.json -o answers.json",
                 f'where input.json is {{"inputs": {{"images": IMAGES}}}}, IMAGES nested lists [batch, {shape}] of '
                 "numbers from 0 to 255",
             ]
@@ -94,9 +96,7 @@ def register(
         version = client.create_model_version(name, f"runs:/{run_id}/{folder}", run_id, tags=dict(tags))
         client.set_registered_model_alias(name, alias, version.version)
     except Exception as error:  # those of requests and of stores of artifacts come through, too
-        raise ValueError(
-            f"--register {name}: {without_password(store.uri)} did not take the model ({reason_of(error)})"
-        ) from error
+        raise ValueError(f"--register {name}: {store.name} did not take the model ({reason_of(error)})") from error
     return Registered(name, str(version.version), alias, store.uri, example.shape[1:])
 
 
@@ -125,10 +125,6 @@ def save(file: Path, folder: Path, example: NDArray[np.uint8]) -> None:
             )
     finally:
         logging.disable(before)
-
-
-def without_password(uri: str) -> str:
-    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:PASSWORD@", uri)
 
 
 def digest(file: Path) -> str:

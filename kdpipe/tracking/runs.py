@@ -1,6 +1,7 @@
 """A store's runs by their ids, whatever experiment they are of."""
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -12,7 +13,7 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from kdpipe.journal import FINISHED, now
-from kdpipe.store import epoch_file
+from kdpipe.store import epoch_file, without_password
 from kdpipe.tracking.sqlite import store_lock
 
 log = logging.getLogger("kdpipe")
@@ -40,6 +41,9 @@ class RunStore:
     Args:
         uri: of the store, as `store.store_uri` gives it.
 
+    Attributes:
+        name: the same, to be shown.
+
     Raises:
         ValueError: no store at `uri`.
     """
@@ -50,13 +54,13 @@ class RunStore:
             logging.getLogger(name).setLevel(logging.WARNING)
         # With the traceback of each error that it raises, too.
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-        self.uri = uri
+        self.uri, self.name = uri, without_password(uri)
         try:
             with store_lock(uri):
                 self.client = self._opened()
         except Exception as error:  # MLflow lets the errors of SQLAlchemy, of drivers and of requests through
-            reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"tracking.uri={uri}: this store cannot be opened ({reason})") from error
+            reason = without_password(str(error).strip().split("\n")[0])
+            raise ValueError(f"tracking.uri={self.name}: this store cannot be opened ({reason})") from error
 
     def _opened(self) -> mlflow.MlflowClient:
         client = mlflow.MlflowClient(tracking_uri=self.uri)
@@ -109,7 +113,7 @@ class RunStore:
                 there = ", ".join(sorted(alike, key=lambda file: (len(file), file)))  # epoch_5 before epoch_10
                 problem = f"this run has no {name}, but {there}" if there else f"this run has no {name}"
             else:
-                problem = f"there is no such run in {self.uri}"
+                problem = f"there is no such run in {self.name}"
             raise ValueError(
                 f"{key}=runs:/{run_id}: {problem}; the id of a finished run is accepted, runs:/<run id>"
             ) from error
@@ -142,7 +146,9 @@ class RunStore:
     @property
     def ui(self) -> str:
         """The UI: the server's, or the one that `make ui` starts."""
-        return self.uri.rstrip("/") if self.uri.startswith("http") else "http://127.0.0.1:5000"
+        if not self.uri.startswith("http"):
+            return "http://127.0.0.1:5000"
+        return re.sub("(?<=://)[^/@]*@", "", self.uri.rstrip("/"))  # a browser asks for name and password
 
 
 def record_of(run: mlflow.entities.Run) -> RunRecord:

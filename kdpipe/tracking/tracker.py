@@ -48,7 +48,9 @@ class Tracker(RunStore):
         super().__init__(uri)
         found = self.client.get_experiment_by_name(experiment)
         if found is None:
-            raise ValueError(f"tracking.experiment={experiment}: {uri} has no such experiment; it has {self._names()}")
+            raise ValueError(
+                f"tracking.experiment={experiment}: {self.name} has no such experiment; it has {self._names()}"
+            )
         if found.lifecycle_stage == "deleted":
             raise ValueError(
                 f"tracking.experiment={experiment}: this experiment was deleted; another name is accepted, "
@@ -90,7 +92,7 @@ class Tracker(RunStore):
         before, rows = Journal.read(folder), list(history)
         if before and before.uri != self.uri and not before.delivered:
             run_id = before.run_id or folder.name
-            log.warning("%s is not told how run %s went on, for now it is in %s", before.uri, run_id, self.uri)
+            log.warning("%s is not told how run %s went on, for now it is in %s", before.store, run_id, self.name)
         marked = {**tags, BEGUN: self._token(before, begun if begun and goes_on else NOT_YET)}
         times = before.times[: len(rows)] if before and before.run_id == begun else []
         times += [now()] * (len(rows) - len(times))
