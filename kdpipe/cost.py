@@ -24,7 +24,7 @@ from kdpipe.command import add_store_arguments, existing_store, run_command
 from kdpipe.hardware import Hardware, check_there, prepare
 from kdpipe.models import Classifier, Ensemble, size_mb
 from kdpipe.report import cost_table
-from kdpipe.store import IMAGE_SHAPE, TIMED_ON
+from kdpipe.store import IMAGE_SHAPE, ONE_THREAD, TIMED_ON
 from kdpipe.timing import median_ratio, percentile_95, threads, time_in_turn
 
 BATCH = 64  # images, for the throughput
@@ -87,7 +87,7 @@ def time_networks(networks: Networks, images: Tensor, hardware: Hardware, second
         the ratios of each round.
     """
     found: dict[str, float] = {}
-    wanted = {"": torch.get_num_threads()} | ({"_1_thread": 1} if hardware.device.type == "cpu" else {})
+    wanted = {"": torch.get_num_threads()} | ({ONE_THREAD: 1} if hardware.device.type == "cpu" else {})
     numbers = set(wanted.values())
     for number in numbers:
         with threads(number):
@@ -136,7 +136,7 @@ def flops(network: nn.Module, images: Tensor) -> int:
 @torch.no_grad()
 def peak_bytes(network: nn.Module, images: Tensor) -> int:
     """The most bytes that tensors, beside the weights and `images`, take at once while these pass."""
-    with _LiveTensors([*network.state_dict().values(), images]) as living:
+    with _LiveTensors([*network.parameters(), *network.buffers(), images]) as living:
         network(images)
     return living.peak
 
@@ -201,28 +201,32 @@ def run(arguments: argparse.Namespace) -> str:
     prepare(device)
 
     # Seconds of imports, after what can fail sooner.
-    from kdpipe.finished import open_run, open_teacher
+    from kdpipe.finished import open_run, teacher_if_there
     from kdpipe.tracking import RunStore
 
     store = RunStore(uri)
     finished = open_run(arguments.run, store)
     networks: dict[str, Classifier | Ensemble] = {"model": finished.classifier.to(device)}
-    if teacher := open_teacher(finished, store):
+    teacher, notes = teacher_if_there(finished, store)
+    if teacher:
         networks["teacher"] = teacher[0].to(device)
     images = torch.randint(0, 256, (BATCH, *finished.image_shape), dtype=torch.uint8)
     hardware = Hardware(device)
     with threads(arguments.threads or torch.get_num_threads()):
         found = cost(networks, images, hardware, arguments.seconds)
         where = hardware.machine
-    step = int(finished.record.params["train.epochs"])
-    store.log_metrics(finished.record.id, found, step)
-    store.set_tag(finished.record.id, TIMED_ON, where)
+    if notes:  # its times of earlier would stand beside those of today
+        logged = "not logged"
+    else:
+        store.log_metrics(finished.record.id, found, int(finished.record.params["train.epochs"]))
+        store.set_tag(finished.record.id, TIMED_ON, where)
+        logged = f"logged to run {finished.record.id}"
     names = {"model": finished.name, "teacher": teacher[1] if teacher else ""}
-    lines = [cost_table(found, names)]
+    lines = [cost_table(found, names), *notes]
     if IMAGE_SHAPE not in finished.record.tags:
         shape = "×".join(map(str, finished.image_shape))
         lines.append(f"the run does not tell the shape of its images: {shape} is what its network looks at")
-    return "\n".join([*lines, f"measured on {where}; logged to run {finished.record.id}"])
+    return "\n".join([*lines, f"measured on {where}; {logged}"])
 
 
 if __name__ == "__main__":

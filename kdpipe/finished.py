@@ -12,7 +12,7 @@ from kdpipe.config import is_ensemble
 from kdpipe.data import ImageDataset
 from kdpipe.errors import one_line
 from kdpipe.models import Classifier, Ensemble
-from kdpipe.models.weights import read_weights, weights_digest
+from kdpipe.models.weights import load_state, read_weights, weights_digest
 from kdpipe.store import CONFIG, IMAGE_SHAPE, WEIGHTS, run_and_file
 from kdpipe.targets import guard_hydra
 from kdpipe.tracking import RunRecord, RunStore
@@ -67,14 +67,16 @@ def open_run(address: str, store: RunStore) -> FinishedRun:
         raise ValueError(f"{address}: this is a sweep; the id of one of its runs is accepted")
     if record.status != "FINISHED":
         raise ValueError(f"{address}: this run is {record.status}; the id of a finished run is accepted")
-    config = read_config(store.download(run_id, CONFIG, "run"), SECTIONS)
-    _, class_names = read_weights("run", store.download(run_id, weights, "run"))
+    with store.downloaded(run_id, CONFIG, "run") as file:
+        config = read_config(file, SECTIONS)
+    with store.downloaded(run_id, weights, "run") as file:
+        state, class_names = read_weights("run", file)
     if not class_names:
         raise ValueError(f"{address}: {weights} does not say which classes it knows; a run of kdpipe is accepted")
     shape = image_shape_of(record, config)
     images = blank(class_names, shape)
     classifier = build_network("model", config.model, images, freeze="none")
-    load_trained("run", address, config.model.name, classifier, images, store)
+    load_state("run", address, classifier.network, state, config.model.name, len(class_names))
     return FinishedRun(address, record, config, classifier.eval(), tuple(class_names), shape)
 
 
@@ -113,6 +115,14 @@ def open_teacher(run: FinishedRun, store: RunStore) -> tuple[Classifier | Ensemb
     if known and known != weights_digest(network.network):
         raise ValueError(f"teacher.weights={teacher.weights}: these are no more the weights that taught the run")
     return network.eval(), str(teacher.name)
+
+
+def teacher_if_there(run: FinishedRun, store: RunStore) -> tuple[tuple[Classifier | Ensemble, str] | None, list[str]]:
+    """What `open_teacher` gives, and why not where it cannot: to a student alone much can be done."""
+    try:
+        return open_teacher(run, store), []
+    except ValueError as error:
+        return None, [f"without its teacher, which cannot be opened: {error}"]
 
 
 def open_data(run: FinishedRun, root: str | None = None) -> ImageDataset:

@@ -6,6 +6,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from kdpipe.store import ONE_THREAD
+
 BUSY = "the machine was busy with other things: only ratios hold; python -m kdpipe.cost times again"
 
 
@@ -83,7 +85,7 @@ def cost_table(metrics: Mapping[str, float], names: Mapping[str, str]) -> str:
         if "teacher" in networks:
             texts.append(f"{values[0] / values[1]:.1f}" if values[1] else "")
         table.add_row(title, *texts)
-    for suffix, where in (("_1_thread", ", one thread"), ("", "")):
+    for suffix, where in ((ONE_THREAD, ", one thread"), ("", "")):
         if f"model/latency_ms{suffix}" in metrics:
             _add_times(table, metrics, networks, suffix, where)
     return "\n".join([render(table), *([BUSY] if was_busy(metrics) else [])])
@@ -94,7 +96,7 @@ def was_busy(metrics: Mapping[str, float]) -> bool:
     threads far longer than one."""
     names = [name for name in metrics if "/latency_ms" in name]
     slow = any(metrics[name.replace("_ms", "_p95_ms")] > 4 * metrics[name] for name in names)
-    return slow or any(metrics[name.removesuffix("_1_thread")] > 2 * metrics[name] for name in names)
+    return slow or any(metrics[name.removesuffix(ONE_THREAD)] > 2 * metrics[name] for name in names)
 
 
 def _add_times(table: Table, metrics: Mapping[str, float], networks: Sequence[str], suffix: str, where: str) -> None:

@@ -23,6 +23,7 @@ CONFUSION, RELIABILITY, DIFFERING = "confusion.png", "reliability.png", "differi
 # Tags of a run.
 IMAGE_SHAPE = "kdpipe.image_shape"  # of its stored images, such as 3x32x32
 TIMED_ON = "kdpipe.timed_on"  # the hardware that its networks were timed on
+ONE_THREAD = "_1_thread"  # ends the names of times on one thread of a CPU
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 # Not mssql: what stands in the place of its host may be the name of a data source or of an instance.
 PORTS = {"postgresql": 5432, "mysql": 3306}

@@ -295,7 +295,7 @@ ROOMS = {
     "predict": {"command", "data", "deployed", "report", "tracking"},
     "tracking": {"claim", "interruption", "journal", "store"},
     "store": set(),
-    "report": set(),
+    "report": {"store"},
     "identity": set(),
     "checks": set(),
     "progress": set(),

@@ -49,6 +49,13 @@ def test_activations_are_what_lives_at_once_and_not_what_has_been() -> None:
     assert peak_bytes(Tower(2), torch.zeros(7, 100)) == peak_bytes(Tower(30), torch.zeros(7, 100)) == 2 * layer
 
 
+def test_what_a_network_has_is_no_activation_whether_it_is_saved_or_not() -> None:
+    network = nn.Module()
+    network.register_buffer("table", torch.zeros(1000, 100), persistent=False)
+    network.forward = lambda images: network.table[:7] + images  # type: ignore[method-assign,operator,index]
+    assert peak_bytes(network, torch.zeros(7, 100)) == 7 * 100 * 4
+
+
 def test_a_convolution_s_operations_and_activations() -> None:
     network = nn.Conv2d(3, 8, 3, padding=1).requires_grad_(False)
     assert flops(network, torch.zeros(1, 3, 16, 16)) == 2 * (3 * 3 * 3) * 8 * 16 * 16

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Taught
 from mlflow import MlflowClient
 from PIL import Image
 
@@ -127,6 +128,22 @@ def test_a_run_s_end(kdpipe: Callable, tmp_path: Path) -> None:
     assert after.info.status == "FINISHED" and after.info.end_time == run.info.end_time
     assert after.data.metrics["model/flops"] == metrics["model/flops"]
     assert after.data.metrics["model/latency_ms"] != metrics["model/latency_ms"]
+
+
+def test_the_times_of_a_student_whose_teacher_is_gone_are_not_logged_beside_older_ones(
+    taught: Taught, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> None:
+        raise ValueError("teacher.weights=teacher.pt: there is no such file")
+
+    monkeypatch.setattr("kdpipe.finished.open_teacher", gone)
+    before = MlflowClient(taught.uri).get_run(taught.student).data
+    told = measure_cost(arguments_of([taught.student, "--uri", taught.uri, "--seconds", "0.1"]))
+    assert "student_cnn" in told and "resnet20" not in told
+    assert "without its teacher, which cannot be opened: teacher.weights=teacher.pt: there is no such file" in told
+    assert told.endswith("; not logged")
+    after = MlflowClient(taught.uri).get_run(taught.student).data
+    assert (after.metrics, after.tags) == (before.metrics, before.tags)
 
 
 @pytest.mark.parametrize(

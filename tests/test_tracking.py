@@ -2,6 +2,7 @@
 
 import json
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -18,14 +19,19 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from kdpipe.journal import BEGUN, NOT_YET, Journal
-from kdpipe.store import check_uri, store_uri, without_password
+from kdpipe.store import TIMED_ON, check_uri, store_uri, without_password
 from kdpipe.tracking import Tracker
 from kdpipe.tracking.delivery import begun_token
 
 STUDENT = ["dataset=digits", "experiment=student", "train.epochs=1", "train.threads=1"]
 
 
-def test_a_run_goes_to_a_server_and_its_weights_come_back(kdpipe: Callable, server: str) -> None:
+def test_a_run_goes_to_a_server_and_its_weights_come_back(
+    kdpipe: Callable, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     teacher = kdpipe(*STUDENT, "stage=teacher", "tracking.experiment=served", f"tracking.uri={server}")
     assert teacher.status == 0, teacher.errors
     client = MlflowClient(server)
@@ -37,6 +43,7 @@ def test_a_run_goes_to_a_server_and_its_weights_come_back(kdpipe: Callable, serv
     distilled = kdpipe("dataset=digits", "train.epochs=0", "model@teacher=student_cnn", f"tracking.uri={server}")
     assert distilled.status == 0, distilled.errors
     assert f"teacher: run {run.info.run_id}" in distilled.output
+    assert not list(scratch.rglob("*.safetensors"))
     assert not MlflowClient(f"sqlite:///{Path('outputs/mlflow.db').resolve()}").get_experiment_by_name("served")
 
 
@@ -292,6 +299,18 @@ def test_long_values_and_many_params_are_kept(empty_store: Path, tmp_path: Path)
     kept = tracker.client.get_run(run.id).data.params
     assert len(kept) == 251
     assert kept["long"] == "x" * 6000
+
+
+def test_times_on_one_thread_are_not_those_of_a_gpu(empty_store: Path, tmp_path: Path) -> None:
+    tracker = Tracker(f"sqlite:///{empty_store}", "times", tmp_path)
+    with tracker.run("run", tmp_path, {}, {TIMED_ON: "cpu (2 threads), float32"}) as run:
+        run.log({"model/latency_ms": 1.0, "model/latency_ms_1_thread": 1.5}, step=1)
+    known = tracker.get_run(run.id)
+    assert known and known.metrics == {"model/latency_ms": 1.0, "model/latency_ms_1_thread": 1.5}
+    tracker.log_metrics(run.id, {"model/latency_ms": 0.1}, step=1)
+    tracker.set_tag(run.id, TIMED_ON, "cuda (H100), float32")  # timed again there, where one thread says nothing
+    known = tracker.get_run(run.id)
+    assert known and known.metrics == {"model/latency_ms": 0.1}
 
 
 def test_names_with_quotes_are_found(empty_store: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ def load_weights(key: str, model: DictConfig, classifier: Classifier, data: Imag
 def load_trained(key: str, weights: str, name: str, classifier: Classifier, data: ImageDataset, tracker: Any) -> None:
     """Put the weights of a run or a file into a network."""
     of_run = weights.startswith("runs:/")
-    path = tracker.download(*run_and_file(weights), key) if of_run else Path(weights).expanduser()
-    state, class_names = read_weights(key, path)
+    file = tracker.downloaded(*run_and_file(weights), key) if of_run else nullcontext(Path(weights).expanduser())
+    with file as path:
+        state, class_names = read_weights(key, path)
     check_class_names(key, weights, class_names, data.class_names)
     load_state(key, weights, classifier.network, state, name, data.num_classes)

@@ -90,12 +90,12 @@ def build_ensemble(teacher: DictConfig, data: ImageDataset, tracker: Any) -> tup
 def build_member(address: str, data: ImageDataset, tracker: Any) -> Classifier:
     """The network of a run, as the run's own config describes it, with the run's weights."""
     key = "teacher.members"
-    file = tracker.download(run_and_file(address)[0], CONFIG, key)
-    try:
-        model = read_model(file)
-        classifier = build_network("model", model, data, freeze="none")
-    except ValueError as error:  # which speaks of the model of that config
-        raise ValueError(f"{key}={address}: {error}") from error
+    with tracker.downloaded(run_and_file(address)[0], CONFIG, key) as file:
+        try:
+            model = read_model(file)
+            classifier = build_network("model", model, data, freeze="none")
+        except ValueError as error:  # which speaks of the model of that config
+            raise ValueError(f"{key}={address}: {error}") from error
     load_trained(key, address, model.name, classifier, data, tracker)
     log.info("teacher: %s with the weights of %s", model.name, address)
     return classifier

@@ -7,10 +7,9 @@ from statistics import fmean, median
 
 from kdpipe.compare.cells import Cell
 from kdpipe.compare.comparison import Comparison, Row
-from kdpipe.store import TIMED_ON
+from kdpipe.store import ONE_THREAD, TIMED_ON
 from kdpipe.tracking import RunRecord
 
-ONE_THREAD = "_1_thread"
 QUALITY = ("top5_accuracy", "loss", "brier", "ece", "loss_scaled", "ece_scaled")
 COST = ("params", "size_mb", "flops", "activation_mb")
 TIMES = tuple(

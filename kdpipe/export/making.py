@@ -40,7 +40,7 @@ from kdpipe.export.check import (
 )
 from kdpipe.export.formats import config_of, quiet, traced, write_onnx, write_program, write_weights
 from kdpipe.export.int8 import CALIBRATION, write_int8
-from kdpipe.finished import FinishedRun, open_data, open_run, open_teacher
+from kdpipe.finished import FinishedRun, open_data, open_run, teacher_if_there
 from kdpipe.hardware import prepare
 from kdpipe.models import Classifier, Ensemble, size_mb
 from kdpipe.progress import progress
@@ -104,13 +104,7 @@ def open_sources(address: str, store: RunStore, root: str | None) -> Sources:
     data = open_data(run, root)
     channels, height, width = data.images.shape[1:]
     run = replace(run, image_shape=(channels, height, width))  # runs before 0.4.0 do not tell
-    notes: list[str] = []
-    teacher = None
-    try:
-        teacher = open_teacher(run, store)
-    except ValueError as error:
-        notes.append(f"without its teacher, which cannot be opened: {error}")
-    return Sources(run, data, teacher, notes)
+    return Sources(run, data, *teacher_if_there(run, store))
 
 
 def make(

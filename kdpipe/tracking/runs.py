@@ -2,7 +2,8 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -13,7 +14,7 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from kdpipe.journal import FINISHED, now
-from kdpipe.store import epoch_file, without_password
+from kdpipe.store import ONE_THREAD, TIMED_ON, epoch_file, without_password
 from kdpipe.tracking.sqlite import store_lock
 
 log = logging.getLogger("kdpipe")
@@ -99,14 +100,24 @@ class RunStore:
         """The names of the files that a run has kept."""
         return [file.path for file in self.client.list_artifacts(run_id)]
 
-    def download(self, run_id: str, name: str, key: str) -> Path:
-        """A file that a run has kept, as a local one.
+    @contextmanager
+    def downloaded(self, run_id: str, name: str, key: str) -> Iterator[Path]:
+        """A file that a run has kept, as a local one for the time of the block.
 
         Raises:
             ValueError: no such run, or one that has not kept this file.
         """
+        with TemporaryDirectory() as folder:
+            yield self._download(run_id, name, key, folder)
+
+    def _download(self, run_id: str, name: str, key: str, folder: str) -> Path:
         try:
-            return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name, tracking_uri=self.uri))
+            place = self.client.get_run(run_id).info.artifact_uri
+            is_local = place.startswith(("file:", "/"))
+            file = mlflow.artifacts.download_artifacts(
+                run_id=run_id, artifact_path=name, tracking_uri=self.uri, dst_path=None if is_local else folder
+            )
+            return Path(file)
         except (MlflowException, OSError) as error:
             if self.get_run(run_id):
                 alike = [file for file in self.artifacts(run_id) if Path(file).suffix == Path(name).suffix]
@@ -153,11 +164,14 @@ class RunStore:
 
 def record_of(run: mlflow.entities.Run) -> RunRecord:
     ended = (run.info.end_time or 0) / 1000
+    metrics = dict(run.data.metrics)
+    if not run.data.tags.get(TIMED_ON, "cpu").startswith("cpu"):  # those are of an earlier timing, on a CPU
+        metrics = {name: value for name, value in metrics.items() if not name.endswith(ONE_THREAD)}
     return RunRecord(
         id=run.info.run_id,
         name=run.info.run_name or "",
         params=dict(run.data.params),
-        metrics=dict(run.data.metrics),
+        metrics=metrics,
         tags=dict(run.data.tags),
         ended=ended,
         # A run that was interrupted says how long it was worked on; else it is from the start to the end.
