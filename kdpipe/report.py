@@ -114,7 +114,7 @@ def _add_times(table: Table, metrics: Mapping[str, float], networks: Sequence[st
 
 def render(table: Table) -> str:
     """A table as plain text, too wide rather than cut."""
-    console = Console(width=1000, color_system=None, markup=False)  # names may hold [brackets]
+    console = Console(width=1000, color_system=None, markup=False, emoji=False)  # names may hold [brackets], :cat:
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines() if line.strip())

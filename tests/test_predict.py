@@ -14,7 +14,7 @@ from conftest import Outcome, Taught
 from mlflow import MlflowClient
 
 from kdpipe.deployed import Deployed, open_deployed, open_onnx
-from kdpipe.predict import seen
+from kdpipe.predict import as_table, seen
 from kdpipe.tracking import RunStore
 
 
@@ -269,3 +269,8 @@ def test_photos_become_what_the_data_set_would_have_made_of_them(tmp_path: Path,
     colour, grey = seen(tmp_path / "photo.png", [(3, 40, 60), (1, 8, 10)])
     np.testing.assert_array_equal(colour, np.asarray(photo(0, size=(60, 40))).transpose(2, 0, 1))
     assert grey.shape == (1, 8, 10) and grey.dtype == np.uint8
+
+
+def test_names_stand_in_the_table_as_they_are() -> None:
+    row = [":cat:.jpg", "[bold]:dog:[/bold]", "99"]
+    assert as_table([row]).splitlines()[-1].split() == row
