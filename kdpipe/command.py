@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,12 @@ def existing_store(arguments: argparse.Namespace) -> str:
     return uri
 
 
+def printable(text: str) -> str:
+    """A line that may hold text from files, such as class names, for a terminal: control characters, which would steer
+    it, are replaced, and so are what turns the order of letters and surrogates, which cannot be printed."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]", "�", text)
+
+
 def run_command(name: str, command: Callable[[], str]) -> None:
     """Print what a command comes to, or its error as one line."""
     try:
@@ -42,5 +49,5 @@ def run_command(name: str, command: Callable[[], str]) -> None:
     except Exception as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(printable(f"{name}: {' '.join(str(error).split())}"), file=sys.stderr)
         sys.exit(1)

@@ -113,8 +113,7 @@ def described(source: str, answer: Answer, said: Mapping[str, str]) -> Deployed:
             f"{source}: this file does not say its classes and the shape of its images; one that "
             "python -m kdpipe.export wrote is accepted"
         )
-    names = tuple("".join(letter if letter.isprintable() else "�" for letter in name) for name in class_names)
-    return Deployed(source, answer, names, (channels, height, width), temperature)
+    return Deployed(source, answer, tuple(class_names), (channels, height, width), temperature)
 
 
 def tried(deployed: Deployed) -> Deployed:

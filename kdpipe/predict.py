@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdpipe.command import add_store_arguments, existing_store, run_command
+from kdpipe.command import add_store_arguments, existing_store, printable, run_command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> str:
     for first in range(0, len(arguments.images), TOGETHER):
         rows += answers(networks, arguments.images[first : first + TOGETHER], arguments.top, bad)
     for name, reason in bad.items():
-        print(f"{NAME}: {name}: {reason}", file=sys.stderr)
+        print(printable(f"{NAME}: {name}: {reason}"), file=sys.stderr)
     if bad:
         if rows:
             print(as_table(rows), flush=True)
@@ -139,7 +139,7 @@ def as_table(rows: Sequence[Sequence[str]]) -> str:
     for heading in ("image", "answer", "probability", "teacher's", "probability")[: len(rows[0])]:
         table.add_column(heading, justify="right" if heading == "probability" else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     return render(table)
 
 

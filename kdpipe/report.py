@@ -117,4 +117,4 @@ def render(table: Table) -> str:
     console = Console(width=1000, color_system=None, markup=False, emoji=False)  # names may hold [brackets], :cat:
     with console.capture() as capture:
         console.print(table)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines() if line.strip())
+    return "\n".join(line.rstrip() for line in capture.get().split("\n") if line.strip())

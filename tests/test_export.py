@@ -317,6 +317,24 @@ def test_a_run_that_is_none_and_images_that_are_others_are_refused(
     assert not Path("x").exists()
 
 
+def test_class_names_of_all_languages_stay_as_they_are(
+    command: Callable, kdpipe: Callable, class_folders: Path
+) -> None:
+    names = ["a\u00a0b\u200dc", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645\u3000d"]  # spaces, joiners
+    for folder, name in zip(("flower", "temple"), names, strict=True):
+        (class_folders / folder).rename(class_folders / name)
+    run = kdpipe("dataset=image_folder", f"dataset.root={class_folders}", "experiment=student", "train.epochs=0")
+    assert run.status == 0, run.errors
+    run_id = run.output.rsplit("/runs/", 1)[1].split()[0]
+    store = ("--uri", f"sqlite:///{Path('outputs/mlflow.db').resolve()}")
+    made = command("export", run_id, "--out", "files", "--format", *ALL, *QUICK, *store)
+    assert made.status == 0, made.errors
+    for name in ("model.onnx", "model_int8.onnx", "model.pt2", "model.safetensors"):
+        assert list(open_deployed(f"files/{name}", no_store, trust=True).class_names) == names
+    answer = command("predict", "files", class_folders / names[0] / "00.jpg", "--top", 2)
+    assert all(name in answer.output for name in names)
+
+
 def test_a_run_that_is_not_finished_and_one_without_weights_are_refused(taught: Taught, command: Callable) -> None:
     client = MlflowClient(taught.uri)
     config = client.download_artifacts(taught.student, "config.yaml")

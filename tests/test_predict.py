@@ -187,6 +187,24 @@ def test_what_a_file_says_of_itself_is_tried(
     assert problem in str(error.value) and "\n" not in str(error.value)
 
 
+def test_what_would_steer_the_terminal_is_replaced(
+    exported: Path, command: Callable, photos: list[Path], tmp_path: Path
+) -> None:
+    model = onnx.load(exported / "model.onnx")
+    said = {entry.key: entry.value for entry in model.metadata_props}
+    odd = ["\x1b[31mred", "two\nlines", "\u202egpj.exe", "\ud800", "na\u00efve\u2028\u00a0\u200c\u3000\u200d", *"abcde"]
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, said | {"class_names": json.dumps(odd)})
+    onnx.save(model, tmp_path / "model.onnx")
+    assert list(open_onnx(tmp_path / "model.onnx").class_names) == odd
+    Path("blue\x1b[34m.jpg").write_bytes(photos[0].read_bytes())
+    given = command("predict", "model.onnx", "blue\x1b[34m.jpg", "none\x1b[34m.jpg", "--top", 10)
+    for shown in ("blue�[34m.jpg", "�[31mred", "two�lines", "�gpj.exe", " � ", odd[4]):
+        assert shown in given.output, shown
+    assert "none�[34m.jpg: No such file" in given.errors
+    assert not any(letter in given.output + given.errors for letter in "\x1b\u202e\ud800")
+
+
 def test_a_file_whose_weights_are_damaged_answers_nothing(
     exported: Path, tmp_path: Path, photo: Callable, command: Callable
 ) -> None:
