@@ -76,6 +76,7 @@ def about(run: FinishedRun, version: str) -> dict[str, str]:
         "preprocessing": "inside: takes raw uint8 images [batch, channels, height, width] in RGB order (or grey), "
         "0 to 255, gives logits",
         "kdpipe.run": run.record.id,
+        "kdpipe.weights": run.address,
         "kdpipe.version": version,
     }
     if (temperature := temperature_of(run)) != 1:

@@ -13,7 +13,7 @@ from kdpipe.data import ImageDataset
 from kdpipe.errors import one_line
 from kdpipe.models import Classifier, Ensemble
 from kdpipe.models.weights import load_state, read_weights, weights_digest
-from kdpipe.store import CONFIG, IMAGE_SHAPE, WEIGHTS, run_and_file
+from kdpipe.store import CONFIG, IMAGE_SHAPE, WEIGHTS, run_and_file, weights_address
 from kdpipe.targets import guard_hydra
 from kdpipe.tracking import RunRecord, RunStore
 
@@ -77,7 +77,8 @@ def open_run(address: str, store: RunStore) -> FinishedRun:
     images = blank(class_names, shape)
     classifier = build_network("model", config.model, images, freeze="none")
     load_state("run", address, classifier.network, state, config.model.name, len(class_names))
-    return FinishedRun(address, record, config, classifier.eval(), tuple(class_names), shape)
+    used = weights_address(run_id, weights)
+    return FinishedRun(used, record, config, classifier.eval(), tuple(class_names), shape)
 
 
 def image_shape_of(record: RunRecord, config: DictConfig) -> tuple[int, int, int]:

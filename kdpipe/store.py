@@ -58,6 +58,11 @@ def run_and_file(address: str) -> tuple[str, str]:
     return run_id, f"{name.removesuffix('.safetensors')}.safetensors" if name else WEIGHTS
 
 
+def weights_address(run_id: str, file: str) -> str:
+    """How such an address is written: runs:/<run id> for the weights at the end."""
+    return f"runs:/{run_id}" if file == WEIGHTS else f"runs:/{run_id}/{file.removesuffix('.safetensors')}"
+
+
 def wait_for_store(uri: str, seconds: float) -> None:
     """`check_uri` for a store that was there before: it may be back within some time."""
     deadline = time.monotonic() + seconds

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from onnx import numpy_helper
 
 from kdpipe.build import build_network, forget_data, read_config
-from kdpipe.deployed import answers_of, open_deployed, open_onnx, open_program
+from kdpipe.deployed import answers_of, open_deployed, open_onnx, open_program, read_metadata
 from kdpipe.export import int8, making
 from kdpipe.export.check import evenly, problem_of_float, problem_of_int8
 from kdpipe.export.formats import traced, write_onnx, write_program
@@ -72,6 +72,7 @@ def test_an_onnx_file_says_what_it_is_and_nothing_of_the_machine(taught: Taught,
         said = {entry.key: entry.value for entry in model.metadata_props}
         assert json.loads(said["class_names"]) == [str(digit) for digit in range(10)]
         assert said["kdpipe.run"] == taught.student and "uint8" in said["preprocessing"]
+        assert said["kdpipe.weights"] == f"runs:/{taught.student}"
         (images,), (logits,) = model.graph.input, model.graph.output
         assert (images.name, logits.name) == ("images", "logits")
         assert images.type.tensor_type.elem_type == onnx.TensorProto.UINT8
@@ -98,9 +99,10 @@ def test_the_card_tells_data_teacher_method_numbers_and_licence(taught: Taught, 
         "| student int8 |",
         "Licence of the weights\n\nApache-2.0",
         "started from random numbers",
-        f"runs:/{taught.student}",
+        f"- weights: runs:/{taught.student}\n",
     ):
         assert told in body, told
+    assert "The weights are those after" not in body
 
     command("export", taught.teacher, "--out", "alone", "--format", "safetensors", *QUICK)
     alone = Path("alone/README.md").read_text()
@@ -381,11 +383,26 @@ def test_the_weights_of_an_earlier_epoch_have_none_of_the_last_ones_figures(taug
     made = command("export", f"{taught.student}/epoch_1", "--out", "early", *QUICK)
     assert made.status == 0, made.errors
     text = Path("early/README.md").read_text()
-    assert f"runs:/{taught.student}/epoch_1" in text and "model-index" not in text and "test accuracy" not in text
+    assert "model-index" not in text and "test accuracy" not in text
     assert "| parameters | 189,854 |" in text
     assert open_deployed("early/model.onnx", no_store).temperature == 1
     run = MlflowClient(taught.uri).get_run(taught.student)
     assert "model/temperature" in run.data.metrics  # of the last weights
+
+
+def test_the_weights_of_an_earlier_epoch_say_so(taught: Taught, command: Callable) -> None:
+    address = f"runs:/{taught.student}/epoch_1"
+    words = ("--out", "early", "--format", *ALL, "--register", "early", *QUICK)
+    made = command("export", f"{address}.safetensors", *words)
+    assert made.status == 0, made.errors
+    for name in ("model.onnx", "model_int8.onnx"):
+        said = {entry.key: entry.value for entry in onnx.load(f"early/{name}").metadata_props}
+        assert (said["kdpipe.run"], said["kdpipe.weights"]) == (taught.student, address)
+    assert read_metadata(Path("early/model.safetensors"))["kdpipe.weights"] == address
+    version = MlflowClient(taught.uri).get_model_version_by_alias("early", "candidate")
+    assert (version.tags["kdpipe.run"], version.tags["kdpipe.weights"]) == (taught.student, address)
+    text = Path("early/README.md").read_text()
+    assert "The weights are those after epoch 1 of 3." in text and f"- weights: {address}\n" in text
 
 
 def test_a_teacher_with_other_weights_than_taught_is_none(taught: Taught) -> None:

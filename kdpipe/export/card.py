@@ -164,6 +164,8 @@ def method(run: FinishedRun, teacher: Taught | None) -> str:
         {part: plain(run.config[part]) for part in ("loss", "optimizer", "scheduler")}
         | {"train": {key: run.config.train.get(key) for key in ("epochs", "batch_size", "precision")}}
     )
+    if earlier := re.search(r"/epoch_(\d+)$", run.address):
+        lines.append(f"The weights are those after epoch {earlier[1]} of {run.config.train.epochs}.")
     lines.append(f"```yaml\n{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)}```")
     return "\n\n".join(lines)
 
@@ -196,7 +198,7 @@ def provenance(run: FinishedRun) -> str:
     tags = run.record.tags
     commit = tags.get("git.commit")
     dirty = " (with changes that are in no commit)" if tags.get("git.dirty", "").lower() == "true" else ""
-    lines = [f"- run: {run.address} ({run.record.name})"]
+    lines = [f"- run: {run.record.id} ({run.record.name})", f"- weights: {run.address}"]
     if commit:
         lines.append(f"- git commit of the training: {commit}{dirty}")
     lines.append(f"- exported by kdpipe {__version__}")

@@ -85,6 +85,7 @@ class Made:
         (row,) = (row for row in self.rows if row.name == ROWS[name])
         tags = {
             "kdpipe.run": self.run.record.id,
+            "kdpipe.weights": self.run.address,
             "kdpipe.version": __version__,
             "int8": str(name == INT8).lower(),
             "checked_accuracy": f"{row.accuracy:.6g}",
