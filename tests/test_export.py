@@ -216,6 +216,47 @@ def test_an_int8_file_that_is_worse_than_allowed_is_refused(
     assert lenient.status == 0 and Path("lenient/model_int8.onnx").exists()
 
 
+PLAIN = {"model.safetensors", "config.yaml", "README.md"}
+
+
+@pytest.mark.parametrize(
+    ("breaks", "formats", "refused", "left"),
+    [
+        ("traced", ALL, {"model.onnx", "model_int8.onnx", "model.pt2"}, PLAIN),
+        ("write_onnx", ("onnx", "safetensors"), {"model.onnx", "model_int8.onnx"}, PLAIN),
+        ("open_onnx", ("onnx", "safetensors"), {"model.onnx", "model_int8.onnx"}, PLAIN),
+        ("write_int8", ("onnx",), {"model_int8.onnx"}, {"model.onnx", "README.md"}),
+        ("write_program", ("torch_export", "safetensors"), {"model.pt2"}, PLAIN),
+        ("open_program", ("torch_export", "safetensors"), {"model.pt2"}, PLAIN),
+        ("write_weights", ("safetensors", "torch_export"), {"model.safetensors"}, {"model.pt2", "README.md"}),
+        ("open_weights", ("safetensors", "torch_export"), {"model.safetensors"}, {"model.pt2", "README.md"}),
+    ],
+)
+def test_a_format_that_raises_is_refused_and_the_others_stay(
+    taught: Taught,
+    command: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    breaks: str,
+    formats: tuple[str, ...],
+    refused: set[str],
+    left: set[str],
+) -> None:
+    def broken(*given: object, **_: object) -> None:
+        file = next((part for part in reversed(given) if isinstance(part, Path)), Path("elsewhere"))
+        if breaks.startswith("write"):
+            file.write_bytes(b"half a file")
+        raise RuntimeError(f"{file} is\n broken")
+
+    monkeypatch.setattr(making, breaks, broken)
+    made = command("export", taught.student, "--out", "files", "--format", *formats, *QUICK)
+    assert made.status == 1 and made.errors.count("\n") == 1
+    for name in refused:
+        assert re.search(rf"{name} is refused: RuntimeError: [\w.]+ is broken(;|$)", made.errors, re.MULTILINE)
+    assert made.errors.count("is refused") == len(refused)
+    assert {file.name for file in Path("files").iterdir()} == left
+    assert not any(name in Path("files/README.md").read_text() for name in refused)
+
+
 def test_an_export_of_which_nothing_holds_leaves_nothing(
     taught: Taught, command: Callable, tampered: Callable, tmp_path: Path
 ) -> None:
@@ -225,16 +266,30 @@ def test_an_export_of_which_nothing_holds_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError("No space left on device")])
+@pytest.mark.parametrize(
+    ("where", "stop", "status"),
+    [
+        ("time_rows", KeyboardInterrupt, 130),
+        ("time_rows", OSError("No space left on device"), 1),
+        ("write_weights", KeyboardInterrupt, 130),
+        ("write_weights", SystemExit(143), 143),
+    ],
+)
 def test_an_export_that_is_interrupted_leaves_nothing(
-    taught: Taught, command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException
+    taught: Taught,
+    command: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    stop: BaseException,
+    status: int,
 ) -> None:
     def stopped(*_: object) -> None:
         raise stop
 
-    monkeypatch.setattr(making, "time_rows", stopped)
+    monkeypatch.setattr(making, where, stopped)
     made = command("export", taught.student, "--out", "files", "--format", "safetensors", *QUICK)
-    assert made.status == (130 if stop is KeyboardInterrupt else 1)
+    assert made.status == status
     assert list(tmp_path.iterdir()) == []
 
 

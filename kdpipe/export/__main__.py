@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> str:
     """Export, and what came of it as text.
 
     Raises:
-        ValueError: flags that cannot be, no such run, no images; a file that failed its check (the others are there).
+        ValueError: flags that cannot be, no such run, no images; a file that is refused (the others are there).
     """
     check_arguments(arguments)
     uri = existing_store(arguments)

@@ -1,7 +1,9 @@
 """One export: write, check, time, describe."""
 
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -71,7 +73,7 @@ class Made:
     """What came of an export.
 
     Attributes:
-        refused: files that failed their check, and why; they are not in the folder.
+        refused: files that could not be made or failed their check, and why; they are not in the folder.
     """
 
     run: FinishedRun
@@ -118,7 +120,7 @@ def make(
     seconds: float,
     license: str | None,
 ) -> Made:
-    """Write a run's network into `folder`: write → check → time → describe. What fails its check is not left there."""
+    """Write a run's network into `folder`: write → check → time → describe. What is refused is not left there."""
     run, data = sources.run, sources.data
     prepare(torch.device("cpu"))
     made = Made(run, notes=list(sources.notes))
@@ -133,19 +135,25 @@ def make(
         made.rows.append(Row(name, size_mb(network.network), accuracy))
         works[name] = Timed(answers_of(network), answers_of(network), is_torch=True)
 
-    def check(name: str, opened: Deployed, problem: Callable[[NDArray[np.float32]], str | None]) -> bool:
-        """Whether a file is as it should be; else it is removed."""
+    @contextmanager
+    def refusing(*names: str) -> Iterator[None]:
+        """What is raised in here refuses these files; the others are made all the same."""
+        try:
+            yield
+        except Exception as error:  # exporters and runtimes have many of their own
+            for name in names:
+                made.refused[name] = reason_of(error, folder)
+                (folder / name).unlink(missing_ok=True)  # half of it may be there
+
+    def check(name: str, opened: Deployed, problem: Callable[[NDArray[np.float32]], str | None]) -> None:
+        """Raise ValueError for a file that is not as it should be."""
         logits = opened.logits(checked)
         if reason := problem(logits):
-            made.refused[name] = reason
-            (folder / name).unlink()
-            return False
+            raise ValueError(reason)
+        if name != WEIGHTS:  # the same network as the student's
+            megabytes = (folder / name).stat().st_size / 2**20
+            made.rows.append(compare(ROWS[name], megabytes, logits, labels, expected))
         made.files.append(name)
-        if name == WEIGHTS:  # the same network as the student's
-            return True
-        megabytes = (folder / name).stat().st_size / 2**20
-        made.rows.append(compare(ROWS[name], megabytes, logits, labels, expected))
-        return True
 
     def as_pytorch(logits: NDArray[np.float32]) -> str | None:
         return problem_of_float(logits, expected)
@@ -153,36 +161,41 @@ def make(
     if sources.teacher is not None:
         add_network(TEACHER, sources.teacher[0], answered("teacher's answers", sources.teacher[0], checked))
     add_network(STUDENT, run.classifier, expected)
-    program = traced(run.classifier, run.image_shape) if {"onnx", "torch_export"} & set(formats) else None
-    if "onnx" in formats:
-        assert program is not None
-        write_onnx(program, folder / ONNX, said)
+    by_format = ((ONNX, "onnx"), (INT8, "onnx"), (PROGRAM, "torch_export"))
+    graphs = [name for name, form in by_format if form in formats]
+    program = None
+    if graphs:
+        with refusing(*graphs):
+            program = traced(run.classifier, run.image_shape)
+    if program is not None and ONNX in graphs:
         calibration = images_at(data, evenly(data.splits["train"].sort().values, CALIBRATION))
-        try:
-            write_int8(folder / ONNX, folder / INT8, calibration, said)
-        except ValueError as error:
-            made.refused[INT8] = str(error)
+        with refusing(ONNX, INT8):
+            write_onnx(program, folder / ONNX, said)
+        if ONNX not in made.refused:
+            with refusing(INT8):
+                write_int8(folder / ONNX, folder / INT8, calibration, said)
         for name in (ONNX, INT8):
             if name in made.refused:
                 continue
-            one, several = (open_onnx(folder / name, threads) for threads in (1, torch.get_num_threads()))
-            if check(name, several, as_pytorch if name == ONNX else int8_check(expected, labels, max_loss)):
+            with refusing(name):
+                one, several = (open_onnx(folder / name, threads) for threads in (1, torch.get_num_threads()))
+                check(name, several, as_pytorch if name == ONNX else int8_check(expected, labels, max_loss))
                 works[ROWS[name]] = Timed(one.answer, several.answer, is_torch=False)
-    if "torch_export" in formats:
-        assert program is not None
-        write_program(program, folder / PROGRAM, said)
-        with quiet():
-            opened = open_program(folder / PROGRAM, trust=True)
-        if check(PROGRAM, opened, as_pytorch):
+    if program is not None and PROGRAM in graphs:
+        with refusing(PROGRAM):
+            write_program(program, folder / PROGRAM, said)
+            with quiet():
+                opened = open_program(folder / PROGRAM, trust=True)
+            check(PROGRAM, opened, as_pytorch)
             works[ROWS[PROGRAM]] = Timed(opened.answer, opened.answer, is_torch=True)
     if "safetensors" in formats:
-        write_weights(run, folder / WEIGHTS, said)
-        (folder / CONFIG).write_text(config_of(run))
-        opened = open_weights(folder / WEIGHTS)
-        if check(WEIGHTS, opened, as_pytorch):
+        with refusing(WEIGHTS):
+            write_weights(run, folder / WEIGHTS, said)
+            (folder / CONFIG).write_text(config_of(run))
+            check(WEIGHTS, open_weights(folder / WEIGHTS), as_pytorch)
             made.files.append(CONFIG)
-        else:
-            (folder / CONFIG).unlink()
+        if WEIGHTS in made.refused:
+            (folder / CONFIG).unlink(missing_ok=True)
     if not made.files:
         return made
     if sys.stdout.isatty():
@@ -199,6 +212,12 @@ def make(
     made.files.append(CARD)
     made.notes.insert(0, legend(len(positions), cores))
     return made
+
+
+def reason_of(error: Exception, folder: Path) -> str:
+    """A line without the folder, which has another name, or none, when it is read."""
+    text = " ".join(str(error).replace(f"{folder}{os.sep}", "").split())[:300]
+    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def int8_check(
