@@ -20,6 +20,7 @@ from kdpipe.tracking import RunRecord, RunStore
 guard_hydra()
 COUNTED = ("model/params", "model/size_mb", "model/flops", "model/activation_mb")
 SECTIONS = ("model", "teacher", "dataset", "loss", "optimizer", "scheduler", "train")  # of a run's composed config
+OPTIONAL = ("also", "augmentation", "distillation")  # where it has them, as runs of older versions may not
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class FinishedRun:
 
     Attributes:
         address: of its weights, runs:/<run id> or runs:/<run id>/epoch_<number>.
-        config: as it was composed, in `SECTIONS`.
+        config: as it was composed, in `SECTIONS` and `OPTIONAL`.
         classifier: with its weights, in evaluation mode, on the CPU.
         image_shape: (C, H, W) of the raw images that it was given.
     """
@@ -68,7 +69,7 @@ def open_run(address: str, store: RunStore) -> FinishedRun:
     if record.status != "FINISHED":
         raise ValueError(f"{address}: this run is {record.status}; the id of a finished run is accepted")
     with store.downloaded(run_id, CONFIG, "run") as file:
-        config = read_config(file, SECTIONS)
+        config = read_config(file, SECTIONS, OPTIONAL)
     with store.downloaded(run_id, weights, "run") as file:
         state, class_names = read_weights("run", file)
     if not class_names:

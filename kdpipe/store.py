@@ -22,6 +22,7 @@ CLASSES = "classes.csv"
 CONFUSION, RELIABILITY, DIFFERING = "confusion.png", "reliability.png", "differing.png"
 # Tags of a run.
 IMAGE_SHAPE = "kdpipe.image_shape"  # of its stored images, such as 3x32x32
+UNLABELLED = "kdpipe.unlabelled_images"  # how many it learned from, where there were any
 TIMED_ON = "kdpipe.timed_on"  # the hardware that its networks were timed on
 ONE_THREAD = "_1_thread"  # ends the names of times on one thread of a CPU
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")

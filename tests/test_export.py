@@ -14,9 +14,10 @@ import torch
 import yaml
 from conftest import Taught
 from mlflow import MlflowClient
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from onnx import numpy_helper
 
+from kdpipe import finished
 from kdpipe.build import build_network, forget_data, read_config
 from kdpipe.deployed import answers_of, open_deployed, open_onnx, open_program, read_metadata
 from kdpipe.export import int8, making
@@ -214,6 +215,73 @@ def test_an_int8_file_that_is_worse_than_allowed_is_refused(
 
     lenient = command("export", taught.student, "--out", "lenient", *QUICK, "--max-loss", 100)
     assert lenient.status == 0 and Path("lenient/model_int8.onnx").exists()
+
+
+def test_the_card_and_the_config_tell_how_it_was_taught(
+    command: Callable, kdpipe: Callable, class_folders: Path
+) -> None:
+    shutil.copytree(class_folders / "temple", "more")
+    photos = ["dataset=image_folder", f"dataset.root={class_folders}", "train.epochs=0", "train.threads=1"]
+    store = ("--uri", f"sqlite:///{Path('outputs/mlflow.db').resolve()}")
+
+    def trained(*words: str) -> str:
+        run = kdpipe(*photos, "model=resnet20", *words)
+        assert run.status == 0, run.errors
+        return run.output.rsplit("/runs/", 1)[1].split()[0]
+
+    def exported(run_id: str) -> tuple[str, DictConfig]:
+        made = command("export", run_id, "--out", run_id, "--format", "safetensors", *QUICK, *store)
+        assert made.status == 0, made.errors
+        text = Path(run_id, "README.md").read_text()
+        return text.split("## Data")[1].split("## Numbers")[0], OmegaConf.load(Path(run_id, "config.yaml"))
+
+    teacher = trained("experiment=teacher")
+    taught_by = ["model@teacher=resnet20", f"teacher.weights=runs:/{teacher}", "augmentation=crop_flip"]
+    told = {
+        "teacher": f"Teacher: resnet20 (runs:/{teacher}), ",
+        "method": "Method: CrossEntropy + Attention.",
+        "also": "also:\n  _target_: kdpipe.losses.Attention\n  weight: 1000\n",
+        "augmentation": "augmentation:\n  _target_: kdpipe.data.augmentation.CropFlip\n  flip: true\n",
+        "mixup": "  mixup: 0.2\n",
+        "cutmix": "  cutmix: 1\n",
+        "clip_norm": "  clip_norm: 5\n",
+        "select": "  select: best\n",
+        "head": "Only its head was trained",
+        "unlabelled": "Beside them 20 images without a label (more, fingerprint ",
+        "views": "distillation:\n  outputs: views\n  views: 2\n",
+    }
+
+    def found(card: str) -> set[str]:
+        return {name for name, text in told.items() if text in card}
+
+    words = ["loss=cross_entropy", "loss@also=attention", "train.mixup=0.2", "train.cutmix=1", "train.clip_norm=5"]
+    card, config = exported(trained(*taught_by, *words))
+    assert found(card) == {"teacher", "method", "also", "augmentation", "mixup", "cutmix", "clip_norm"}
+    assert config.also.weight == 1000 and config.augmentation.flip and config.distillation.outputs == "auto"
+
+    more = [f"dataset.unlabelled_root={Path('more').resolve()}", "distillation.outputs=views", "distillation.views=2"]
+    card, _ = exported(trained(*taught_by, *more, "model.freeze=backbone", "train.select=best"))
+    assert found(card) == {"teacher", "augmentation", "head", "unlabelled", "views", "select"}
+    assert "Method: KD." in card
+
+    card, _ = exported(trained(*taught_by, *more, "loss.alpha=0", "loss@also=logit_mse", "also.alpha=0"))
+    assert found(card) == {"augmentation"} and "Trained on the labels alone." in card and "Method" not in card
+
+    members = f"runs:/{teacher}, runs:/{trained('experiment=teacher', 'seed=1')}"
+    card, _ = exported(trained("model@teacher=ensemble", f"teacher.members=[{members}]", "teacher.shares=[1,3]"))
+    assert found(card) == set() and f"Teacher: ensemble ({members}), " in card and "  shares:\n  - 1\n  - 3\n" in card
+
+    card, _ = exported(trained("model@teacher=resnet20", "loss=mutual"))
+    assert found(card) == set() and "Taught by a second student (resnet20), and it by this one." in card
+
+
+def test_a_run_of_a_version_that_kept_less_of_its_config_is_exported(
+    taught: Taught, command: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finished, "OPTIONAL", ())
+    made = command("export", taught.student, "--out", "files", "--format", "safetensors", *QUICK)
+    assert made.status == 0, made.errors
+    assert "Method: KD." in Path("files/README.md").read_text()
 
 
 PLAIN = {"model.safetensors", "config.yaml", "README.md"}

@@ -70,8 +70,8 @@ def read_model(file: Path) -> DictConfig:
     return read_config(file, ["model"]).model
 
 
-def read_config(file: Path, sections: Sequence[str]) -> DictConfig:
-    """These sections of a run's composed config.
+def read_config(file: Path, sections: Sequence[str], optional: Sequence[str] = ()) -> DictConfig:
+    """These sections of a run's composed config, and of the optional ones those that it has.
 
     Raises:
         ValueError: it lacks them, or names what is not accepted: it may be somebody else's.
@@ -79,9 +79,9 @@ def read_config(file: Path, sections: Sequence[str]) -> DictConfig:
     check_yaml(file)
     composed = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     assert isinstance(composed, dict)
-    found = {name: composed[name] for name in sections if isinstance(composed.get(name), dict)}
+    found = {name: composed[name] for name in (*sections, *optional) if isinstance(composed.get(name), dict)}
     needed = ("_target_", "name", *settings.PREPROCESSING)
-    if len(found) < len(sections) or not all(key in found["model"] for key in needed) or "${" in str(found):
+    if not set(sections) <= set(found) or not all(key in found["model"] for key in needed) or "${" in str(found):
         raise ValueError(f"{file}: the composed config of a run is accepted, with its model's {', '.join(needed)}")
     config = OmegaConf.create(found)
     check_config(config)

@@ -3,16 +3,19 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import yaml
 
 from kdpipe import __version__
 from kdpipe.build import plain
+from kdpipe.config import is_ensemble
 from kdpipe.data import ImageDataset
 from kdpipe.deployed import INT8, ONNX, PROGRAM, WEIGHTS, temperature_of
 from kdpipe.export.check import Row, as_markdown, legend
 from kdpipe.export.formats import without_places
 from kdpipe.finished import FinishedRun
+from kdpipe.store import UNLABELLED
 
 # What runs measure, in the order of the card; shares are told in per cent.
 METRICS = {
@@ -148,26 +151,71 @@ def about_data(run: FinishedRun, data: ImageDataset) -> str:
     sizes = ", ".join(f"{len(positions):,} {name}" for name, positions in data.splits.items())
     lines = [f"{data.name}: {sizes} images of {run.image_shape[2]}×{run.image_shape[1]} pixels (fingerprint"]
     lines[0] += f" {data.fingerprint})."
+    tags = run.record.tags
+    if "kdpipe.unlabelled" in tags:
+        count = f"{int(tags[UNLABELLED]):,} " if UNLABELLED in tags else ""  # older runs do not tell
+        folder = without_places(run.config.dataset.unlabelled_root)
+        lines.append(
+            f"Beside them {count}images without a label ({folder}, fingerprint {tags['kdpipe.unlabelled']}): of these "
+            "it learned the other network's answers alone."
+        )
     lines.append(f"{data.num_classes} classes: {', '.join(data.class_names)}.")
     return "\n\n".join(lines)
 
 
 def method(run: FinishedRun, teacher: Taught | None) -> str:
+    config, settings = run.config, settings_of(run)
+    methods = [
+        settings[part]["_target_"].rpartition(".")[2]
+        for part in ("loss", "also")
+        if part in settings and settings[part].get("alpha") != 0
+    ]
     lines = []
     if teacher:
         known = "" if teacher.accuracy is None else f", {100 * teacher.accuracy:.2f} % on the checked images"
-        lines.append(f"Teacher: {teacher.name}{known}.")
+        lines.append(f"Teacher: {teacher.name} ({without_places(weights_of_teacher(run))}){known}.")
+    elif methods == ["Mutual"]:
+        lines.append(f"Taught by a second student ({config.teacher.name}), and it by this one.")
     else:
-        mutual = str(run.config.loss["_target_"]).endswith(".Mutual")
-        lines.append("Taught by a second student, and it by this one." if mutual else "Trained on the labels alone.")
-    settings = without_places(
-        {part: plain(run.config[part]) for part in ("loss", "optimizer", "scheduler")}
-        | {"train": {key: run.config.train.get(key) for key in ("epochs", "batch_size", "precision")}}
-    )
+        lines.append("Trained on the labels alone.")
+    if methods not in ([], ["CrossEntropy"]):
+        lines.append(f"Method: {' + '.join(methods)}.")
+    if config.model.get("freeze") == "backbone":
+        lines.append("Only its head was trained; the backbone stayed as it was (freeze: backbone).")
     if earlier := re.search(r"/epoch_(\d+)$", run.address):
         lines.append(f"The weights are those after epoch {earlier[1]} of {run.config.train.epochs}.")
-    lines.append(f"```yaml\n{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)}```")
+    lines.append(f"```yaml\n{yaml.safe_dump(without_places(settings), sort_keys=False, allow_unicode=True)}```")
     return "\n\n".join(lines)
+
+
+def settings_of(run: FinishedRun) -> dict[str, Any]:
+    """How it learned: the parts of its config that had an effect on it."""
+    config = run.config
+    settings = {"loss": plain(config.loss)}
+    if "also" in config and config.also.get("alpha") != 0:
+        settings["also"] = plain(config.also)
+    settings |= {part: plain(config[part]) for part in ("optimizer", "scheduler")}
+    if "augmentation" in config and not str(config.augmentation.get("_target_")).endswith(".no_augmentation"):
+        settings["augmentation"] = plain(config.augmentation)
+    is_taught = run.record.tags.get("kdpipe.stage") == "distill"
+    if is_taught and is_ensemble(config.teacher):  # with its members' shares
+        settings["teacher"] = plain(config.teacher)
+    if is_taught and "distillation" in config and config.distillation.get("outputs") == "views":
+        settings["distillation"] = {key: config.distillation[key] for key in ("outputs", "views")}
+    train = {key: config.train.get(key) for key in ("epochs", "batch_size", "precision")}
+    train |= {key: config.train[key] for key in ("mixup", "cutmix", "clip_norm") if config.train.get(key) is not None}
+    if config.train.get("select") == "best":  # by validation
+        train["select"] = "best"
+    settings["train"] = train
+    return settings
+
+
+def weights_of_teacher(run: FinishedRun) -> str:
+    """Their addresses, or the name of the file."""
+    teacher = run.config.teacher
+    if is_ensemble(teacher):
+        return ", ".join(teacher.members)
+    return f"runs:/{run.record.tags['kdpipe.teacher_run']}" if teacher.weights == "auto" else str(teacher.weights)
 
 
 def numbers(metrics: Mapping[str, float]) -> str:
