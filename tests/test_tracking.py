@@ -313,6 +313,15 @@ def test_times_on_one_thread_are_not_those_of_a_gpu(empty_store: Path, tmp_path:
     assert known and known.metrics == {"model/latency_ms": 0.1}
 
 
+def test_the_same_images_split_otherwise_are_told_as_they_were_split(empty_store: Path, tmp_path: Path) -> None:
+    tracker = Tracker(f"sqlite:///{empty_store}", "splits", tmp_path)
+    for sizes in ({"train": 90, "validation": 10}, {"train": 80, "validation": 20}):
+        with tracker.run("run", tmp_path, {}, {}) as run:
+            tracker.log_dataset(run.id, "photos", "0123456789abcdef", "photos", sizes)
+        (given,) = tracker.client.get_run(run.id).inputs.dataset_inputs
+        assert json.loads(given.dataset.profile) == sizes
+
+
 def test_names_with_quotes_are_found(empty_store: Path, tmp_path: Path) -> None:
     tracker = Tracker(f"sqlite:///{empty_store}", "quotes", tmp_path)
     tags = {"kdpipe.identity": "1", "kdpipe.stage": "teacher", "kdpipe.data": "abc"}

@@ -1,5 +1,6 @@
 """An experiment in an MLflow store: its runs are begun, found and read here."""
 
+import hashlib
 import json
 import logging
 import os
@@ -228,7 +229,10 @@ class Tracker(RunStore):
 
     def log_dataset(self, run_id: str, name: str, fingerprint: str, source: str, splits: Mapping[str, int]) -> None:
         """Say what a run was fed, as MLflow's dataset input."""
-        dataset = Dataset(name, fingerprint, "local", source, profile=json.dumps(dict(splits)))
+        profile = json.dumps(dict(splits))
+        # Of data sets with the same digest MLflow keeps the first one's profile, and these may be split otherwise.
+        digest = f"{fingerprint[:16]}-{hashlib.sha256(f'{source} {profile}'.encode()).hexdigest()[:8]}"
+        dataset = Dataset(name, digest, "local", source, profile=profile)
         tags = [InputTag("mlflow.data.context", "training")]
         self.client.log_inputs(run_id, [DatasetInput(dataset, tags)])
 
