@@ -288,7 +288,7 @@ ROOMS = {
     "deployed": {"build", "finished", "models", "store", "tracking"},
     "export": {
         *("command", "deployed", "finished", "report", "timing", "tracking"),
-        *("build", "data", "models", "progress", "store"),
+        *("build", "config", "data", "models", "progress", "store"),
         "cost",
         "hardware",
     },

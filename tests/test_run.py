@@ -70,7 +70,8 @@ def test_teacher_student_and_distilled_student(kdpipe: Callable) -> None:
     artifacts = {file.path for file in client().list_artifacts(distilled.info.run_id)}
     assert artifacts == KEPT
     (dataset,) = distilled.inputs.dataset_inputs
-    assert (dataset.dataset.name, dataset.dataset.digest) == ("digits", distilled.data.tags["kdpipe.data"])
+    assert dataset.dataset.name == "digits"
+    assert dataset.dataset.digest.startswith(distilled.data.tags["kdpipe.data"])
 
 
 def test_the_same_config_gives_the_same_numbers_to_the_last_digit(kdpipe: Callable) -> None:
