@@ -100,7 +100,7 @@ def test_the_card_tells_data_teacher_method_numbers_and_licence(taught: Taught, 
         "| student int8 |",
         "Licence of the weights\n\nApache-2.0",
         "started from random numbers",
-        f"- weights: runs:/{taught.student}\n",
+        f"- run: {taught.student} (student_cnn_distill_a0.5_T5_s0), seed 0\n- weights: runs:/{taught.student}\n",
     ):
         assert told in body, told
     assert "The weights are those after" not in body

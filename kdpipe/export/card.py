@@ -246,7 +246,10 @@ def provenance(run: FinishedRun) -> str:
     tags = run.record.tags
     commit = tags.get("git.commit")
     dirty = " (with changes that are in no commit)" if tags.get("git.dirty", "").lower() == "true" else ""
-    lines = [f"- run: {run.record.id} ({run.record.name})", f"- weights: {run.address}"]
+    lines = [
+        f"- run: {run.record.id} ({run.record.name}), seed {run.record.params['seed']}",
+        f"- weights: {run.address}",
+    ]
     if commit:
         lines.append(f"- git commit of the training: {commit}{dirty}")
     lines.append(f"- exported by kdpipe {__version__}")
