@@ -133,6 +133,19 @@ def write_files(exam: Exam, data: ImageDataset, folder: Path, draws: bool) -> li
     return [folder / name for name in contents]
 
 
+def oddities(exam: Exam, class_names: Sequence[str]) -> list[str]:
+    """What an accuracy alone does not show: one answer to everything, classes without a test image."""
+    found = []
+    for who, logits in (("the trained network", exam.student), ("its teacher", exam.teacher)):
+        answers = set() if logits is None else set(logits.argmax(dim=1).tolist())
+        if len(answers) == 1 and len(class_names) > 1:
+            found.append(f"{who} answers {class_names[answers.pop()]} to all {len(exam.labels):,} test images")
+    there = set(exam.labels.tolist())
+    if missing := [name for label, name in enumerate(class_names) if label not in there]:
+        found.append(f"there is no test image of {', '.join(missing)}: what is measured says nothing of them")
+    return found
+
+
 def as_csv(lines: Sequence[Sequence[object]]) -> bytes:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)

@@ -6,6 +6,7 @@ for, how the run ended, and whether the store knows all of it.
 
 import json
 import logging
+import shlex
 import shutil
 import time
 from collections.abc import Mapping
@@ -141,6 +142,13 @@ def is_unfinished(folder: Path, tags: Mapping[str, str]) -> bool:
     one."""
     journal = Journal.read(folder)
     return journal is not None and journal.is_of(tags) and journal.status != FINISHED
+
+
+def sync_command(folder: Path) -> str:
+    """The command that tells the stores what they missed of the runs beside this folder's."""
+    output_dir = folder.parent.parent
+    here = output_dir.resolve() == Path("outputs").resolve()
+    return shlex.join(["python", "-m", "kdpipe.sync", *([] if here else ["--output-dir", str(output_dir)])])
 
 
 def undelivered(runs: Path) -> list[Path]:

@@ -35,12 +35,12 @@ from kdpipe.cost import BATCH, cost
 from kdpipe.data import ImageDataset
 from kdpipe.errors import one_line
 from kdpipe.evaluate import evaluate
-from kdpipe.exam import Exam, take_exam, write_files
+from kdpipe.exam import Exam, oddities, take_exam, write_files
 from kdpipe.features import Observed
 from kdpipe.files import write_whole
 from kdpipe.hardware import Hardware
 from kdpipe.interruption import Interrupted, InterruptedJobError
-from kdpipe.journal import CHECKPOINTS, NOT_YET, Journal, is_unfinished, rows_since
+from kdpipe.journal import CHECKPOINTS, NOT_YET, Journal, is_unfinished, rows_since, sync_command
 from kdpipe.losses.base import roles_of
 from kdpipe.models import Classifier, Ensemble
 from kdpipe.profiling import traced, traces
@@ -142,6 +142,8 @@ def lead(config: DictConfig, parts: Parts, tracker: Any, folder: Path, hardware:
         save_weights(parts.model.network, folder / WEIGHTS, parts.data.class_names)
         files = [folder / WEIGHTS, *traces(folder)]
         files += write_files(exam, parts.data, folder, config.evaluation.pictures)
+        for oddity in oddities(exam, parts.data.class_names):
+            log.warning(oddity)
         if isinstance(parts.teacher, Peer):
             files.append(folder / PEER_WEIGHTS)
             save_weights(parts.teacher.classifier.network, files[-1], parts.data.class_names)
@@ -166,7 +168,7 @@ def what_is_begun(config: DictConfig, parts: Parts, folder: Path) -> tuple[str |
         if not journal.delivered:
             raise ValueError(
                 f"{folder} has a run of another teacher or other images, of which {journal.store} has not got all; "
-                f"python -m kdpipe.sync delivers it, train.resume=never drops it"
+                f"{sync_command(folder)} delivers it, train.resume=never drops it"
             )
         journal = None
     if start and start["tags"] != parts.tags:

@@ -57,6 +57,9 @@ def run(arguments: argparse.Namespace) -> str:
         for address in (arguments.network, arguments.teacher)
         if address is not None
     ]
+    if len({network.class_names for network in networks}) > 1:
+        known = ", ".join(networks[1].class_names[:10])
+        print(printable(f"{NAME}: --teacher {arguments.teacher} knows other classes: {known}"), file=sys.stderr)
     rows: list[list[str]] = []
     bad: dict[str, str] = {}
     for first in range(0, len(arguments.images), TOGETHER):

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from kdpipe.store import ONE_THREAD
 
-BUSY = "the machine was busy with other things: only ratios hold; python -m kdpipe.cost times again"
+BUSY = "the machine was busy with other things: only ratios hold"
 
 
 def epoch_line(epoch: int, epochs: int, metrics: Mapping[str, float]) -> str:
@@ -88,15 +88,15 @@ def cost_table(metrics: Mapping[str, float], names: Mapping[str, str]) -> str:
     for suffix, where in ((ONE_THREAD, ", one thread"), ("", "")):
         if f"model/latency_ms{suffix}" in metrics:
             _add_times(table, metrics, networks, suffix, where)
-    return "\n".join([render(table), *([BUSY] if was_busy(metrics) else [])])
+    return "\n".join([render(table), *([f"{BUSY}; python -m kdpipe.cost times again"] if was_busy(metrics) else [])])
 
 
 def was_busy(metrics: Mapping[str, float]) -> bool:
     """Whether other work has disturbed the timing: one in twenty images took far longer than half of them, or all
     threads far longer than one."""
     names = [name for name in metrics if "/latency_ms" in name]
-    slow = any(metrics[name.replace("_ms", "_p95_ms")] > 4 * metrics[name] for name in names)
-    return slow or any(metrics[name.removesuffix(ONE_THREAD)] > 2 * metrics[name] for name in names)
+    slow = any(metrics.get(name.replace("_ms", "_p95_ms"), 0) > 4 * metrics[name] for name in names)
+    return slow or any(metrics.get(name.removesuffix(ONE_THREAD), 0) > 2 * metrics[name] for name in names)
 
 
 def _add_times(table: Table, metrics: Mapping[str, float], networks: Sequence[str], suffix: str, where: str) -> None:

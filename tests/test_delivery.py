@@ -19,7 +19,7 @@ from conftest import KEPT, Started, free_port
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from kdpipe.journal import Journal, has_row, read_rows, rows_since
+from kdpipe.journal import Journal, has_row, read_rows, rows_since, sync_command
 
 STUDENT = ["dataset=digits", "experiment=student", "train.threads=1", "train.batch_size=20"]
 LONG = [*STUDENT, "train.epochs=15"]
@@ -276,6 +276,11 @@ def test_a_store_with_runs_is_never_set_aside(start: Callable[..., Started]) -> 
     assert run.end() == 1
     assert "this store cannot be opened" in run.output and "Traceback" not in run.output
     assert not list(Path("outputs").glob("*half-made*"))
+
+
+def test_the_command_that_delivers_names_the_folder() -> None:
+    assert sync_command(Path("outputs/runs/0123").resolve()) == "python -m kdpipe.sync"
+    assert sync_command(Path("/my runs/runs/0123")) == "python -m kdpipe.sync --output-dir '/my runs'"
 
 
 def test_lines_that_a_kill_left_torn_are_not_read(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from kdpipe.cost import arguments_of
 from kdpipe.cost import run as measure_cost
 from kdpipe.data import ImageDataset
-from kdpipe.exam import FILES, Exam, _most_differing, by_class, finite, predictions, write_files
+from kdpipe.exam import FILES, Exam, _most_differing, by_class, finite, oddities, predictions, write_files
 from kdpipe.finished import open_data, open_run
 from kdpipe.pictures import confusion, to_png
 from kdpipe.store import DIFFERING
@@ -177,6 +177,17 @@ def test_the_trained_head_of_a_frozen_backbone_is_examined(kdpipe: Callable, tmp
         probability, answer = logits[int(line["image"])].softmax(dim=0).max(dim=0)
         assert float(line["probability"]) == pytest.approx(float(probability), abs=1e-3)
         assert line["answer"] == str(int(answer)) or probability < 0.2
+
+
+def test_one_answer_to_everything_and_classes_without_an_image_are_told() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0]] * 4)
+    exam = Exam(torch.arange(4), torch.tensor([0, 1, 0, 1]), logits, teacher=logits.flip(0).roll(1, dims=1))
+    assert oddities(exam, ("cat", "dog", "owl")) == [
+        "the trained network answers cat to all 4 test images",
+        "its teacher answers dog to all 4 test images",
+        "there is no test image of owl: what is measured says nothing of them",
+    ]
+    assert oddities(Exam(torch.arange(3), torch.arange(3), torch.eye(3)), ("cat", "dog", "owl")) == []
 
 
 def test_answers_that_are_no_numbers_are_named() -> None:

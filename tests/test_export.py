@@ -98,6 +98,8 @@ def test_the_card_tells_data_teacher_method_numbers_and_licence(taught: Taught, 
         "temperature: 5",
         f"| test accuracy | {100 * accuracy:.2f} % |",
         "| student int8 |",
+        "Test accuracy by class: ",
+        f"with PyTorch {torch.__version__}, onnxruntime ",
         "Licence of the weights\n\nApache-2.0",
         "started from random numbers",
         f"- run: {taught.student} (student_cnn_distill_a0.5_T5_s0), seed 0\n- weights: runs:/{taught.student}\n",
@@ -221,7 +223,7 @@ def test_the_card_and_the_config_tell_how_it_was_taught(
     command: Callable, kdpipe: Callable, class_folders: Path
 ) -> None:
     shutil.copytree(class_folders / "temple", "more")
-    photos = ["dataset=image_folder", f"dataset.root={class_folders}", "train.epochs=0", "train.threads=1"]
+    photos = ["dataset=image_folder", f"dataset.root={class_folders}", "train.epochs=1", "train.threads=1"]
     store = ("--uri", f"sqlite:///{Path('outputs/mlflow.db').resolve()}")
 
     def trained(*words: str) -> str:
@@ -270,6 +272,9 @@ def test_the_card_and_the_config_tell_how_it_was_taught(
     members = f"runs:/{teacher}, runs:/{trained('experiment=teacher', 'seed=1')}"
     card, _ = exported(trained("model@teacher=ensemble", f"teacher.members=[{members}]", "teacher.shares=[1,3]"))
     assert found(card) == set() and f"Teacher: ensemble ({members}), " in card and "  shares:\n  - 1\n  - 3\n" in card
+
+    card, _ = exported(trained("experiment=student", "train.epochs=0"))
+    assert found(card) == set() and "Nothing was trained in this run." in card and "optimizer" not in card
 
     card, _ = exported(trained("model@teacher=resnet20", "loss=mutual"))
     assert found(card) == set() and "Taught by a second student (resnet20), and it by this one." in card

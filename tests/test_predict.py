@@ -109,6 +109,19 @@ def test_what_is_no_image_is_named_and_the_others_are_answered(
     assert none.status == 1 and none.output == ""
 
 
+def test_a_teacher_of_other_classes_is_told(
+    exported: Path, command: Callable, taught: Taught, photos: list[Path]
+) -> None:
+    shutil.copytree(exported, "other")
+    model = onnx.load("other/model.onnx")
+    said = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, said | {"class_names": json.dumps([f"class {n}" for n in range(10)])})
+    onnx.save(model, "other/model.onnx")
+    given = command("predict", exported, photos[0], "--teacher", "other")
+    assert given.status == 0 and "--teacher other knows other classes: class 0, class 1" in given.errors
+    assert "other classes" not in command("predict", exported, photos[0], "--teacher", taught.teacher).errors
+
+
 def test_a_mistyped_folder_is_told_where_there_is_no_store_either(command: Callable) -> None:
     for name in ("studnt", "studnt/"):
         given = command("predict", name, "photo.png", "--uri", "sqlite:///none.db")

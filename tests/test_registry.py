@@ -31,6 +31,8 @@ def test_a_model_is_registered_with_its_signature_and_an_alias_and_the_run_stays
         version = client.get_model_version_by_alias("digits", "candidate")
         assert (version.version, version.run_id) == (number, taught.student)
         assert version.tags["int8"] == int8 and 0 <= float(version.tags["test_accuracy"]) <= 1
+        assert json.loads(version.tags["class_names"]) == [str(digit) for digit in range(10)]
+        assert float(version.tags["temperature"]) > 0 and "softmax(logits / temperature)" in version.description
     after = client.get_run(taught.student).info
     assert (after.status, after.end_time) == (before.status, before.end_time) == ("FINISHED", before.end_time)
     first = client.get_model_version("digits", "1").source  # which later exports have to leave as it is

@@ -8,6 +8,7 @@ import torch
 from conftest import fit_for_test
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from test_train import classifier
 
 from kdpipe.data import ImageDataset, Source, split
@@ -50,6 +51,16 @@ def test_the_images_join_the_training_images_without_a_label(more: Path, tmp_pat
     assert torch.equal(joined.labels[:40], data.labels) and joined.labels[40:].tolist() == 12 * [-1]
     assert torch.equal(joined.splits["test"], data.splits["test"])
     assert joined.fingerprint == data.fingerprint and joined.unlabelled
+
+
+def test_test_images_among_them_are_told(more: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = some_photos()
+    with_unlabelled(data, str(more), "stop", str(tmp_path / "cache"))
+    assert "validation or test images" not in caplog.text
+    for name, position in (("test", data.splits["test"][3]), ("train", data.splits["train"][3])):
+        Image.fromarray(data.images[position].permute(1, 2, 0).numpy()).save(more / f"{name}.png")
+    with_unlabelled(data, str(more), "stop", str(tmp_path / "cache"))
+    assert "1 of its 14 images are validation or test images, too" in caplog.text
 
 
 def test_cross_entropy_is_averaged_over_the_images_that_have_a_label() -> None:

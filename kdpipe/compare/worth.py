@@ -7,6 +7,7 @@ from statistics import fmean, median
 
 from kdpipe.compare.cells import Cell
 from kdpipe.compare.comparison import Comparison, Row
+from kdpipe.report import BUSY, was_busy
 from kdpipe.store import ONE_THREAD, TIMED_ON
 from kdpipe.tracking import RunRecord
 
@@ -178,6 +179,8 @@ def worth_of(comparison: Comparison) -> Worth | None:
         one, several = (" on one thread", " on all") if threads else ("", "")
         here = f", timed on {where}" if where else ""
         notes.append(f"ms for one image{one}, images/s 64 at a time{several}{here}")
+        if was_busy({name: value for name, value in metrics.items() if name in TIMED}):
+            notes.append(BUSY)
     lines = [[name, *(column[number] for column in texts.values())] for number, (name, _) in enumerate(rows)]
     return Worth(["", *texts], lines, notes)
 

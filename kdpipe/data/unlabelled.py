@@ -1,5 +1,6 @@
 """More images to learn from, without labels: of them a student learns what the teacher says alone."""
 
+import logging
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from kdpipe.data.dataset import ImageDataset
 from kdpipe.data.decode import decoded_source, files_below, image_file
+
+log = logging.getLogger("kdpipe")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,19 @@ class Joined:
         return Joined(self.first.to(device), self.second.to(device))
 
 
+def shared(images: Tensor, positions: Tensor, others: Tensor) -> int:
+    """How many of the others [m, C, H, W] are, pixel by pixel, among the images [n, C, H, W] at these positions."""
+    middle = images.shape[2] // 2  # a row tells most images apart, and little is read of what is mapped
+    places: dict[bytes, list[int]] = {}
+    for place, row in zip(positions.tolist(), images[:, :, middle][positions].numpy(), strict=True):
+        places.setdefault(row.tobytes(), []).append(place)
+    rows = others[:, :, middle].contiguous().numpy()
+    return sum(
+        any(torch.equal(images[place], other) for place in places.get(row.tobytes(), ()))
+        for row, other in zip(rows, others, strict=True)
+    )
+
+
 def with_unlabelled(data: ImageDataset, root: str, on_bad_image: str, cache_dir: str) -> ImageDataset:
     """The data set with all images below `root` among its training images, with the label −1.
 
@@ -64,6 +80,12 @@ def with_unlabelled(data: ImageDataset, root: str, on_bad_image: str, cache_dir:
         )
     except ValueError as error:  # readers of images speak of the data set's own
         raise ValueError(re.sub(r"^dataset\.root\b", key, str(error))) from error
+    held_out = torch.cat([positions for name, positions in data.splits.items() if name != "train"])
+    if known := shared(data.images, held_out, source.images):
+        log.warning(
+            "%s: %d of its %d images are validation or test images, too: what is measured on those says little",
+            *(key, known, len(source.images)),
+        )
     labelled = len(data.labels)
     new = torch.arange(labelled, labelled + len(source.labels))
     return replace(

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -130,7 +131,7 @@ def run(arguments: argparse.Namespace) -> str:
         print(version.told(), flush=True)
     if made.refused:
         raise ValueError(refusals(made))
-    return f"use: python -m kdpipe.predict {arguments.out} PHOTO.jpg"
+    return f"use: python -m kdpipe.predict {shlex.quote(str(arguments.out))} PHOTO.jpg"
 
 
 def refusals(made: "Made") -> str:

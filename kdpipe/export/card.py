@@ -29,6 +29,7 @@ METRICS = {
     "test/loss_scaled": "test loss with it",
     "teacher/accuracy": "the teacher's test accuracy",
     "teacher/agreement": "test images with the teacher's answer",
+    "selected/epoch": "epoch whose weights these are, chosen by validation accuracy",
     "model/params": "parameters",
     "model/flops": "operations for an image (FLOPs of convolutions and matrix products)",
     "model/size_mb": "size of the weights in MB of 2²⁰ bytes",
@@ -64,6 +65,7 @@ def card(
     license: str | None,
     checked: int,
     cores: int,
+    by_class: Mapping[str, float],
 ) -> str:
     """README.md, as Markdown with the front matter of Hugging Face's hub.
 
@@ -72,6 +74,7 @@ def card(
         license: of the weights, None where nobody has said.
         checked: test images that `rows` are about.
         cores: threads that "all" means there.
+        by_class: the accuracy on the test images of each class.
     """
     channels, height, width = run.image_shape
     parts = [
@@ -85,11 +88,14 @@ def card(
         "## Use\n\n" + use(run, files),
         "## Data\n\n" + about_data(run, data),
         "## Training\n\n" + method(run, teacher),
-        "## Numbers\n\n" + numbers(run.metrics),
-        f"{as_markdown(rows)}\n\n({legend(checked, cores)})",
+        "## Numbers\n\n" + numbers(measured(run)),
+        *([spread(by_class)] if by_class else []),
+        f"{as_markdown(rows)}\n\n({legend(rows, checked, cores)})",
         "## Limits\n\n"
         f"The accuracy is that on the test images of {data.name}, and says nothing of other images. It is of a single "
-        "run with a single seed. Every image gets one of the classes, also one that shows none of them."
+        "run with a single seed. "
+        + ("The test images were looked at after each epoch. " if run.config.train.get("test_each_epoch") else "")
+        + "Every image gets one of the classes, also one that shows none of them."
         + (INT8_LIMIT if INT8 in files else ""),
         f"## Licence of the weights\n\n{license or 'not stated'}\n\n{origin(run)}",
         "## Provenance\n\n" + provenance(run),
@@ -120,7 +126,9 @@ def front_matter(run: FinishedRun, data: ImageDataset, files: Sequence[str], lic
 
 def what(run: FinishedRun, data: ImageDataset, teacher: Taught | None) -> str:
     says = f"A {run.name} that tells which of {data.num_classes} classes an image of {data.name} shows"
-    return f"{says}, distilled from a {teacher.name}." if teacher else f"{says}."
+    if not teacher:
+        return f"{says}."
+    return f"{says}, distilled from a{'n' if teacher.name[0] in 'aeiou' else ''} {teacher.name}."
 
 
 def use(run: FinishedRun, files: Sequence[str]) -> str:
@@ -165,6 +173,8 @@ def about_data(run: FinishedRun, data: ImageDataset) -> str:
 
 def method(run: FinishedRun, teacher: Taught | None) -> str:
     config, settings = run.config, settings_of(run)
+    if config.train.epochs == 0:
+        return "Nothing was trained in this run."
     methods = [
         settings[part]["_target_"].rpartition(".")[2]
         for part in ("loss", "also")
@@ -193,7 +203,7 @@ def settings_of(run: FinishedRun) -> dict[str, Any]:
     config = run.config
     settings = {"loss": plain(config.loss)}
     if "also" in config and config.also.get("alpha") != 0:
-        settings["also"] = plain(config.also)
+        settings["also"] = {key: value for key, value in plain(config.also).items() if key != "ce_weight"}  # not used
     settings |= {part: plain(config[part]) for part in ("optimizer", "scheduler")}
     if "augmentation" in config and not str(config.augmentation.get("_target_")).endswith(".no_augmentation"):
         settings["augmentation"] = plain(config.augmentation)
@@ -218,12 +228,26 @@ def weights_of_teacher(run: FinishedRun) -> str:
     return f"runs:/{run.record.tags['kdpipe.teacher_run']}" if teacher.weights == "auto" else str(teacher.weights)
 
 
+def measured(run: FinishedRun) -> dict[str, float]:
+    """The run's metrics, without the epoch that was taken where it was simply the last one."""
+    chosen = run.config.train.get("select") == "best"
+    return {key: value for key, value in run.metrics.items() if chosen or key != "selected/epoch"}
+
+
 def numbers(metrics: Mapping[str, float]) -> str:
     lines = ["| of the run | |", "| --- | ---: |"]
     for key, words in METRICS.items():
         if key in metrics:
             lines.append(f"| {words} | {number(key, metrics[key])} |")
     return "\n".join(lines)
+
+
+def spread(by_class: Mapping[str, float]) -> str:
+    """What an accuracy over all classes may hide."""
+    ranked = sorted(by_class, key=lambda name: by_class[name], reverse=True)
+    shown = ranked if len(ranked) <= 20 else [*ranked[:5], "…", *ranked[-5:]]
+    texts = [name if name == "…" else f"{name} {100 * by_class[name]:.1f} %" for name in shown]
+    return f"Test accuracy by class: {', '.join(texts)}."
 
 
 def number(key: str, value: float) -> str:
@@ -235,11 +259,11 @@ def number(key: str, value: float) -> str:
 def origin(run: FinishedRun) -> str:
     """Where the weights started from, which a licence may come with."""
     weights = run.config.model.get("weights")
+    did = "are" if run.config.train.epochs == 0 else "started from"
     if weights is None:
-        return "They started from random numbers."
-    if weights == "imagenet":
-        return "They started from weights pretrained on ImageNet, whose terms hold for them, too."
-    return f"They started from those of {without_places(str(weights))}, whose terms hold for them, too."
+        return f"They {did} random numbers."
+    those = "weights pretrained on ImageNet" if weights == "imagenet" else f"those of {without_places(str(weights))}"
+    return f"They {did} {those}, whose terms hold for them, too."
 
 
 def provenance(run: FinishedRun) -> str:

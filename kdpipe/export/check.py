@@ -1,8 +1,11 @@
 """Exported files held against the PyTorch network that they are of: the same answers, how fast, how large."""
 
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
 from statistics import median
 
 import numpy as np
@@ -13,7 +16,8 @@ from rich.table import Table
 
 from kdpipe.cost import BATCH
 from kdpipe.deployed import Answer
-from kdpipe.report import render
+from kdpipe.report import BUSY, render, was_busy
+from kdpipe.store import ONE_THREAD
 from kdpipe.timing import median_ratio, percentile_95, threads, time_in_turn
 
 Logits = NDArray[np.float32]
@@ -181,10 +185,25 @@ def headings(rows: Sequence[Row]) -> list[str]:
     return [*HEADINGS[:-1], f"× {rows[0].name}"]
 
 
-def legend(checked: int, cores: int) -> str:
+def legend(rows: Sequence[Row], checked: int, cores: int) -> str:
     """What the columns mean."""
-    return (
+    versions = f"PyTorch {torch.__version__}"
+    if find_spec("onnxruntime"):
+        versions += f", onnxruntime {version('onnxruntime')}"
+    lines = [
         f"checked on {checked:,} test images; same, difference: answers like those of the student in PyTorch, and the "
-        f"largest difference of logits\nms: of one image, median and 95th percentile, on one and on {cores} threads; "
-        f"images/s: in batches of {BATCH} on {cores} threads"
-    )
+        "largest difference of logits",
+        f"ms: of one image, median and 95th percentile, on one thread and on all ({cores}); images/s: in batches of "
+        f"{BATCH} on all; timed on {platform.machine()} ({torch.backends.cpu.get_cpu_capability()}) with {versions}",
+    ]
+    return "\n".join([*lines, *([BUSY] if were_busy(rows) else [])])
+
+
+def were_busy(rows: Sequence[Row]) -> bool:
+    """Whether other work has disturbed the timing, as `report.was_busy` has it."""
+    times = {}
+    for row in rows:
+        for key, suffix in (("one", ONE_THREAD), ("all", "")):
+            times[f"{row.name}/latency_ms{suffix}"] = median(row.seconds[key])
+            times[f"{row.name}/latency_p95_ms{suffix}"] = percentile_95(row.seconds[key])
+    return was_busy(times)

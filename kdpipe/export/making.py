@@ -1,5 +1,8 @@
 """One export: write, check, time, describe."""
 
+import csv
+import io
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +29,7 @@ from kdpipe.deployed import (
     open_onnx,
     open_program,
     open_weights,
+    temperature_of,
 )
 from kdpipe.export.card import Taught, card
 from kdpipe.export.check import (
@@ -46,11 +50,12 @@ from kdpipe.finished import FinishedRun, open_data, open_run, teacher_if_there
 from kdpipe.hardware import prepare
 from kdpipe.models import Classifier, Ensemble, size_mb
 from kdpipe.progress import progress
-from kdpipe.store import CONFIG
+from kdpipe.store import CLASSES, CONFIG
 from kdpipe.tracking import RunStore
 
 ROWS = {ONNX: "student ONNX", INT8: "student int8", PROGRAM: "student torch.export"}
 CARD = "README.md"
+MAX_TAG_LENGTH = 5000  # that MLflow takes for a model's version
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class Sources:
     data: ImageDataset
     teacher: tuple[Classifier | Ensemble, str] | None
     notes: list[str]  # what is left out, and why
+    by_class: dict[str, float]  # accuracy on the run's test images; empty where the run has not kept it
 
     @property
     def example(self) -> NDArray[np.uint8]:
@@ -90,10 +96,14 @@ class Made:
             "kdpipe.weights": self.run.address,
             "kdpipe.version": __version__,
             "int8": str(name == INT8).lower(),
+            "temperature": f"{temperature_of(self.run):.6g}",
             "checked_accuracy": f"{row.accuracy:.6g}",
         }
         if "test/accuracy" in self.run.metrics:
             tags["test_accuracy"] = f"{self.run.metrics['test/accuracy']:.6g}"
+        names = json.dumps(self.run.class_names, ensure_ascii=False)
+        if len(names) <= MAX_TAG_LENGTH:
+            tags["class_names"] = names
         return tags
 
 
@@ -107,7 +117,14 @@ def open_sources(address: str, store: RunStore, root: str | None) -> Sources:
     data = open_data(run, root)
     channels, height, width = data.images.shape[1:]
     run = replace(run, image_shape=(channels, height, width))  # runs before 0.4.0 do not tell
-    return Sources(run, data, *teacher_if_there(run, store))
+    return Sources(run, data, *teacher_if_there(run, store), accuracy_by_class(run, store))
+
+
+def accuracy_by_class(run: FinishedRun, store: RunStore) -> dict[str, float]:
+    """As the run measured it, of the weights at its end; without classes that had no test image."""
+    content = store.read(run.record.id, CLASSES) if "test/accuracy" in run.metrics else None
+    lines = csv.DictReader(io.StringIO((content or b"").decode(), newline=""))
+    return {line["class"]: float(line["accuracy"]) for line in lines if line["accuracy"]}
 
 
 def make(
@@ -207,10 +224,10 @@ def make(
     elif run.record.tags.get("kdpipe.teacher_run"):
         taught = Taught(str(run.config.teacher.name), None)
     cores = torch.get_num_threads()
-    text = card(run, data, taught, made.rows, made.files, license, len(positions), cores)
+    text = card(run, data, taught, made.rows, made.files, license, len(positions), cores, sources.by_class)
     (folder / CARD).write_text(text)
     made.files.append(CARD)
-    made.notes.insert(0, legend(len(positions), cores))
+    made.notes.insert(0, legend(made.rows, len(positions), cores))
     return made
 
 

@@ -11,7 +11,20 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
-from kdpipe.journal import BEGUN, FINISHED, KILLED, NOT_YET, RUNNING, Journal, Row, append_row, has_row, now, read_rows
+from kdpipe.journal import (
+    BEGUN,
+    FINISHED,
+    KILLED,
+    NOT_YET,
+    RUNNING,
+    Journal,
+    Row,
+    append_row,
+    has_row,
+    now,
+    read_rows,
+    sync_command,
+)
 from kdpipe.store import check_uri, without_password
 
 log = logging.getLogger("kdpipe")
@@ -79,10 +92,11 @@ class Run:
         self._journal.end(status, reason)
         if not self._delivery.finish(AT_THE_END if status == FINISHED else IN_A_HURRY):
             log.warning(
-                "%s has not got all of this run%s; %s has, and this delivers it: python -m kdpipe.sync",
+                "%s has not got all of this run%s; %s has, and this delivers it: %s",
                 self._journal.store,
                 self._delivery.why_not(),
                 self.folder,
+                sync_command(self.folder),
             )
 
 

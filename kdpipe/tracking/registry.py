@@ -22,6 +22,10 @@ from kdpipe.store import without_password
 from kdpipe.tracking.runs import RunStore
 
 FOLDER = "exported"  # among the run's artifacts
+DESCRIPTION = (
+    "Raw uint8 images in, logits out, one for each class in the order of the tag class_names (also in the ONNX file's "
+    "metadata); probabilities are softmax(logits / temperature), which is a tag, too."
+)
 ABSENT = "RESOURCE_DOES_NOT_EXIST"
 THERE = "RESOURCE_ALREADY_EXISTS"
 
@@ -93,7 +97,9 @@ def register(
         except MlflowException as error:
             if error.error_code != THERE:
                 raise
-        version = client.create_model_version(name, f"runs:/{run_id}/{folder}", run_id, tags=dict(tags))
+        version = client.create_model_version(
+            name, f"runs:/{run_id}/{folder}", run_id, tags=dict(tags), description=DESCRIPTION
+        )
         client.set_registered_model_alias(name, alias, version.version)
     except Exception as error:  # those of requests and of stores of artifacts come through, too
         raise ValueError(f"--register {name}: {store.name} did not take the model ({reason_of(error)})") from error

@@ -108,7 +108,11 @@ class RunStore:
             ValueError: no such run, or one that has not kept this file.
         """
         with TemporaryDirectory() as folder:
-            yield self._download(run_id, name, key, folder)
+            file = self._download(run_id, name, key, folder)
+            try:
+                yield file
+            except ValueError as error:  # of what is in it
+                raise ValueError(str(error).replace(str(file), f"runs:/{run_id}/{name}")) from error
 
     def _download(self, run_id: str, name: str, key: str, folder: str) -> Path:
         try:

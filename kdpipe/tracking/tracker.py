@@ -340,15 +340,17 @@ def at_most(seconds: float, work: Callable[[], None]) -> bool:
 
 
 def git_tags() -> dict[str, str]:
-    """The commit of the working folder, and whether something was not committed; nothing outside of a repository."""
+    """The commit of the working folder, and whether code was not committed; nothing outside of a repository."""
+    # What is new and no code (outputs, exported models) changes no run.
+    new_code = ["ls-files", "--others", "--exclude-standard", "--", ":/*.py"]
     try:
-        commit, status = (
+        commit, changed, new = (
             subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", ":/", ":(exclude)outputs"])
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"], new_code)
         )
     except (OSError, subprocess.SubprocessError):
         return {}
-    return {"git.commit": commit, "git.dirty": str(bool(status)).lower()}
+    return {"git.commit": commit, "git.dirty": str(bool(changed or new)).lower()}
 
 
 def _origin() -> dict[str, Any]:
