@@ -79,6 +79,7 @@ def test_each_link_is_taught_by_the_one_before_of_the_same_seed(
     assert ["teacher.weights=link 1" in row[2] for row in table] == [False, True, False]
     assert "teacher.weights=link 2" in table[2][2]
     assert "resnet20 KD alpha 0.5 temperature 5, 2 seeds" in outcome.output  # the verdict is on the last link
+    assert outcome.output.count("← verdict") == 1 and "← best" not in outcome.output
     assert "the interval covers the seeds of the whole chain" in outcome.output
 
     monkeypatch.setattr(sys, "argv", ["kdpipe-compare", "--sweep", parent.data.tags["kdpipe.sweep"]])

@@ -57,9 +57,12 @@ def with_interval(value: Interval | None, sign: str = "") -> str:
 
 
 def rows_of(comparison: Comparison) -> list[tuple[Row, str]]:
-    """All rows, with a remark on the one that was chosen, and on it again on the seeds of the verdict."""
-    rows = [(row, "best" if row is comparison.best else "") for row in comparison.rows]
-    return rows + ([(comparison.confirmed, "best, on new seeds")] if comparison.confirmed else [])
+    """All rows, with a remark on the one that the verdict is on, and on it again on the seeds of the verdict."""
+    best = comparison.best
+    rivals = [row for row in comparison.rows if best and (row.cell.stage, row.cell.link) == ("distill", best.cell.link)]
+    remark = "best" if len(rivals) > 1 else "verdict"  # the last link of a chain need not be better than those before
+    rows = [(row, remark if row is best else "") for row in comparison.rows]
+    return rows + ([(comparison.confirmed, f"{remark}, on new seeds")] if comparison.confirmed else [])
 
 
 def columns_of(comparisons: Sequence[Comparison]) -> list[str]:
