@@ -52,7 +52,7 @@ from kdpipe.store import (
     PATIENCE,
     PEER_WEIGHTS,
     TIMED_ON,
-    UNLABELLED,
+    UNLABELLED_IMAGES,
     WEIGHTS,
     epoch_file,
     store_uri,
@@ -298,7 +298,7 @@ def run_tags(config: DictConfig, parts: Parts, hardware: Hardware) -> dict[str, 
     tags[TIMED_ON] = hardware.machine if config.evaluation.timing_seconds > 0 else ""
     if parts.data.unlabelled:
         tags["kdpipe.unlabelled"] = parts.data.unlabelled
-        tags[UNLABELLED] = str(int((parts.data.labels < 0).sum()))
+        tags[UNLABELLED_IMAGES] = str(int((parts.data.labels < 0).sum()))
     if parts.teacher_source:
         tags["kdpipe.teacher_run"] = parts.teacher_source
     if config.sweep.job:

@@ -22,7 +22,7 @@ CLASSES = "classes.csv"
 CONFUSION, RELIABILITY, DIFFERING = "confusion.png", "reliability.png", "differing.png"
 # Tags of a run.
 IMAGE_SHAPE = "kdpipe.image_shape"  # of its stored images, such as 3x32x32
-UNLABELLED = "kdpipe.unlabelled_images"  # how many it learned from, where there were any
+UNLABELLED_IMAGES = "kdpipe.unlabelled_images"  # how many it learned from, where there were any
 TIMED_ON = "kdpipe.timed_on"  # the hardware that its networks were timed on
 ONE_THREAD = "_1_thread"  # ends the names of times on one thread of a CPU
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -41,6 +41,11 @@ def without_password(text: str) -> str:
     """A store's URI, or a text with URIs, to be shown."""
     text = re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:PASSWORD@", text)
     return re.sub(r"([?&]password=)[^&\s]*", r"\1PASSWORD", text)
+
+
+def reason_of(error: Exception) -> str:
+    """What a store's error says first; SQLAlchemy goes on for many lines."""
+    return without_password(str(error).strip().split("\n")[0])[:300] or type(error).__name__
 
 
 def epoch_file(epoch: object) -> str:
@@ -78,6 +83,7 @@ def wait_for_store(uri: str, seconds: float) -> None:
 
 
 def shown(uri: str) -> str:
+    """The store in an error."""
     return f"tracking.uri={without_password(uri)}"
 
 

@@ -179,7 +179,7 @@ def worth_of(comparison: Comparison) -> Worth | None:
         one, several = (" on one thread", " on all") if threads else ("", "")
         here = f", timed on {where}" if where else ""
         notes.append(f"ms for one image{one}, images/s 64 at a time{several}{here}")
-        if was_busy({name: value for name, value in metrics.items() if name in TIMED}):
+        if was_busy(metrics):
             notes.append(BUSY)
     lines = [[name, *(column[number] for column in texts.values())] for number, (name, _) in enumerate(rows)]
     return Worth(["", *texts], lines, notes)

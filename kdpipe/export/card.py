@@ -15,7 +15,7 @@ from kdpipe.deployed import INT8, ONNX, PROGRAM, WEIGHTS, temperature_of
 from kdpipe.export.check import Row, as_markdown, legend
 from kdpipe.export.formats import without_places
 from kdpipe.finished import FinishedRun
-from kdpipe.store import UNLABELLED
+from kdpipe.store import UNLABELLED_IMAGES
 
 # What runs measure, in the order of the card; shares are told in per cent.
 METRICS = {
@@ -161,7 +161,7 @@ def about_data(run: FinishedRun, data: ImageDataset) -> str:
     lines[0] += f" {data.fingerprint})."
     tags = run.record.tags
     if "kdpipe.unlabelled" in tags:
-        count = f"{int(tags[UNLABELLED]):,} " if UNLABELLED in tags else ""  # older runs do not tell
+        count = f"{int(tags[UNLABELLED_IMAGES]):,} " if UNLABELLED_IMAGES in tags else ""  # older runs do not tell
         folder = without_places(run.config.dataset.unlabelled_root)
         lines.append(
             f"Beside them {count}images without a label ({folder}, fingerprint {tags['kdpipe.unlabelled']}): of these "

@@ -55,7 +55,7 @@ from kdpipe.tracking import RunStore
 
 ROWS = {ONNX: "student ONNX", INT8: "student int8", PROGRAM: "student torch.export"}
 CARD = "README.md"
-MAX_TAG_LENGTH = 5000  # that MLflow takes for a model's version
+MAX_TAG_LENGTH = 100_000  # that MLflow takes for a model's version
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from kdpipe.journal import (
     read_rows,
     sync_command,
 )
-from kdpipe.store import check_uri, without_password
+from kdpipe.store import check_uri, reason_of
 
 log = logging.getLogger("kdpipe")
 
@@ -139,11 +139,11 @@ class Delivery:
             return self._done
 
     def why_not(self) -> str:
-        return f" ({_reason(self._refusal)})" if self._refusal else ""
+        return f" ({reason_of(self._refusal)})" if self._refusal else ""
 
     def raise_refusal(self) -> None:
         if self._refusal:
-            raise ValueError(f"MLflow refuses this run's data: {_reason(self._refusal)}") from self._refusal
+            raise ValueError(f"MLflow refuses this run's data: {reason_of(self._refusal)}") from self._refusal
 
     def _run(self) -> None:
         silent = False
@@ -166,7 +166,7 @@ class Delivery:
                     log.warning(
                         "%s does not take metrics now (%s): training goes on, they are kept and told later",
                         self._journal.store,
-                        _reason(error),
+                        reason_of(error),
                     )
                 silent = True
                 with self._state:
@@ -231,7 +231,8 @@ def deliver(
             log.warning("%s is gone: MLflow does not get it", journal.folder / name)
         told.files.add(name)
     if closing:
-        remove_doubles(client, journal)
+        if wanted():
+            remove_doubles(client, journal)
         tags = {"kdpipe.seconds": f"{journal.seconds:.1f}", "kdpipe.reason": journal.reason}
         for key, value in tags.items():
             if value and wanted():
@@ -257,22 +258,17 @@ def begun_token(experiment_id: str) -> str:
     return f"{experiment_id}/{uuid4().hex}"
 
 
-def find_begun(client: MlflowClient, token: str) -> str:
-    """The id of the run whose BEGUN is this token; NOT_YET where there is none."""
-    runs = _runs_begun(client, token)
-    return runs[0] if runs else NOT_YET
-
-
 def remove_doubles(client: MlflowClient, journal: Journal) -> None:
     """Delete the runs that the store began beside the journal's: MLflow's client asks again where a server died or
     hung before it answered, and the server may carry out both requests, the first one long after."""
     if token := journal.tags.get(BEGUN):
-        for run_id in _runs_begun(client, token):
+        for run_id in runs_begun(client, token):
             if run_id != journal.run_id:
                 client.delete_run(run_id)
 
 
-def _runs_begun(client: MlflowClient, token: str) -> list[str]:
+def runs_begun(client: MlflowClient, token: str) -> list[str]:
+    """The ids of the runs whose BEGUN is this token, the first one first."""
     experiment = token.partition("/")[0]
     runs = client.search_runs([experiment], f"tags.`{BEGUN}` = '{token}'", order_by=["attributes.start_time ASC"])
     return [run.info.run_id for run in runs]
@@ -312,7 +308,7 @@ class Stores:
                 self._clients[uri] = MlflowClient(tracking_uri=uri)
             if uri not in self._problems:
                 if journal.run_id == NOT_YET:
-                    journal.run_id = find_begun(self._clients[uri], journal.tags[BEGUN])
+                    journal.run_id = next(iter(runs_begun(self._clients[uri], journal.tags[BEGUN])), NOT_YET)
                 if journal.run_id == NOT_YET:  # there is nothing to tell of it
                     journal.settled()
                     return ""
@@ -324,8 +320,8 @@ class Stores:
             if is_final(error):  # such as a run that was deleted there: the folder keeps it, and may go on in a new one
                 journal.delivered = True
                 journal.write()
-                return f"{journal.store} refuses what this run has, for good ({_reason(error)})"
-            self._problems[uri] = _reason(error)
+                return f"{journal.store} refuses what this run has, for good ({reason_of(error)})"
+            self._problems[uri] = reason_of(error)
         return f"{journal.store} does not take what this run has ({self._problems[uri]})"
 
 
@@ -334,7 +330,3 @@ def check_there(uri: str) -> None:
     check_uri(uri)
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
         raise ValueError("there is no such file")
-
-
-def _reason(error: Exception) -> str:
-    return without_password(str(error).strip().split("\n")[0])[:300] or type(error).__name__

@@ -138,4 +138,4 @@ def digest(file: Path) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return " ".join(without_password(str(error)).split())[:300]

@@ -14,7 +14,7 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from kdpipe.journal import FINISHED, now
-from kdpipe.store import ONE_THREAD, TIMED_ON, epoch_file, without_password
+from kdpipe.store import ONE_THREAD, TIMED_ON, epoch_file, reason_of, without_password
 from kdpipe.tracking.sqlite import store_lock
 
 log = logging.getLogger("kdpipe")
@@ -60,8 +60,7 @@ class RunStore:
             with store_lock(uri):
                 self.client = self._opened()
         except Exception as error:  # MLflow lets the errors of SQLAlchemy, of drivers and of requests through
-            reason = without_password(str(error).strip().split("\n")[0])
-            raise ValueError(f"tracking.uri={self.name}: this store cannot be opened ({reason})") from error
+            raise ValueError(f"tracking.uri={self.name}: this store cannot be opened ({reason_of(error)})") from error
 
     def _opened(self) -> mlflow.MlflowClient:
         client = mlflow.MlflowClient(tracking_uri=self.uri)

@@ -9,13 +9,15 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
 import mlflow
 from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Param
 from mlflow.exceptions import MlflowException
+from mlflow.store.entities import PagedList
 
 from kdpipe.claim import ClaimedError, claim, is_of_this_machine, locked
 from kdpipe.interruption import postponed
@@ -27,6 +29,8 @@ from kdpipe.tracking.sqlite import set_aside_half_made, store_lock
 
 MAX_PARAM_LENGTH = 6000  # MLflow's own limit
 PAGE = 1000
+
+T = TypeVar("T")
 
 log = logging.getLogger("kdpipe")
 
@@ -89,31 +93,29 @@ class Tracker(RunStore):
             history: the rows that are known of it.
             seconds: that were spent on it.
         """
-        goes_on = begun is not None and self._can_go_on(begun)
+        known = begun if begun and self._can_go_on(begun) else NOT_YET
         before, rows = Journal.read(folder), list(history)
         if before and before.uri != self.uri and not before.delivered:
             run_id = before.run_id or folder.name
             log.warning("%s is not told how run %s went on, for now it is in %s", before.store, run_id, self.name)
-        marked = {**tags, BEGUN: self._token(before, begun if begun and goes_on else NOT_YET)}
+        marked = {**tags, BEGUN: self._token(before, known)}
         times = before.times[: len(rows)] if before and before.run_id == begun else []
         times += [now()] * (len(rows) - len(times))
         run = journal = None
         try:
             with postponed():  # what is begun in the store is to be known in the folder
-                if begun and goes_on:
-                    journal = Journal(folder, self.uri, begun, marked, seconds=seconds, times=times)
-                else:
-                    new = Journal(folder, self.uri, NOT_YET, marked, seconds=seconds, times=times)
-                    new.write()  # a process that is killed now leaves no run behind that nobody knows of
-                    self._begin(new, name, marked)
-                    journal = new
+                opened = Journal(folder, self.uri, known, marked, seconds=seconds, times=times)
+                if known == NOT_YET:
+                    opened.write()  # a process that is killed now leaves no run behind that nobody knows of
+                    self._begin(opened, name, marked)
+                journal = opened
                 (folder / WEIGHTS).unlink(missing_ok=True)
                 if rows:
                     write_rows(folder, rows)
                 else:
                     (folder / METRICS).unlink(missing_ok=True)
                 journal.write()  # last: the lines of another run are not this one's
-            if goes_on:
+            if known != NOT_YET:
                 self._reopen(journal.run_id, tags)
             self._log_params(journal.run_id, params)
             run = Run(self.client, journal, rows)
@@ -290,33 +292,36 @@ class Tracker(RunStore):
     def _search(
         self, experiments: list[str], conditions: list[str], finished: bool = True, limit: int | None = None
     ) -> Iterator[RunRecord]:
-        token = None
         if finished:
             conditions = [*conditions, "attributes.status = 'FINISHED'"]
-        while True:
-            page = self.client.search_runs(
+
+        def page(token: str | None) -> PagedList[mlflow.entities.Run]:
+            return self.client.search_runs(
                 experiments,
                 " and ".join(conditions),
                 max_results=limit or PAGE,
                 order_by=["attributes.end_time DESC"],
                 page_token=token,
             )
-            yield from map(record_of, page)
-            token = page.token
-            if limit or not token:
-                return
+
+        return map(record_of, islice(_pages(page), limit))
 
     def _names(self) -> str:
         return ", ".join(found.name for found in self._experiments()) or "none"
 
     def _experiments(self) -> Iterator[Experiment]:
-        token = None
-        while True:
-            page = self.client.search_experiments(max_results=PAGE, page_token=token)
-            yield from page
-            token = page.token
-            if not token:
-                return
+        return _pages(lambda token: self.client.search_experiments(max_results=PAGE, page_token=token))
+
+
+def _pages(page: Callable[[str | None], PagedList[T]]) -> Iterator[T]:
+    """What MLflow gives a page at a time, by the token of each."""
+    token = None
+    while True:
+        found = page(token)
+        yield from found
+        token = found.token
+        if not token:
+            return
 
 
 def how_it_ended(error: BaseException) -> tuple[str, str]:
