@@ -117,10 +117,10 @@ server: setup  ## an MLflow server over PostgreSQL, for many machines (HOST=0.0.
 		$(LISTEN)
 
 bench: setup  ## kdpipe beside the tutorial's loop and the compute limit (ARGS="--root cifar10-jpeg --images 5000")
-	$(BIN)/python tests/benchmarks/bench.py $(ARGS)
+	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 bench-methods: setup  ## the rate of each method beside plain kd (ARGS="--root cifar10-jpeg --model student_cnn")
-	$(BIN)/python tests/benchmarks/methods.py $(ARGS)
+	$(BIN)/python benchmarks/methods.py $(ARGS)
 
 cache-info: setup  ## what is kept of decoded images, teachers' answers and features
 	@$(BIN)/python -m kdpipe.cache info --output-dir "$(OUTPUTS)"

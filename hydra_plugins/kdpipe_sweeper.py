@@ -1,15 +1,15 @@
-"""Hydra takes a sweeper only if it is defined in this package; `kdpipe.sweep` does the work."""
+"""Hydra takes a sweeper only if it is defined in this package; `kdpipe.sweeps.sweep` does the work."""
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
 
 class GridSweeper(BasicSweeper):
-    """Hydra's own grid (`hydra.sweeper.params` and the command line), run by `kdpipe.sweep`."""
+    """Hydra's own grid (`hydra.sweeper.params` and the command line), run by `kdpipe.sweeps.sweep`."""
 
     def __init__(self, params: dict[str, str] | None = None) -> None:
         super().__init__(max_batch_size=None, params=params)
 
     def sweep(self, arguments: list[str]) -> None:
-        from kdpipe.sweep import run_sweep  # not before a sweep: every Hydra program imports this file
+        from kdpipe.sweeps.sweep import run_sweep  # not before a sweep: every Hydra program imports this file
 
         run_sweep(self, [*self._parse_config(), *arguments])

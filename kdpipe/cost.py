@@ -1,174 +1,18 @@
-"""What a network costs where it is used: parameters, bytes, operations, memory, time.
-
-`python -m kdpipe.cost RUN` measures a finished run's network beside its teacher again, for longer.
-"""
+"""`python -m kdpipe.cost RUN`: what a finished run's network costs beside its teacher, measured again, for longer."""
 
 import argparse
 import os
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
-from statistics import median
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
-from kdpipe.checks import check_number
-from kdpipe.command import add_store_arguments, existing_store, run_command
-from kdpipe.hardware import Hardware, check_there, prepare
-from kdpipe.models import Classifier, Ensemble, size_mb
-from kdpipe.report import cost_table
-from kdpipe.store import IMAGE_SHAPE, ONE_THREAD, TIMED_ON
-from kdpipe.timing import median_ratio, percentile_95, threads, time_in_turn
-
-BATCH = 64  # images, for the throughput
-# Rounds that are made whatever they take: a percentile wants more of them than a median.
-LEAST = {1: 10, BATCH: 3}
-MB = 2**20
-
-# "model", and where there is one "teacher", or "peer": a second student.
-Networks = Mapping[str, Classifier | Ensemble]
-
-
-def cost(networks: Networks, images: Tensor, hardware: Hardware, seconds: float) -> dict[str, float]:
-    """What each network costs, under its name: `model/params`, …
-
-    Args:
-        images: some of those that they are given, uint8 [N, C, H, W].
-        seconds: for which they are timed, without the warm-up, and longer where they are slow; 0 for not at all.
-
-    Returns:
-        For each network `params`; `size_mb` (parameters and buffers, MB of 2²⁰ bytes); `flops` (of convolutions and
-        matrix products for one image, a multiplication and an addition being two); `activation_mb` (the most that
-        tensors take at once, beside the weights, while one image passes); and of `time_networks` what it says.
-    """
-    modes = {name: network.training for name, network in networks.items()}
-    found: dict[str, float] = {}
-    with computing(hardware):
-        for name, network in networks.items():
-            network.eval()
-            one = images[:1].to(hardware.device)
-            counted = {
-                "params": float(sum(parameter.numel() for parameter in network.network.parameters())),
-                "size_mb": size_mb(network.network),
-                "flops": float(flops(network, one)),
-                "activation_mb": peak_bytes(network, one) / MB,
-            }
-            found |= {f"{name}/{what}": value for what, value in counted.items()}
-        if seconds > 0:
-            found |= time_networks(networks, images, hardware, seconds)
-    for name, was_training in modes.items():
-        networks[name].train(was_training)
-    return found
-
-
-@contextmanager
-def computing(hardware: Hardware) -> Iterator[None]:
-    """Without gradients, in the run's precision, and each network for itself."""
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), hardware.autocast():
-        # Else weights that can learn would be cast once, and those of a frozen teacher in each call.
-        torch.set_autocast_cache_enabled(False)
-        yield
-
-
-def time_networks(networks: Networks, images: Tensor, hardware: Hardware, seconds: float) -> dict[str, float]:
-    """How fast the networks are from raw images to logits, all in turns.
-
-    Returns:
-        For each network `latency_ms` and `latency_p95_ms` (the median and the 95th percentile for one image),
-        `images_per_second` (64 at once), with all the CPU's threads that the process uses; the same with `_1_thread`;
-        `speedup/latency` and `speedup/throughput`, how many times faster the model is than its teacher: the median of
-        the ratios of each round.
-    """
-    found: dict[str, float] = {}
-    wanted = {"": torch.get_num_threads()} | ({ONE_THREAD: 1} if hardware.device.type == "cpu" else {})
-    numbers = set(wanted.values())
-    for number in numbers:
-        with threads(number):
-            measured = _time_in_turn(networks, images, hardware.device, seconds / len(numbers))
-        for suffix in (suffix for suffix in wanted if wanted[suffix] == number):
-            found |= {f"{name}{suffix}": value for name, value in measured.items()}
-    return found
-
-
-def _time_in_turn(networks: Networks, images: Tensor, device: torch.device, seconds: float) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for size, what in ((1, "latency"), (BATCH, "throughput")):
-        batch = images[torch.arange(size) % len(images)].to(device)
-        works = {name: partial(_timed, network, batch) for name, network in networks.items()}
-        taken = time_in_turn(works, seconds / 2, LEAST[size])
-        for name, times in taken.items():
-            if size == 1:
-                found[f"{name}/latency_ms"] = 1000 * median(times)
-                found[f"{name}/latency_p95_ms"] = 1000 * percentile_95(times)
-            else:
-                found[f"{name}/images_per_second"] = size / median(times)
-        if "teacher" in taken:
-            found[f"speedup/{what}"] = median_ratio(taken["teacher"], taken["model"])
-    return found
-
-
-def _timed(network: nn.Module, images: Tensor) -> None:
-    network(images)
-    if images.device.type != "cpu":
-        torch.accelerator.synchronize(images.device)
-
-
-@torch.no_grad()
-def flops(network: nn.Module, images: Tensor) -> int:
-    """Floating-point operations of convolutions and matrix products, as PyTorch's own counter has them."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # in one piece, the counter does not see what attention is made of
-    try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            network(images)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-    return int(counter.get_total_flops())
-
-
-@torch.no_grad()
-def peak_bytes(network: nn.Module, images: Tensor) -> int:
-    """The most bytes that tensors, beside the weights and `images`, take at once while these pass."""
-    with _LiveTensors([*network.parameters(), *network.buffers(), images]) as living:
-        network(images)
-    return living.peak
-
-
-class _LiveTensors(TorchDispatchMode):
-    """Adds up what operations give, until it is given back."""
-
-    def __init__(self, there: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.peak = self._bytes = 0
-        # Views of what is there already take nothing.
-        self._known = {tensor.untyped_storage()._cdata for tensor in there}
-
-    def __torch_dispatch__(self, operation: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = operation(*args, **(kwargs or {}))
-        for tensor in tree_leaves(given):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
-        return given
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self._bytes += size
-        self.peak = max(self.peak, self._bytes)
-        weakref.finalize(storage, self._give_back, key, size)
-
-    def _give_back(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self._bytes -= size
+from kdpipe.evaluation.costs import BATCH, cost
+from kdpipe.evaluation.report import cost_table
+from kdpipe.models import Classifier, Ensemble
+from kdpipe.runs.command_line import add_store_arguments, existing_store, run_command
+from kdpipe.runs.names import IMAGE_SHAPE, TIMED_ON
+from kdpipe.settings.checks import check_number
+from kdpipe.system.hardware import Hardware, check_there, prepare
+from kdpipe.system.timing import threads
 
 
 def arguments_of(words: list[str] | None = None) -> argparse.Namespace:
@@ -201,7 +45,7 @@ def run(arguments: argparse.Namespace) -> str:
     prepare(device)
 
     # Seconds of imports, after what can fail sooner.
-    from kdpipe.finished import open_run, teacher_if_there
+    from kdpipe.assembly.finished_runs import open_run, teacher_if_there
     from kdpipe.tracking import RunStore
 
     store = RunStore(uri)

@@ -16,9 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from torch import distributed
 
-from kdpipe import config as settings
-from kdpipe import interruption
-from kdpipe.build import (
+from kdpipe.assembly import (
     Parts,
     build_data,
     build_loss,
@@ -29,39 +27,31 @@ from kdpipe.build import (
     forget_data,
     use_hardware,
 )
-from kdpipe.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint, save_weights
-from kdpipe.claim import ClaimedError, claim
-from kdpipe.cost import BATCH, cost
+from kdpipe.assembly.views import answer_in_advance, build_features, build_mixing, build_views
 from kdpipe.data import ImageDataset
-from kdpipe.errors import one_line
-from kdpipe.evaluate import evaluate
-from kdpipe.exam import Exam, oddities, take_exam, write_files
-from kdpipe.features import Observed
-from kdpipe.files import write_whole
-from kdpipe.hardware import Hardware
-from kdpipe.interruption import Interrupted, InterruptedJobError
-from kdpipe.journal import CHECKPOINTS, NOT_YET, Journal, is_unfinished, rows_since, sync_command
+from kdpipe.evaluation.costs import BATCH, cost
+from kdpipe.evaluation.evaluate import evaluate
+from kdpipe.evaluation.exam import Exam, oddities, take_exam, write_files
+from kdpipe.evaluation.report import cost_table, epoch_line, result_table
 from kdpipe.losses.base import roles_of
 from kdpipe.models import Classifier, Ensemble
-from kdpipe.profiling import traced, traces
-from kdpipe.report import cost_table, epoch_line, result_table
-from kdpipe.shortcuts import answer_in_advance, build_features, build_mixing, build_views
-from kdpipe.store import (
-    CONFIG,
-    IMAGE_SHAPE,
-    PATIENCE,
-    PEER_WEIGHTS,
-    TIMED_ON,
-    UNLABELLED_IMAGES,
-    WEIGHTS,
-    epoch_file,
-    store_uri,
-    wait_for_store,
-)
-from kdpipe.targets import guard_hydra, refuse_pickled_config
-from kdpipe.teacher import Peer, Teacher
-from kdpipe.teacher_check import check_teacher, warn_once
-from kdpipe.train import Training, batches, fit, named
+from kdpipe.runs.claim import ClaimedError, claim
+from kdpipe.runs.journal import CHECKPOINTS, NOT_YET, Journal, is_unfinished, rows_since, sync_command
+from kdpipe.runs.names import CONFIG, IMAGE_SHAPE, PEER_WEIGHTS, TIMED_ON, UNLABELLED_IMAGES, WEIGHTS, epoch_file
+from kdpipe.runs.store import PATIENCE, store_uri, wait_for_store
+from kdpipe.settings import config as settings
+from kdpipe.settings.components import guard_hydra, refuse_pickled_config
+from kdpipe.settings.errors import one_line
+from kdpipe.system import interruption
+from kdpipe.system.files import write_whole
+from kdpipe.system.hardware import Hardware
+from kdpipe.system.interruption import Interrupted, InterruptedJobError
+from kdpipe.system.profiling import traced, traces
+from kdpipe.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint, save_weights
+from kdpipe.training.loop import Training, batches, fit, named
+from kdpipe.training.observed import Observed
+from kdpipe.training.teacher import Peer, Teacher
+from kdpipe.training.teacher_check import check_teacher, warn_once
 
 log = logging.getLogger("kdpipe")
 # Not in `cli`: the workers of a sweep import this module and call `job`.

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdpipe.command import add_store_arguments, existing_store, printable, run_command
+from kdpipe.runs.command_line import add_store_arguments, existing_store, printable, run_command
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from kdpipe.deployed import Deployed
+    from kdpipe.export.deployed import Deployed
 
 TOGETHER = 256  # images that are in memory at once
 NAME = "kdpipe.predict"
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> str:
         raise ValueError(f"--top {arguments.top}: a number from 1 is accepted")
 
     # Seconds of imports, after what can fail sooner.
-    from kdpipe.deployed import open_deployed
+    from kdpipe.export.deployed import open_deployed
     from kdpipe.tracking import RunStore
 
     def store() -> RunStore:
@@ -136,7 +136,7 @@ def as_table(rows: Sequence[Sequence[str]]) -> str:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from kdpipe.report import render
+    from kdpipe.evaluation.report import render
 
     table = Table(box=SIMPLE_HEAD)
     for heading in ("image", "answer", "probability", "teacher's", "probability")[: len(rows[0])]:

@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from kdpipe.claim import is_of_this_machine, locked
-from kdpipe.journal import undelivered
+from kdpipe.runs.claim import is_of_this_machine, locked
+from kdpipe.runs.journal import undelivered
 
 
 def sync(runs: Path) -> tuple[list[str], bool]:

@@ -25,16 +25,19 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch import nn
 
-from kdpipe import config as settings
 from kdpipe import main
-from kdpipe.data import ImageDataset
+from kdpipe.data import ImageDataset, split
 from kdpipe.data.augmentation import Views
+from kdpipe.data.digits import digits
 from kdpipe.data.mixing import Mixing
-from kdpipe.features import Observed
-from kdpipe.hardware import Hardware
-from kdpipe.schedulers import constant
-from kdpipe.teacher import Teacher
-from kdpipe.train import Training, fit
+from kdpipe.models import Classifier
+from kdpipe.models.resnet import ResNet
+from kdpipe.settings import config as settings
+from kdpipe.system.hardware import Hardware
+from kdpipe.training.loop import Training, fit
+from kdpipe.training.observed import Observed
+from kdpipe.training.schedules import constant
+from kdpipe.training.teacher import Teacher
 
 # Of the servers that tests start: their queue of jobs would be six processes each.
 os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
@@ -432,3 +435,11 @@ def fit_for_test(
         ),
     )
     return told
+
+
+def some_digits() -> ImageDataset:
+    return split(digits(), "digits", train_fraction=0.2, val_fraction=0.1, test_fraction=0.25, split_seed=0)
+
+
+def classifier() -> Classifier:
+    return Classifier(ResNet(8, 10), 8, [0.5] * 3, [0.5] * 3)

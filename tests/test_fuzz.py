@@ -28,16 +28,16 @@ from omegaconf import OmegaConf
 from PIL import Image, features
 from safetensors.torch import save_file
 
-from kdpipe.checkpoint import digest, load_checkpoint, save_checkpoint
-from kdpipe.claim import worker_of_ours
-from kdpipe.config import CONF
 from kdpipe.data.decode import ImageFile, decoded_source, read_image
 from kdpipe.data.dogs_vs_cats import dogs_vs_cats
-from kdpipe.errors import one_line
-from kdpipe.journal import Journal, read_rows, write_rows
 from kdpipe.models.weights import read_weights
-from kdpipe.outputs import is_whole
-from kdpipe.targets import check_config, check_yaml
+from kdpipe.runs.claim import worker_of_ours
+from kdpipe.runs.journal import Journal, read_rows, write_rows
+from kdpipe.settings.components import check_config, check_yaml
+from kdpipe.settings.config import CONF
+from kdpipe.settings.errors import one_line
+from kdpipe.training.checkpoint import digest, load_checkpoint, save_checkpoint
+from kdpipe.training.teacher_answers import is_whole
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of decoders

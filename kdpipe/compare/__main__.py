@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from kdpipe.command import add_store_arguments, existing_store, run_command
+from kdpipe.runs.command_line import add_store_arguments, existing_store, run_command
 
 FORMATS = ("table", "csv", "json", "html")
 
@@ -50,10 +50,10 @@ def run(arguments: argparse.Namespace) -> str:
         raise ValueError(f"--out {arguments.out}: a folder is accepted, this is a file")
 
     # Seconds of imports, after what can fail sooner.
-    from kdpipe.compare import formats
+    from kdpipe.compare import rendering as formats
     from kdpipe.compare.comparison import with_published
+    from kdpipe.compare.loading import compare_experiment, compare_sweep, image_by_image, pictures_of, run_finder
     from kdpipe.compare.published import NONE_PUBLISHED
-    from kdpipe.compare.store import compare_experiment, compare_sweep, image_by_image, pictures_of, run_finder
     from kdpipe.tracking import Tracker
 
     tracker = Tracker(uri, arguments.experiment, arguments.output_dir / "mlartifacts", create=False)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from kdpipe.identity import LABELS_ALONE, UNLABELLED, what_matters
+from kdpipe.settings.identity import LABELS_ALONE, UNLABELLED, what_matters
 from kdpipe.tracking import RunRecord
 
 STAGES = ("teacher", "student", "distill")

@@ -11,8 +11,8 @@ from kdpipe.compare.answers import Exchange
 from kdpipe.compare.cells import Cell, Controls
 from kdpipe.compare.published import Published, notes_on, published_for, teacher_note
 from kdpipe.compare.statistics import CANNOT_TELL, Interval, interval, verdict
-from kdpipe.identity import UNLABELLED
-from kdpipe.store import run_and_file
+from kdpipe.runs.names import run_and_file
+from kdpipe.settings.identity import UNLABELLED
 from kdpipe.tracking import RunRecord
 
 GetRun = Callable[[str], RunRecord | None]

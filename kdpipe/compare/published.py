@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from kdpipe import config
 from kdpipe.compare.cells import Cell
 from kdpipe.compare.statistics import Interval, interval
-from kdpipe.identity import effective, what_matters
+from kdpipe.settings import config
+from kdpipe.settings.identity import effective, what_matters
 
 TABLE = Path(__file__).with_name("published.csv")
 LAST, BEST = "last epoch", "best test epoch"

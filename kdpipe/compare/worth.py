@@ -7,8 +7,8 @@ from statistics import fmean, median
 
 from kdpipe.compare.cells import Cell
 from kdpipe.compare.comparison import Comparison, Row
-from kdpipe.report import BUSY, was_busy
-from kdpipe.store import ONE_THREAD, TIMED_ON
+from kdpipe.evaluation.report import BUSY, was_busy
+from kdpipe.runs.names import ONE_THREAD, TIMED_ON
 from kdpipe.tracking import RunRecord
 
 QUALITY = ("top5_accuracy", "loss", "brier", "ece", "loss_scaled", "ece_scaled")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdpipe.randomness import generator
+from kdpipe.system.randomness import generator
 
 DRAWS = 3  # random numbers for each image: row, column, flip
 Augmentation = Callable[[Tensor, Tensor], Tensor]

@@ -8,7 +8,7 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from kdpipe.checks import check_number
+from kdpipe.settings.checks import check_number
 
 
 @dataclass(frozen=True)

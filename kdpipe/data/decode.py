@@ -18,10 +18,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from kdpipe.cache import META, keep, mapped_array, new_array, read_meta
-from kdpipe.checks import check_choice, check_number
 from kdpipe.data.dataset import Source
-from kdpipe.progress import progress
+from kdpipe.settings.checks import check_choice, check_number
+from kdpipe.system.disk_cache import META, keep, mapped_array, new_array, read_meta
+from kdpipe.system.progress import progress
 
 log = logging.getLogger("kdpipe")
 # Pillow's own warning comes at 89 million pixels; such an image is refused below.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from kdpipe.randomness import derive_seed
+from kdpipe.system.randomness import derive_seed
 
 
 class Mixing:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdpipe.command import add_store_arguments, existing_store, run_command
+from kdpipe.runs.command_line import add_store_arguments, existing_store, run_command
 
 if TYPE_CHECKING:
     from kdpipe.export.making import Made
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> str:
     uri = existing_store(arguments)
 
     # Seconds of imports, after what can fail sooner.
-    from kdpipe.deployed import ONNX, check_extra
+    from kdpipe.export.deployed import ONNX, check_extra
 
     if "onnx" in arguments.format:
         check_extra("--format onnx", "onnx", "onnxruntime", "onnxscript")
@@ -114,7 +114,7 @@ def run(arguments: argparse.Namespace) -> str:
     lines += [f"written: {arguments.out / name}" for name in sorted(made.files)]
     print("\n".join(lines), flush=True)
     if arguments.register is not None:
-        from kdpipe.deployed import INT8
+        from kdpipe.export.deployed import INT8
 
         name = INT8 if arguments.register_int8 else ONNX
         if name not in made.files:

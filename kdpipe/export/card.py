@@ -8,14 +8,14 @@ from typing import Any
 import yaml
 
 from kdpipe import __version__
-from kdpipe.build import plain
-from kdpipe.config import is_ensemble
+from kdpipe.assembly import plain
+from kdpipe.assembly.finished_runs import FinishedRun
 from kdpipe.data import ImageDataset
-from kdpipe.deployed import INT8, ONNX, PROGRAM, WEIGHTS, temperature_of
 from kdpipe.export.check import Row, as_markdown, legend
+from kdpipe.export.deployed import INT8, ONNX, PROGRAM, WEIGHTS, temperature_of
 from kdpipe.export.formats import without_places
-from kdpipe.finished import FinishedRun
-from kdpipe.store import UNLABELLED_IMAGES
+from kdpipe.runs.names import UNLABELLED_IMAGES
+from kdpipe.settings.config import is_ensemble
 
 # What runs measure, in the order of the card; shares are told in per cent.
 METRICS = {

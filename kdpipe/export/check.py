@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from kdpipe.cost import BATCH
-from kdpipe.deployed import Answer
-from kdpipe.report import BUSY, render, was_busy
-from kdpipe.store import ONE_THREAD
-from kdpipe.timing import median_ratio, percentile_95, threads, time_in_turn
+from kdpipe.evaluation.costs import BATCH
+from kdpipe.evaluation.report import BUSY, render, was_busy
+from kdpipe.export.deployed import Answer
+from kdpipe.runs.names import ONE_THREAD
+from kdpipe.system.timing import median_ratio, percentile_95, threads, time_in_turn
 
 Logits = NDArray[np.float32]
 TOLERANCE = 1e-3  # of a difference between logits, times the largest of them where that is above 1

@@ -15,9 +15,9 @@ import yaml
 from safetensors.torch import save_file
 from torch.export import Dim, ExportedProgram
 
-from kdpipe.build import plain
-from kdpipe.deployed import ABOUT
-from kdpipe.finished import FinishedRun
+from kdpipe.assembly import plain
+from kdpipe.assembly.finished_runs import FinishedRun
+from kdpipe.export.deployed import ABOUT
 from kdpipe.models import Classifier
 
 

@@ -15,8 +15,22 @@ import torch
 from numpy.typing import NDArray
 
 from kdpipe import __version__
+from kdpipe.assembly.finished_runs import FinishedRun, open_data, open_run, teacher_if_there
 from kdpipe.data import ImageDataset
-from kdpipe.deployed import (
+from kdpipe.export.card import Taught, card
+from kdpipe.export.check import (
+    STUDENT,
+    TEACHER,
+    Row,
+    Timed,
+    compare,
+    evenly,
+    legend,
+    problem_of_float,
+    problem_of_int8,
+    time_rows,
+)
+from kdpipe.export.deployed import (
     BATCH,
     INT8,
     ONNX,
@@ -31,26 +45,12 @@ from kdpipe.deployed import (
     open_weights,
     temperature_of,
 )
-from kdpipe.export.card import Taught, card
-from kdpipe.export.check import (
-    STUDENT,
-    TEACHER,
-    Row,
-    Timed,
-    compare,
-    evenly,
-    legend,
-    problem_of_float,
-    problem_of_int8,
-    time_rows,
-)
 from kdpipe.export.formats import config_of, quiet, traced, write_onnx, write_program, write_weights
 from kdpipe.export.int8 import CALIBRATION, write_int8
-from kdpipe.finished import FinishedRun, open_data, open_run, teacher_if_there
-from kdpipe.hardware import prepare
 from kdpipe.models import Classifier, Ensemble, size_mb
-from kdpipe.progress import progress
-from kdpipe.store import CLASSES, CONFIG
+from kdpipe.runs.names import CLASSES, CONFIG
+from kdpipe.system.hardware import prepare
+from kdpipe.system.progress import progress
 from kdpipe.tracking import RunStore
 
 ROWS = {ONNX: "student ONNX", INT8: "student int8", PROGRAM: "student torch.export"}

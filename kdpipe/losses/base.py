@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdpipe.checks import check_number
-from kdpipe.features import Outputs, wide
+from kdpipe.losses.outputs import Outputs, wide
+from kdpipe.settings.checks import check_number
 
 
 def cross_entropy(student: Tensor, labels: Tensor, label_smoothing: float = 0) -> Tensor:
@@ -32,7 +32,7 @@ class Distillation(nn.Module):
 
     Attributes:
         uses_teacher: whether a teacher is built for it.
-        roles: what it asks of both networks beside logits, of `kdpipe.features.ROLES`.
+        roles: what it asks of both networks beside logits, of `kdpipe.training.observed.ROLES`.
         name: of its term among the parts.
         teacher_learns: whether the network in the teacher's place is trained beside the student.
         compares_images: whether its term relates the images of a batch to each other.

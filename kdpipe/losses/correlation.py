@@ -2,9 +2,9 @@
 
 from torch import Tensor, nn
 
-from kdpipe.checks import check_number
-from kdpipe.features import Outputs, wide
 from kdpipe.losses.base import Distillation
+from kdpipe.losses.outputs import Outputs, wide
+from kdpipe.settings.checks import check_number
 
 
 def correlation(student: Tensor, teacher: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdpipe.checks import check_number
-from kdpipe.features import Outputs, wide
 from kdpipe.losses.base import Distillation
+from kdpipe.losses.outputs import Outputs, wide
+from kdpipe.settings.checks import check_number
 
 EPSILON = 1e-7  # the authors'
 

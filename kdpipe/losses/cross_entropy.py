@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from kdpipe.features import Outputs
 from kdpipe.losses.base import cross_entropy
+from kdpipe.losses.outputs import Outputs
 
 
 class CrossEntropy(nn.Module):

@@ -3,9 +3,9 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdpipe.checks import check_number
-from kdpipe.features import Outputs, wide
 from kdpipe.losses.base import Distillation
+from kdpipe.losses.outputs import Outputs, wide
+from kdpipe.settings.checks import check_number
 
 
 def dist(student: Tensor, teacher: Tensor, beta: float, gamma: float, tau: float) -> Tensor:

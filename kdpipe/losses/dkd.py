@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from kdpipe.checks import check_number
-from kdpipe.features import Outputs, wide
 from kdpipe.losses.base import Distillation
 from kdpipe.losses.kd import kd
+from kdpipe.losses.outputs import Outputs, wide
+from kdpipe.settings.checks import check_number
 
 
 def dkd(student: Tensor, teacher: Tensor, labels: Tensor, alpha: float, beta: float, temperature: float) -> Tensor:

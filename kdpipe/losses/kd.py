@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdpipe.checks import check_choice, check_number
-from kdpipe.features import Outputs, wide
 from kdpipe.losses.base import AlphaDistillation
+from kdpipe.losses.outputs import Outputs, wide
+from kdpipe.settings.checks import check_choice, check_number
 
 
 def kd(student: Tensor, teacher: Tensor, temperature: float, standardize: bool = False) -> Tensor:

@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdpipe.features import wide
 from kdpipe.losses.kd import KD
+from kdpipe.losses.outputs import wide
 
 
 def kd_tutorial(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

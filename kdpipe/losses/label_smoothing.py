@@ -6,9 +6,9 @@ likely, and may be what much of a weak teacher's help comes to (Yuan et al. 2020
 
 from torch import Tensor, nn
 
-from kdpipe.checks import check_number
-from kdpipe.features import Outputs
 from kdpipe.losses.base import cross_entropy
+from kdpipe.losses.outputs import Outputs
+from kdpipe.settings.checks import check_number
 
 
 def label_smoothing(student: Tensor, labels: Tensor, smoothing: float) -> Tensor:

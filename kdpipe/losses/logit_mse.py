@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdpipe.features import Outputs, wide
 from kdpipe.losses.base import AlphaDistillation
+from kdpipe.losses.outputs import Outputs, wide
 
 
 def logit_mse(student: Tensor, teacher: Tensor) -> Tensor:

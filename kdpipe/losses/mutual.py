@@ -2,10 +2,10 @@
 
 from torch import Tensor, nn
 
-from kdpipe.checks import check_number
-from kdpipe.features import Outputs
 from kdpipe.losses.base import Distillation, cross_entropy
 from kdpipe.losses.kd import kd
+from kdpipe.losses.outputs import Outputs
+from kdpipe.settings.checks import check_number
 
 
 class Mutual(Distillation):

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from kdpipe.features import Outputs, wide
 from kdpipe.losses.base import Distillation
+from kdpipe.losses.outputs import Outputs, wide
 
 EPSILON = 1e-7  # the authors'
 

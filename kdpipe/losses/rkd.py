@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdpipe.checks import check_number
-from kdpipe.features import Outputs, wide
 from kdpipe.losses.base import Distillation
+from kdpipe.losses.outputs import Outputs, wide
+from kdpipe.settings.checks import check_number
 
 SMALLEST_DISTANCE = 1e-6  # the authors'
 

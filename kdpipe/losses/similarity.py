@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdpipe.features import Outputs, wide
 from kdpipe.losses.base import Distillation
+from kdpipe.losses.outputs import Outputs, wide
 
 
 def similarity(student: Tensor, teacher: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdpipe.features import Outputs, wide
 from kdpipe.losses.base import Distillation, last_pairs, smaller
+from kdpipe.losses.outputs import Outputs, wide
 
 FIRST_VARIANCE, SMALLEST_VARIANCE = 5.0, 1e-5  # the authors'
 

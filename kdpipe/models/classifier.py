@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdpipe.checks import check_choice, check_number, check_numbers
+from kdpipe.settings.checks import check_choice, check_number, check_numbers
 
 
 class Classifier(nn.Module):

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from kdpipe.checks import check_number
+from kdpipe.settings.checks import check_number
 
 # Of each group of blocks: how many times wider they are inside, channels at full width, blocks, stride of the first.
 GROUPS = (

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 import torchvision.models
 from torch import Tensor, nn
 
-from kdpipe.checks import as_typed, check_choice, check_numbers
 from kdpipe.models.torchvision import resnet_roles
+from kdpipe.settings.checks import as_typed, check_choice, check_numbers
 
 
 class Block(nn.Module):

@@ -6,7 +6,7 @@ from typing import Any
 import torchvision.models
 from torch import Tensor, nn
 
-from kdpipe.checks import as_typed
+from kdpipe.settings.checks import as_typed
 
 
 def classifier(architecture: str, num_classes: int, stages: Sequence[str] | None = None) -> nn.Module:
@@ -62,7 +62,7 @@ def imagenet_backbone(architecture: str, head_name: str) -> Callable[[], dict[st
 
 
 def roles_of(network: nn.Module) -> dict[str, Any]:
-    """The roles of a network's submodules, as `kdpipe.features` wants them, where its family is known."""
+    """The roles of a network's submodules, as `kdpipe.training.observed` wants them, where its family is known."""
     if isinstance(network, torchvision.models.ResNet):
         return resnet_roles(network)
     if isinstance(network, torchvision.models.DenseNet):

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from kdpipe.checks import check_choice
+from kdpipe.settings.checks import check_choice
 
 WIDTHS = (64, 128, 256, 512, 512)
 CONVOLUTIONS = {8: 1, 13: 2}  # in each block, by depth

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdpipe.checks import as_typed, check_number
+from kdpipe.settings.checks import as_typed, check_number
 
 
 class Block(nn.Module):

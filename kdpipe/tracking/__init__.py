@@ -1,6 +1,6 @@
 """MLflow: the only code that imports it.
 
-A run writes to its folder (`kdpipe.journal`), and a thread tells the store: a server that hangs, dies or comes back
+A run writes to its folder (`runs.journal`), and a thread tells the store: a server that hangs, dies or comes back
 keeps no training waiting, and what it missed it is told later.
 """
 

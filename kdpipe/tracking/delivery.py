@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
-from kdpipe.journal import (
+from kdpipe.runs.journal import (
     BEGUN,
     FINISHED,
     KILLED,
@@ -25,7 +25,7 @@ from kdpipe.journal import (
     read_rows,
     sync_command,
 )
-from kdpipe.store import check_uri, reason_of
+from kdpipe.runs.store import check_uri, reason_of
 
 log = logging.getLogger("kdpipe")
 

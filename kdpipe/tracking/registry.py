@@ -18,7 +18,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 from numpy.typing import NDArray
 
-from kdpipe.store import without_password
+from kdpipe.runs.store import without_password
 from kdpipe.tracking.runs import RunStore
 
 FOLDER = "exported"  # among the run's artifacts

@@ -13,8 +13,9 @@ import mlflow
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
-from kdpipe.journal import FINISHED, now
-from kdpipe.store import ONE_THREAD, TIMED_ON, epoch_file, reason_of, without_password
+from kdpipe.runs.journal import FINISHED, now
+from kdpipe.runs.names import ONE_THREAD, TIMED_ON, epoch_file
+from kdpipe.runs.store import reason_of, without_password
 from kdpipe.tracking.sqlite import store_lock
 
 log = logging.getLogger("kdpipe")

@@ -19,10 +19,22 @@ from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Param
 from mlflow.exceptions import MlflowException
 from mlflow.store.entities import PagedList
 
-from kdpipe.claim import ClaimedError, claim, is_of_this_machine, locked
-from kdpipe.interruption import postponed
-from kdpipe.journal import BEGUN, FAILED, FINISHED, KILLED, METRICS, NOT_YET, Journal, Row, now, undelivered, write_rows
-from kdpipe.store import WEIGHTS
+from kdpipe.runs.claim import ClaimedError, claim, is_of_this_machine, locked
+from kdpipe.runs.journal import (
+    BEGUN,
+    FAILED,
+    FINISHED,
+    KILLED,
+    METRICS,
+    NOT_YET,
+    Journal,
+    Row,
+    now,
+    undelivered,
+    write_rows,
+)
+from kdpipe.runs.names import WEIGHTS
+from kdpipe.system.interruption import postponed
 from kdpipe.tracking.delivery import IN_A_HURRY, Run, Stores, begun_token, remove_doubles
 from kdpipe.tracking.runs import UNKNOWN, RunRecord, RunStore, record_of
 from kdpipe.tracking.sqlite import set_aside_half_made, store_lock
@@ -245,7 +257,7 @@ class Tracker(RunStore):
 
     def find_sweep(self, sweep_id: str) -> RunRecord | None:
         """The parent run of a sweep, finished or not."""
-        conditions = ["tags.`kdpipe.stage` = 'sweep'", f"tags.`kdpipe.sweep` = {_quoted(sweep_id)}"]
+        conditions = ["tags.`kdpipe.stage` = 'sweep'", f"tags.`kdpipe.sweeps.sweep` = {_quoted(sweep_id)}"]
         return next(iter(self._search([self.experiment_id], conditions, finished=False, limit=1)), None)
 
     def find_teacher(self, params: Mapping[str, object], images: str) -> RunRecord | None:
@@ -276,7 +288,7 @@ class Tracker(RunStore):
         a filter make them a flat list."""
         query = {
             "workflowType": "machine_learning",
-            "searchFilter": f"tags.`kdpipe.sweep` LIKE '%{sweep_id}%' AND tags.`kdpipe.identity` != ''",
+            "searchFilter": f"tags.`kdpipe.sweeps.sweep` LIKE '%{sweep_id}%' AND tags.`kdpipe.identity` != ''",
             "orderByKey": "metrics.`selected/accuracy`",  # any but the default makes the list flat
             "orderByAsc": "false",
             "compareRunsMode": "CHART",

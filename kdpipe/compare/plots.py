@@ -1,0 +1,407 @@
+"""Three pictures of a comparison: accuracy against size and time, where alpha and temperature pay, how validation
+accuracy grew.
+
+Blue and orange are the colours that readers with any colour vision tell apart (Okabe & Ito 2008).
+"""
+
+import io
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+from kdpipe.compare.cells import Cell, differences
+from kdpipe.compare.comparison import Comparison, Row, taught_by_last_weights
+from kdpipe.compare.rendering import rows_of
+from kdpipe.compare.statistics import Interval, interval, signed
+from kdpipe.compare.worth import Latencies, average, students_of, threads_of, timed_on
+
+ALONE, DISTILLED, TEACHER, FRONT = "#D55E00", "#0072B2", "#555555", "#999999"
+STAGES = {
+    "teacher": (TEACHER, "s", "teacher"),
+    "student": (ALONE, "o", "student alone"),
+    "distill": (DISTILLED, "D", "student distilled"),
+}
+SIZE, LATENCY = "size", "latency"  # the panels
+VERDICT = ", the verdict is on it"
+MOST_NUMBERS = 12  # points that are numbered; more are told apart by their stage alone
+LONG = 50  # characters of a remark
+MOST_BARS = 60  # points that have bars
+WIDTH, HEIGHT = 660, 230  # of the panels of `pareto`, about, in typographic points
+LINES = {"student alone": (ALONE, "--"), "student distilled": (DISTILLED, "-")}
+Curves = Mapping[int, Sequence[tuple[int, float]]]  # by seed: epochs and validation accuracies
+
+
+def to_png(figure: Figure) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150, bbox_inches="tight")
+    return content.getvalue()
+
+
+def heatmap(comparison: Comparison) -> Figure | None:
+    """Alpha × temperature: the mean gain in each cell with its spread, on validation images, by which the best cell
+    was chosen, and on test images. None where neither varies."""
+    best = comparison.best
+    if best is None:
+        return None
+    where = {
+        (float(params["loss.alpha"]), float(params["loss.temperature"])): row
+        for row in comparison.rows
+        if row.cell.stage == "distill" and _besides(row.cell) == _besides(best.cell)
+        if {"loss.alpha", "loss.temperature"} <= (params := row.cell.first.params).keys()
+    }
+    if len(where) < 2:
+        return None
+    alphas, temperatures = (sorted({key[axis] for key in where}) for axis in (0, 1))
+    panels = [("test images", "gain")]
+    if any(row.validation_gain for row in where.values()):
+        panels.insert(0, ("validation images", "validation_gain"))
+    size = (1.2 + 1.55 * len(temperatures) * len(panels) + 1.2, max(3.2, 1.7 + 0.85 * len(alphas)))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    gains = [100 * gain.mean for row in where.values() for _, name in panels if (gain := getattr(row, name))]
+    limit = max(map(abs, gains), default=1) or 1
+    images = []
+    for axis, (title, name) in zip(axes, panels, strict=True):
+        images.append(_panel(axis, where, alphas, temperatures, name, limit, best))
+        axis.set_title(f"on {title}", fontsize=11)
+        axis.set_xlabel("temperature")
+    axes[0].set_ylabel("alpha")
+    bar = figure.colorbar(images[0], ax=list(axes))
+    bar.set_label("points over the student alone")
+    figure.suptitle("mean gain ± half of the 95 % interval;  ∘ the interval includes 0;  framed: chosen", fontsize=10)
+    return figure
+
+
+def _panel(
+    axis: Axes,
+    where: Mapping[tuple[float, float], Row],
+    alphas: Sequence[float],
+    temperatures: Sequence[float],
+    name: str,
+    limit: float,
+    best: Row,
+) -> matplotlib.image.AxesImage:
+    gains: dict[tuple[float, float], Interval | None] = {key: getattr(row, name) for key, row in where.items()}
+    grid = np.full((len(alphas), len(temperatures)), np.nan)
+    for (alpha, temperature), gain in gains.items():
+        if gain:
+            grid[alphas.index(alpha), temperatures.index(temperature)] = 100 * gain.mean
+    image = axis.imshow(
+        grid, cmap="PuOr", norm=TwoSlopeNorm(0, -1.8 * limit, 1.8 * limit), origin="lower", aspect="auto"
+    )
+    for (alpha, temperature), gain in gains.items():
+        row, column = alphas.index(alpha), temperatures.index(temperature)
+        if gain is None:
+            text = "–"
+        elif gain.low is None:
+            text = f"{signed(gain.mean)} ∘"
+        else:
+            text = f"{signed(gain.mean)} ± {100 * gain.half_width:.1f}{' ∘' if gain.includes_zero else ''}"
+        axis.text(column, row, text, ha="center", va="center", fontsize=10)
+        if where[alpha, temperature] is best:
+            frame = matplotlib.patches.Rectangle((column - 0.47, row - 0.47), 0.94, 0.94, fill=False, linewidth=2.5)
+            axis.add_patch(frame)
+    axis.set_xticks(range(len(temperatures)), [f"{temperature:g}" for temperature in temperatures])
+    axis.set_yticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
+    return image
+
+
+def _besides(cell: Cell) -> dict[str, str]:
+    """The settings of a cell beside alpha and temperature."""
+    return {key: value for key, value in cell.settings if key not in ("loss.alpha", "loss.temperature")}
+
+
+def curves(named: Mapping[str, Curves]) -> Figure | None:
+    """Validation accuracy by epoch of "student alone" and "student distilled": the mean over seeds with its 95 %
+    interval. None where there is no second epoch."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axis = figure.subplots()
+    for name, runs in named.items():
+        color, style = LINES[name]
+        epochs = sorted(set.intersection(*(({epoch for epoch, _ in run}) for run in runs.values())) if runs else set())
+        if len(epochs) < 2:
+            continue
+        means = [interval([dict(run)[epoch] for run in runs.values()]) for epoch in epochs]
+        middle = [100 * mean.mean for mean in means if mean]
+        low = [100 * (mean.mean if mean.low is None else mean.low) for mean in means if mean]
+        high = [100 * (mean.mean if mean.high is None else mean.high) for mean in means if mean]
+        seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
+        axis.plot(epochs, middle, color=color, linestyle=style, label=f"{name}, {seeds}")
+        axis.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
+    if not axis.lines:
+        return None
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("validation accuracy, %")
+    axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axis.set_title("mean over seeds, 95 % interval shaded", fontsize=10)
+    axis.legend(loc="lower right", frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+@dataclass(frozen=True)
+class Point:
+    """A network of a comparison: what it costs, and how good it is.
+
+    Attributes:
+        stage: the key of `STAGES`.
+        costs: by panel, MB and ms; without those that are not known.
+        accuracy: on the test images, a fraction.
+        is_decisive: whether the verdict is about it.
+    """
+
+    name: str
+    stage: str
+    costs: dict[str, float]
+    accuracy: Interval
+    is_decisive: bool = False
+
+
+def points_of(comparison: Comparison) -> list[Point]:
+    """Teachers, students alone and distilled students, from the best to the worst. The decisive student and its student
+    alone are those of the verdict's seeds; its teacher is there even if it has no row."""
+    decisive = comparison.decisive
+    cells = [row.cell for row in comparison.rows]
+    taught_by: list[str] = []
+    if decisive:
+        alone, distilled = students_of(decisive)
+        of_the_verdict = {cell.settings: cell for cell in (alone, distilled) if cell}
+        cells = [of_the_verdict.pop(cell.settings, cell) for cell in cells] + list(of_the_verdict.values())
+        taught_by = distilled.teacher_runs if taught_by_last_weights(distilled) else []
+    latencies = Latencies(cells, timed_on_of(comparison))
+    points, has_teacher = [], False
+    for cell, name in zip(cells, _names(cells), strict=True):
+        accuracy = interval(list(cell.values("test/accuracy").values()))
+        if accuracy is None:
+            continue
+        is_decisive = decisive is not None and cell.settings == decisive.cell.settings
+        has_teacher |= any(run.id in taught_by for run in cell.runs.values())
+        costs = {SIZE: average(cell, "model/size_mb"), LATENCY: latencies.of(cell.first)}
+        points.append(Point(name, cell.stage, _known(costs), accuracy, is_decisive))
+    if decisive and decisive.cell.teacher_run and comparison.teacher_accuracy is not None and not has_teacher:
+        run = decisive.cell.first
+        costs = {SIZE: average(decisive.cell, "teacher/size_mb"), LATENCY: latencies.of(run, "teacher")}
+        only = Interval(comparison.teacher_accuracy, None, None, 1)
+        points.append(Point(f"{run.params.get('teacher.name', '')} teacher", "teacher", _known(costs), only))
+    return sorted(points, key=lambda point: -point.accuracy.mean)
+
+
+def _names(cells: Sequence[Cell]) -> list[str]:
+    """Titles, and where several have the same in what they differ."""
+    titles = Counter(cell.title for cell in cells)
+    return [
+        f"{cell.title} ({where if len(where) < LONG else f'{where[:LONG]}…'})"
+        if titles[cell.title] > 1 and where
+        else cell.title
+        for cell, where in zip(cells, differences(cells), strict=True)
+    ]
+
+
+def _known(costs: Mapping[str, float | None]) -> dict[str, float]:
+    return {panel: cost for panel, cost in costs.items() if cost}  # a logarithmic axis has no 0
+
+
+def timed_on_of(comparison: Comparison) -> str:
+    """The hardware of the times in a picture: the decisive student's, for times of several cannot be compared."""
+    decisive = comparison.decisive
+    cells = [decisive.cell] if decisive else [row.cell for row in comparison.rows]
+    return timed_on(run for cell in cells for run in cell.runs.values())
+
+
+def front_of(places: Sequence[tuple[float, float]]) -> list[int]:
+    """Which of some places, cost and accuracy, nothing beats in both: the Pareto front, from the cheapest on."""
+    front: list[int] = []
+    for number in sorted(range(len(places)), key=lambda number: (places[number][0], -places[number][1])):
+        if not front or places[number][1] > places[front[-1]][1]:
+            front.append(number)
+    return front
+
+
+def pareto(comparison: Comparison) -> Figure | None:
+    """Test accuracy against size and against the time for one image, every row a point, with the Pareto front. Panels
+    that have no two points are left out; None where none has."""
+    points = points_of(comparison)
+    panels = [panel for panel in (SIZE, LATENCY) if sum(panel in point.costs for point in points) > 1]
+    if not panels:
+        return None
+    points = [point for point in points if any(panel in point.costs for panel in panels)]
+    is_numbered = len(points) <= MOST_NUMBERS
+    figure = Figure(figsize=(10, 4.4 + (0.23 * len(points) if is_numbered else 0.5)), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    low, high = _limits([point.accuracy for point in points])
+    for axis, panel in zip(axes, panels, strict=True):
+        axis.set_ylim(100 * low, 100 * high)
+        shown = {number: point for number, point in enumerate(points, start=1) if panel in point.costs}
+        _scatter(axis, panel, shown, is_numbered, width=WIDTH / len(panels))
+    axes[0].set_ylabel("test accuracy, %")
+    if LATENCY in panels:
+        where = timed_on_of(comparison)
+        one = ", one thread" if threads_of([row.cell for row, _ in rows_of(comparison)], where) else ""
+        timed = f"\ntimed on {where}" if where else ""
+        axes[-1].set_xlabel(f"latency, ms (one image{one}; log scale){timed}")
+    if SIZE in panels:
+        axes[0].set_xlabel("size, MB (log scale)")
+    figure.legend(handles=_legend(points, is_numbered), loc="outside lower left", frameon=False, ncols=_columns(points))
+    return figure
+
+
+def _limits(accuracies: Sequence[Interval]) -> tuple[float, float]:
+    """Of the axis. Bars that are much longer than accuracies differ, as those of two seeds can be, are cut."""
+    means = [accuracy.mean for accuracy in accuracies]
+    most = max(max(means) - min(means), 0.02)
+    low = min(_ends(accuracy)[0] for accuracy in accuracies)
+    high = max(_ends(accuracy)[1] for accuracy in accuracies)
+    low, high = max(low, min(means) - most, 0), min(high, max(means) + most, 1)
+    margin = 0.08 * (high - low) or 0.01
+    return low - margin, high + margin
+
+
+def _ends(accuracy: Interval) -> tuple[float, float]:
+    """Of the bar, fractions."""
+    if accuracy.low is None or accuracy.high is None:
+        return accuracy.mean, accuracy.mean
+    return accuracy.low, accuracy.high
+
+
+def pareto_caption(comparison: Comparison) -> str:
+    where = timed_on_of(comparison)
+    timed = f"; one image at a time, timed on {where}" if where else ""
+    return (
+        "Accuracy on the test images against size and time, means with 95 % intervals over seeds; what is below the "
+        f"line is beaten by a network that is no larger, or no slower{timed}. Points of one size or time stand side by "
+        "side; the same network has the same time, however it was trained"
+    )
+
+
+def _columns(points: Sequence[Point]) -> int:
+    if len(points) > MOST_NUMBERS:
+        return 3
+    return 2 if max(len(point.name) for point in points) < 45 else 1
+
+
+def _legend(points: Sequence[Point], is_numbered: bool) -> list[Line2D]:
+    """A line for each point, or one for each stage, and one for the front."""
+
+    def line(label: str, stage: str, is_decisive: bool = False) -> Line2D:
+        color, marker, _ = STAGES[stage]
+        return Line2D(
+            [], [], color=color, marker=marker, linestyle="none", markersize=9, label=label, **_edge(is_decisive)
+        )
+
+    front = Line2D([], [], color=FRONT, label="Pareto front: the best for its size or time")
+    aside = Line2D([], [], linestyle="none", label="bars: 95 % intervals; side by side: of one size or time")
+    if is_numbered:
+        lines = [
+            line(
+                f"{number}  {point.name}: {100 * point.accuracy.mean:.2f} %{VERDICT * point.is_decisive}",
+                point.stage,
+                point.is_decisive,
+            )
+            for number, point in enumerate(points, start=1)
+        ]
+        return [*lines, front, aside]
+    stages = [stage for stage in STAGES if any(point.stage == stage for point in points)]
+    lines = [line(STAGES[stage][2], stage) for stage in stages]
+    if any(point.is_decisive for point in points):
+        lines.append(line(VERDICT.removeprefix(", "), "distill", is_decisive=True))
+    return [*lines, front, aside]
+
+
+def _edge(is_decisive: bool) -> dict[str, Any]:
+    return {"markeredgecolor": "black" if is_decisive else "white", "markeredgewidth": 2 if is_decisive else 0.7}
+
+
+def _scatter(axis: Axes, panel: str, points: Mapping[int, Point], is_numbered: bool, width: float) -> None:
+    """One panel.
+
+    Args:
+        points: by their number in the picture.
+        width: of the panel, about, in typographic points.
+    """
+    costs = {number: point.costs[panel] for number, point in points.items()}
+    left, right = min(costs.values()) / 1.5, max(costs.values()) * 1.5
+    axis.set_xscale("log")
+    axis.set_xlim(left, right)
+    numbers = list(points)
+    front = [numbers[place] for place in front_of([(costs[number], points[number].accuracy.mean) for number in points])]
+    steps = [100 * points[number].accuracy.mean for number in front]
+    axis.step([*(costs[number] for number in front), right], [*steps, steps[-1]], where="post", color=FRONT, zorder=1)
+
+    # The front stands where it is, others give way to it, what is decisive the least.
+    order = sorted(points, key=lambda number: (number not in front, not points[number].is_decisive, number))
+    is_crowded = len(points) > MOST_BARS
+    diameter = 15.0 if is_numbered else 4.0 if is_crowded else 7.0
+    bottom, top = axis.get_ylim()
+    places = []
+    for number in order:
+        accuracy = points[number].accuracy
+        ends = [accuracy.mean, *((accuracy.mean, accuracy.mean) if is_crowded else _ends(accuracy))]
+        heights = [HEIGHT * (100 * end - bottom) / (top - bottom) for end in ends]
+        places.append((width * math.log(costs[number] / left) / math.log(right / left), *heights))
+    for number, aside in zip(order, side_by_side(places, diameter), strict=True):
+        costs[number] *= (right / left) ** (aside / width)
+
+    for stage, (color, marker, _) in STAGES.items():
+        for is_decisive in (False, True):
+            some = [
+                number
+                for number in points
+                if (points[number].stage, points[number].is_decisive) == (stage, is_decisive)
+            ]
+            if not some:
+                continue
+            accuracies = [points[number].accuracy for number in some]
+            has_bars = is_decisive or not is_crowded
+            axis.errorbar(
+                [costs[number] for number in some],
+                [100 * accuracy.mean for accuracy in accuracies],
+                # Not a number, and not drawn, where there is no interval.
+                yerr=[100 * accuracy.half_width for accuracy in accuracies] if has_bars else None,
+                color=color,
+                marker=marker,
+                markersize=diameter if marker == "o" else 0.88 * diameter,
+                capsize=3,
+                elinewidth=1.2,
+                linestyle="none",
+                zorder=4 if is_decisive else 3,
+                **(_edge(is_decisive) if has_bars else {}),
+            )
+    for number, point in points.items() if is_numbered else ():
+        style: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": 8.5, "fontweight": "bold"}
+        axis.text(costs[number], 100 * point.accuracy.mean, str(number), color="white", zorder=5, **style)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def side_by_side(places: Sequence[Sequence[float]], diameter: float) -> list[float]:
+    """How far to the right each point has to move to touch none of those before it: the nearest free place, no more
+    than eight diameters away. Bars may come nearer to each other than points.
+
+    Args:
+        places: x and y of a point, and from where to where in y its bar reaches; all in one unit.
+    """
+    taken = np.empty((len(places), 4))
+    moved = []
+    for number, (x, y, low, high) in enumerate(places):
+        others = taken[:number]
+        # How near each of the others may come.
+        near = np.where(np.abs(others[:, 1] - y) < diameter, diameter, 0)
+        near = np.where((others[:, 2] < high) & (others[:, 3] > low), np.maximum(near, diameter / 2), near)
+        steps = (diameter * half / 2 * sign for half in range(17) for sign in (1, -1))
+        aside = next((step for step in steps if not (np.abs(others[:, 0] - x - step) < near).any()), 0.0)
+        taken[number] = x + aside, y, low, high
+        moved.append(aside)
+    return moved

@@ -1,0 +1,48 @@
+"""What a network says of the images of a split."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdpipe.data import ImageDataset
+from kdpipe.system.hardware import Hardware
+from kdpipe.system.progress import progress
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, data: ImageDataset, split: str, hardware: Hardware) -> dict[str, float]:
+    """`accuracy` (a fraction) and `loss` (cross-entropy with the labels), averaged over the images of a split."""
+    totals = torch.zeros(2, device=hardware.device)  # correct answers, loss
+    for batch, logits in answers(model, data, split, hardware):
+        labels = data.labels[batch].to(hardware.device)
+        totals[0] += (logits.argmax(dim=1) == labels).sum()
+        totals[1] += F.cross_entropy(logits, labels, reduction="sum")
+    correct, loss = hardware.sum(totals).tolist()
+    return {"accuracy": correct / len(data.splits[split]), "loss": loss / len(data.splits[split])}
+
+
+def logits_of(model: nn.Module, data: ImageDataset, split: str, hardware: Hardware) -> Tensor:
+    """Logits float32 [n, classes] of the n images of a split, in its order, on the CPU."""
+    mine = torch.cat([logits for _, logits in answers(model, data, split, hardware)]).cpu()
+    parts = hardware.gather(mine)
+    logits = torch.empty(len(data.splits[split]), mine.shape[1])
+    for rank, part in enumerate(parts):
+        logits[rank :: hardware.processes] = part
+    return logits
+
+
+def answers(model: nn.Module, data: ImageDataset, split: str, hardware: Hardware) -> Iterator[tuple[Tensor, Tensor]]:
+    """The positions [n] of each batch of this process's share of a split, and the logits float32 [n, classes]; the
+    model is in evaluation mode meanwhile."""
+    was_training = model.training
+    model.eval()
+    mine = hardware.share(data.splits[split])
+    with progress(f"evaluating on {split}", len(mine)) as bar:
+        for batch in mine.split(hardware.batch_without_gradients):
+            with torch.inference_mode(), hardware.autocast():
+                logits = model(data.images[batch].to(hardware.device)).float()
+            yield batch, logits
+            bar.advance(len(batch))
+    model.train(was_training)

@@ -1,0 +1,130 @@
+"""Pictures of one run: what it takes for what, whether its probabilities can be believed, where its teacher differs.
+
+Blue and orange are the colours that readers with any colour vision tell apart (Okabe & Ito 2008).
+"""
+
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdpipe.evaluation.metrics import BINS, Reliability
+
+RIGHT, WRONG, GREY = "#0072B2", "#D55E00", "#555555"
+WITH_NUMBERS, WITH_NAMES = 20, 60  # classes, up to which a matrix has them
+
+
+def to_png(figure: Figure) -> bytes:
+    content = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script that the font lacks becomes boxes
+        figure.savefig(content, format="png", dpi=150, bbox_inches="tight")
+    return content.getvalue()
+
+
+def confusion(counts: NDArray[np.int64], class_names: Sequence[str]) -> Figure:
+    """The matrix [classes, classes] of `quality.confusion`, in per cent of each row."""
+    number = len(class_names)
+    side = min(4 + 0.45 * number, 13)
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    axis = figure.subplots()
+    percent = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    image = axis.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    if number <= WITH_NUMBERS:
+        for row, column in np.ndindex(percent.shape):
+            value = percent[row, column]
+            text = f"{value:.0f}" if round(value) else "·" if counts[row, column] else ""
+            axis.text(column, row, text, ha="center", va="center", color="white" if value > 60 else "black", fontsize=9)
+    if number <= WITH_NAMES:
+        names = [short(name) for name in class_names]
+        size = 10 if number <= WITH_NUMBERS else 7
+        axis.set_xticks(range(number), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=size)
+        axis.set_yticks(range(number), names, fontsize=size)
+        _as_it_is([*axis.get_xticklabels(), *axis.get_yticklabels()])
+    axis.set_xlabel("answer")
+    axis.set_ylabel("label")
+    axis.set_title(f"test images, % of each class; {100 * np.trace(counts) / counts.sum():.1f} % right", fontsize=10)
+    figure.colorbar(image, ax=axis, shrink=0.8, label="%")
+    return figure
+
+
+def reliability(networks: Mapping[str, Reliability]) -> Figure:
+    """Accuracy at each confidence, one panel for each network, by name, and below how many images have it."""
+    figure = Figure(figsize=(0.4 + 3.9 * len(networks), 5), layout="constrained")
+    panels = figure.subplots(2, len(networks), sharex=True, sharey="row", squeeze=False, height_ratios=[3, 1])
+    middles = (np.arange(BINS) + 0.5) / BINS
+    for (name, found), above, below in zip(networks.items(), panels[0], panels[1], strict=True):
+        _calibration(above, middles, found)
+        mean = float(np.nansum(found.share * found.accuracy))
+        confidence = float(np.nansum(found.share * found.confidence))
+        title = f"{name}: {100 * mean:.1f} % right, mean confidence {100 * confidence:.1f} %"
+        above.set_title(f"{title}\nexpected calibration error {100 * found.error:.1f} %", fontsize=10)
+        below.bar(middles, 100 * found.share, width=0.9 / BINS, color=GREY)
+        below.set_xlabel("confidence (probability of the answer)")
+        for axis in (above, below):
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.set_xlim(0, 1)
+    panels[0, 0].set_ylabel("accuracy")
+    panels[1, 0].set_ylabel("% of images")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    return figure
+
+
+def _calibration(axis: Axes, middles: NDArray[np.float64], found: Reliability) -> None:
+    """Bars of accuracy, and from each to the mean confidence what is claimed too much or too little."""
+    axis.bar(middles, np.nan_to_num(found.accuracy), width=0.9 / BINS, color=RIGHT, label="accuracy")
+    gap = np.nan_to_num(found.confidence - found.accuracy)
+    bottom = np.nan_to_num(found.accuracy)
+    axis.bar(
+        middles,
+        gap,
+        bottom=bottom,
+        width=0.9 / BINS,
+        color="none",
+        edgecolor=WRONG,
+        hatch="////",
+        label="gap to the confidence",
+    )
+    axis.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="accuracy = confidence")
+    axis.set_ylim(0, 1)
+
+
+def differing(images: Tensor, told: Sequence[Sequence[str]]) -> Figure:
+    """Images, uint8 [n, C, H, W], each with its label, the student's answer and probability, and the teacher's."""
+    columns = 4
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(2.2 * columns, 2.75 * rows + 0.4), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes:
+        axis.axis("off")
+    for axis, image, (label, *answers) in zip(axes, images, told, strict=False):
+        pixels = image.permute(1, 2, 0).numpy()
+        axis.imshow(pixels if pixels.shape[2] == 3 else pixels[:, :, 0], cmap="gray", vmin=0, vmax=255)
+        lines = [(f"it is: {short(label)}", "black")]
+        for who, answer, probability in (("student", *answers[:2]), ("teacher", *answers[2:])):
+            mark, color = ("✓", RIGHT) if answer == label else ("✗", WRONG)
+            lines.append((f"{mark} {who}: {short(answer)}, {100 * float(probability):.0f} %", color))
+        for number, (text, color) in enumerate(lines):
+            axis.text(
+                *(0, -0.02 - 0.105 * number, text),
+                **{"transform": axis.transAxes, "va": "top", "fontsize": 8.5, "color": color, "parse_math": False},
+            )
+    figure.suptitle("test images on which student and teacher differ most, with their answers", fontsize=11)
+    figure.set_layout_engine("constrained", h_pad=0.22)
+    return figure
+
+
+def short(name: str) -> str:
+    return name if len(name) <= 18 else f"{name[:17]}…"
+
+
+def _as_it_is(texts: Sequence[object]) -> None:
+    """Names may hold $, which is no formula."""
+    for text in texts:
+        text.set_parse_math(False)  # type: ignore[attr-defined]

@@ -1,0 +1,1 @@
+"""Sweeps: grids and chains of runs."""

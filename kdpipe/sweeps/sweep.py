@@ -1,0 +1,355 @@
+"""`python -m kdpipe -m …`: all cells of a grid are checked first, then those that are missing are trained, under one
+parent run in MLflow that holds what came of them."""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.utils import JobStatus
+from omegaconf import DictConfig
+from torch import distributed
+
+from kdpipe.assembly import KnownTeachers, build_data, build_model, check_device, check_selection, check_values
+from kdpipe.runs.claim import ClaimedError, locked, wait_until_free, worker_of_ours
+from kdpipe.runs.journal import is_unfinished
+from kdpipe.runs.store import PATIENCE, check_uri, store_uri, wait_for_store
+from kdpipe.settings import config as settings
+from kdpipe.settings.errors import one_line
+from kdpipe.sweeps.chain import check_links, compose_link, draft, links_of, networks_of
+from kdpipe.sweeps.grid import Axes, Composed, Planned, check_shared, compose, describe, expand, identity_of, plan
+from kdpipe.system.interruption import passed_on
+
+log = logging.getLogger("kdpipe.sweep")
+
+
+@dataclass
+class Sweep:
+    """A sweep in progress.
+
+    Attributes:
+        grid: the overrides of each cell.
+        links: the overrides of each link of its chain; a sweep without one has one link.
+        drafts: what these compose before anything is trained, link by link.
+        teachers: each is looked up once.
+        parent: id of its parent run in MLflow.
+        finished: its finished runs, by identity.
+    """
+
+    sweeper: BasicSweeper
+    axes: Axes
+    grid: Sequence[Sequence[str]]
+    links: Sequence[Sequence[str]]
+    drafts: Sequence[Sequence[Composed]]
+    tracker: Any
+    teachers: KnownTeachers = field(default_factory=dict)
+    id: str = ""
+    parent: str = ""
+    finished: dict[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.time)
+
+    @property
+    def config(self) -> DictConfig:
+        """Of its first cell, for what all share."""
+        return self.drafts[0][0].config
+
+    @property
+    def is_chain(self) -> bool:
+        return len(self.links) > 1
+
+    @property
+    def rerun(self) -> bool:
+        """Whether finished runs are trained anew."""
+        return bool(self.config.sweep.rerun or self.config.train.resume == "never")
+
+
+def run_sweep(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
+    """Train what is missing of a grid, and say what came of it.
+
+    Raises:
+        ValueError: a bad value in any cell, before the first one trains; cells that failed, after the last one.
+    """
+    if distributed.is_torchelastic_launched():
+        raise ValueError(
+            "torchrun: it shares one run between processes; sweeps take hydra/launcher=joblib, a run for each"
+        )
+    axes, grid = expand(sweeper, arguments)
+    links = links_of(sweeper, axes)
+    drafts = draft(sweeper, grid, links)
+    configs = [cell.config for cells in drafts for cell in cells]
+    for config in configs:
+        check_values(config)
+    check_shared(configs)
+    check_links(grid[0], links, drafts)
+    first = configs[0]
+    if on_this_machine(first):
+        for config in configs:
+            check_device(config)
+    uri = store_uri(first.tracking.uri, Path(first.output_dir))
+    check_uri(uri)
+
+    from kdpipe.tracking import Tracker
+
+    # The store is made here, once: processes that start together would make it at the same time.
+    tracker = Tracker(uri, first.tracking.experiment, Path(first.output_dir) / "mlartifacts")
+    tracker.settle_all(Path(first.output_dir) / "runs")
+    sweep = Sweep(sweeper, axes, grid, links, drafts, tracker)
+    planned = plan(axes, drafts[0], tracker, sweep.teachers, link=1 if sweep.is_chain else None)
+    check_networks(drafts[1:], tracker)
+    if first.sweep.confirm_seeds:
+        check_confirmation(sweep, planned)
+    sweep.id = identity_of(planned, drafts[1:])
+    chain = f"chain {' → '.join(map(networks_of, drafts))}" if sweep.is_chain else ""
+    described = " × ".join(filter(None, [chain, describe(axes)])) or "one cell"
+    total = sum(len({cell.identity for cell in cells}) for cells in drafts)
+    log.info("sweep %s: %s; %d cells, %d runs", sweep.id, described, len(grid), total)
+    name, runs = chain or f"sweep {' × '.join(axes)}", Path(first.output_dir) / "runs"
+    with tracker.sweep(sweep.id, name, {"sweep": described}, runs) as sweep.parent:
+        if sweep.is_chain:  # which the comparison of its runs has to know
+            tracker.set_tag(sweep.parent, "kdpipe.links", str(len(links)))
+        failed, left_out = train_links(sweep, planned)
+        if first.sweep.confirm_seeds and not failed:
+            confirming = plan_confirmation(sweep, planned)
+            failed = train_missing(sweep, confirming)
+            total += len(confirming)
+        summarise(sweep)
+        if failed:
+            raise ValueError(failures(failed, total, left_out))
+
+
+def check_networks(drafts: Sequence[Sequence[Composed]], tracker: Any) -> None:
+    """Raise ValueError where the images or the networks of links after the first will not do: `plan` would know it
+    only when the links before are trained."""
+    configs = [cell.config for cells in drafts for cell in cells]
+    alike = {str([config.model, config.dataset, config.train.select]): config for config in configs}
+    for config in alike.values():
+        data = build_data(config.dataset)
+        check_selection(config.train, data)
+        build_model(config, data, tracker)
+
+
+def train_links(sweep: Sweep, planned: Sequence[Planned]) -> tuple[dict[str, str], int]:
+    """Train what is missing of each link, when the one before it is trained, for the cells that got so far. A sweep
+    without a chain has one link.
+
+    Args:
+        planned: the first link's runs.
+
+    Returns:
+        The names of the runs that failed, with the reason, and how many were left out for that.
+    """
+    failed: dict[str, str] = {}
+    left_out = 0
+    grid, cells = sweep.grid, sweep.drafts[0]
+    for number, (link, drafts) in enumerate(zip(sweep.links, sweep.drafts, strict=True), start=1):
+        if sweep.is_chain:
+            log.info("link %d of %d: %s", number, len(sweep.links), networks_of(drafts))
+        if number > 1:
+            finished = [sweep.finished.get(cell.identity) for cell in cells]
+            teachers = [(cell.config, run.id) for cell, run in zip(cells, finished, strict=True) if run]
+            grid = [overrides for overrides, run in zip(grid, finished, strict=True) if run]
+            cells = compose_link(sweep.sweeper, grid, link, teachers)
+            planned = plan(sweep.axes, cells, sweep.tracker, {}, number)
+            left_out += len({cell.identity for cell in drafts}) - len(planned)
+        failed |= train_missing(sweep, planned)
+    return failed, left_out
+
+
+def on_this_machine(config: DictConfig) -> bool:
+    """Whether the runs of a sweep are run here, and not on a cluster's nodes."""
+    return "submitit" not in config.hydra.launcher._target_
+
+
+def train_missing(sweep: Sweep, planned: Sequence[Planned]) -> dict[str, str]:
+    """Train the runs that are not finished.
+
+    Returns:
+        The names of those that failed, with the reason.
+    """
+    missing = [run for run in planned if not take_finished(sweep, run)]
+    if len(missing) < len(planned):
+        log.info("%d of %d runs are finished already", len(planned) - len(missing), len(planned))
+    failed: dict[str, str] = {}
+    while missing:
+        reasons, undecided = launch(sweep, missing)
+        wait_for_store(sweep.tracker.uri, PATIENCE)
+        for run in missing:  # a process that was killed leaves its run open
+            with suppress(TimeoutError, FileNotFoundError), locked(run.folder):
+                sweep.tracker.settle(run.folder)
+        left = [run for run in missing if not take_finished(sweep, run)]
+        again = undecided if len(left) < len(missing) else []  # as long as something gets done
+        for run in left:
+            if run not in again:
+                failed[run.name] = reasons.get(run.identity, "it is not among the finished runs")
+        missing = [run for run in left if run in again]
+    return failed
+
+
+def take_finished(sweep: Sweep, run: Planned) -> bool:
+    """Whether a run is finished; it is part of the sweep then."""
+    finished = None if is_unfinished(run.folder, run.tags) else sweep.tracker.find_finished(run.tags)
+    if finished is None or (sweep.rerun and finished.ended < sweep.started):
+        return False
+    if run.config.train.keep_epochs:
+        files = sweep.tracker.artifacts(finished.id)
+        if problem := settings.epochs_not_kept(run.config, run.config.train.epochs, files):
+            log.warning("%s: %s", run.name, problem)
+    sweep.tracker.adopt(finished, sweep.id, sweep.parent)
+    sweep.finished[run.identity] = finished
+    return True
+
+
+def launch(sweep: Sweep, missing: Sequence[Planned]) -> tuple[dict[str, str], list[Planned]]:
+    """Hand runs to Hydra's launcher, and wait for them.
+
+    Returns:
+        Why runs did not end well, by identity; and those of them whose job was lost or whose run another process had,
+        which may be tried again.
+    """
+    # What Hydra's launchers tell of each job is told better by the job.
+    for name in ("hydra._internal.core_plugins.basic_launcher", "hydra_plugins"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    jobs = [[*run.overrides, *_job_overrides(sweep, run, n, len(missing))] for n, run in enumerate(missing, start=1)]
+    assert sweep.sweeper.launcher
+    try:
+        with passed_on(lambda: workers_of(missing) if on_this_machine(sweep.config) else []):
+            results = sweep.sweeper.launcher.launch(jobs, initial_job_idx=0)
+    except Exception as error:  # a process was killed, or a cluster lost a job; others may go on
+        log.error("a job was lost: %s", one_line(error))
+        reasons = {run.identity: one_line(error) for run in missing}
+        undecided = list(missing)
+    else:
+        errors = {
+            run.identity: result._return_value
+            for run, result in zip(missing, results, strict=True)
+            if result.status == JobStatus.FAILED
+        }
+        reasons = {identity: one_line(error) for identity, error in errors.items()}
+        undecided = [run for run in missing if isinstance(errors.get(run.identity), ClaimedError)]
+    for run in undecided:
+        wait_until_free(run.folder)
+    return reasons, undecided
+
+
+def workers_of(runs: Sequence[Planned]) -> list[int]:
+    """The processes that train them for this one."""
+    return [worker for run in runs if (worker := worker_of_ours(run.folder))]
+
+
+def check_confirmation(sweep: Sweep, planned: Sequence[Planned]) -> None:
+    """Raise ValueError where there is nothing to confirm, or no student alone to hold it against."""
+    asked = f"sweep.confirm_seeds={sweep.config.sweep.confirm_seeds}"
+    if sweep.is_chain:
+        raise ValueError(f"{asked}: a chain is confirmed by the same chain on other seeds; 0 is accepted")
+    distilled = [run for run in planned if run.tags["kdpipe.stage"] == "distill"]
+    if not distilled:
+        raise ValueError(f"{asked}: the grid has no distilled student to confirm; 0 is accepted")
+    for overrides in dict.fromkeys(tuple(alone(run)) for run in distilled):
+        try:
+            check_values(compose(sweep.sweeper, overrides).config)
+        except Exception as error:
+            raise ValueError(f"{asked}: no student alone, {one_line(error)}; 0 is accepted") from error
+
+
+def alone(run: Planned) -> list[str]:
+    """The overrides of the same student on the labels alone, but for its seed."""
+    kept = _without(run.overrides, "seed", "loss.alpha", "loss@also")
+    kept = [override for override in kept if not override.lstrip("+").startswith("also.")]
+    no_other = ["~loss@also"] if "also" in run.config else []
+    if settings.blends(run.config.loss):
+        return [*kept, "loss.alpha=0", *no_other]
+    kept = [override for override in _without(kept, "loss") if not override.lstrip("+").startswith("loss.")]
+    return [*kept, "loss=cross_entropy", *no_other]
+
+
+def plan_confirmation(sweep: Sweep, planned: Sequence[Planned]) -> list[Planned]:
+    """The best cell of each data set and budget, chosen on the runs so far, and its student alone, on new seeds."""
+    from kdpipe.compare.loading import compare_sweep
+
+    first = 1 + max(run.config.seed for run in planned)
+    numbers = [str(seed) for seed in range(first, first + sweep.config.sweep.confirm_seeds)]
+    seeds = [f"seed={number}" for number in numbers]
+    # Seeds that were confirmed before stay out of the choice, however few are asked for now.
+    before = sweep.tracker.get_run(sweep.parent).tags.get("kdpipe.confirm_seeds", "").split()
+    sweep.tracker.set_tag(sweep.parent, "kdpipe.confirm_seeds", " ".join(sorted({*before, *numbers}, key=int)))
+    grid: list[list[str]] = []
+    for comparison in compare_sweep(sweep.tracker, sweep.id):
+        if comparison.best:
+            ids = {run.id for run in comparison.best.cell.runs.values()}
+            chosen = next(run for run in planned if sweep.finished[run.identity].id in ids)
+            log.info("best is %s: it and the student alone on seeds %s", comparison.best.cell.title, ", ".join(numbers))
+            grid += [[*alone(chosen), seed] for seed in seeds]
+            grid += [[*_without(chosen.overrides, "seed"), seed] for seed in seeds]
+    cells = [compose(sweep.sweeper, overrides) for overrides in grid]
+    return plan(sweep.axes, cells, sweep.tracker, sweep.teachers)
+
+
+def _without(overrides: Sequence[str], *keys: str) -> list[str]:
+    return [override for override in overrides if override.partition("=")[0] not in keys]
+
+
+def summarise(sweep: Sweep) -> None:
+    """Say what came of the sweep, and keep it in its parent run."""
+    if not sweep.finished:
+        return
+
+    from kdpipe.compare import rendering as formats
+    from kdpipe.compare.loading import compare_sweep, image_by_image, pictures_of
+
+    comparisons = [image_by_image(found, sweep.tracker) for found in compare_sweep(sweep.tracker, sweep.id)]
+    pictures = [pictures_of(comparison, sweep.tracker) for comparison in comparisons]
+    table = "\n\n".join(map(formats.as_table, comparisons))
+    files = {
+        "comparison.txt": table.encode(),
+        "comparison.csv": formats.as_csv(comparisons).encode(),
+        "comparison.html": formats.as_html(f"sweep {sweep.id}", comparisons, pictures).encode(),
+        **formats.numbered(pictures),
+    }
+    tags = {"kdpipe.verdict": "; ".join(comparison.verdict for comparison in comparisons)}
+    tags["mlflow.note.content"] = formats.as_markdown(comparisons)
+    # Several data sets or budgets have no one best cell.
+    metrics = formats.best_metrics(comparisons[0]) if len(comparisons) == 1 else {}
+    sweep.tracker.attach(sweep.parent, files, tags, metrics)
+    print(f"\n{table}\n", flush=True)
+    log.info("in MLflow (make ui):")
+    log.info("  summary and pictures: %s", sweep.tracker.link(sweep.parent))
+    log.info("  the runs as charts: %s", sweep.tracker.charts_link(sweep.id))
+    log.info("  the runs compared: %s", sweep.tracker.compare_link([run.id for run in sweep.finished.values()]))
+    log.info("this table again: %s --sweep %s", settings.compare_command(sweep.config), sweep.id)
+
+
+def _job_overrides(sweep: Sweep, run: Planned, number: int, of: int) -> list[str]:
+    """What a job is told of the sweep that it is part of."""
+    told = {
+        "id": sweep.id,
+        "parent": sweep.parent,
+        "name": run.name,
+        "teacher": run.teacher,
+        "number": number,
+        "of": of,
+    }
+    values = ",".join(f"{key}:{json.dumps(value, ensure_ascii=False)}" for key, value in told.items())
+    return [f"sweep.job={{{values}}}", *(["train.resume=never"] if sweep.rerun else [])]
+
+
+def failures(failed: dict[str, str], total: int, left_out: int = 0) -> str:
+    """One line on the runs that failed, those with the same reason together.
+
+    Args:
+        left_out: how many would have been taught by them.
+    """
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in failed.items():
+        by_reason.setdefault(reason, []).append(name)
+    told = []
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        told.append(f"{', '.join(names[:5])}{more} ({reason})")
+    if left_out:
+        told.append(f"{left_out} that they would have taught left out")
+    return f"{len(failed)} of {total} runs failed: {'; '.join(told)}; the same command trains what is missing"

@@ -1,0 +1,1 @@
+"""Hardware, randomness, interruption, files, progress and timing: nothing here knows of distillation."""

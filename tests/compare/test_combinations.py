@@ -1,0 +1,137 @@
+"""What one way of teaching makes of another: refused in a line before anything trains, or told apart."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import some_digits
+from omegaconf import DictConfig
+from test_compare import record
+from torch import nn
+
+from kdpipe.assembly import check_fit
+from kdpipe.compare.cells import Controls, make_cells
+from kdpipe.losses import DIST, KD, RKD, VID
+from kdpipe.losses.base import Combined
+from kdpipe.models import Classifier
+from kdpipe.models.resnet import ResNet
+from kdpipe.settings import config as settings
+from kdpipe.system.hardware import Hardware
+from kdpipe.training.teacher import Teacher
+from kdpipe.training.teacher_answers import Question
+
+CPU = Hardware(torch.device("cpu"))
+
+
+def network(freeze: str = "none") -> Classifier:
+    return Classifier(ResNet(8, 10), 8, [0.5] * 3, [0.25] * 3, freeze)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["loss@also=mutual"], "also=kdpipe.losses.Mutual: a method of distillation is accepted"),
+        (["loss@also=kd_tutorial"], "its term is called kd, as that of kdpipe.losses.KD; another method is accepted"),
+        (["loss@also=dkd", "train.mixup=0.2"], "train.mixup=0.2: DKD needs one label for each image; null is accepted"),
+        (["experiment=mutual", "teacher.freeze=backbone"], "teacher.freeze=backbone: a second student learns; none is"),
+        (["experiment=mutual", "train.select=best"], "train.select=best: two students are best at different epochs"),
+        (
+            ["experiment=mutual", "model@teacher=ensemble", "teacher.members=[runs:/a]"],
+            "model@teacher=ensemble: a second student is one network",
+        ),
+        (
+            ["experiment=born_again", "chain=[{loss:cross_entropy},{loss:mutual}]"],
+            "chain: link 2 has two students and no teacher; in the first link it is accepted",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_does_not_go_together_is_refused(kdpipe: Callable, overrides: list[str], said: str) -> None:
+    done = kdpipe("dataset=digits", *overrides)
+    assert done.status == 1 and said in done.errors
+    assert not list(Path().glob("outputs/runs/*/checkpoints"))
+
+
+def test_images_without_a_label_are_not_mixed(kdpipe: Callable) -> None:
+    done = kdpipe("dataset=cifar10", "dataset.unlabelled_root=more", "train.cutmix=1")
+    assert "dataset.unlabelled_root=more: not with train.mixup or train.cutmix; null is accepted" in done.errors
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["loss=hint", "loss.stage=4"], "loss.stage=4: a whole number from 1 to 3 is accepted"),
+        (["loss=kd", "loss@also=hint", "also.stage=4"], "also.stage=4: a whole number from 1 to 3 is accepted"),
+    ],
+    ids=" ".join,
+)
+def test_a_loss_that_does_not_fit_is_known_before_a_run_begins(
+    composed: Callable[..., DictConfig], overrides: list[str], said: str
+) -> None:
+    with pytest.raises(ValueError) as error:
+        check_fit(composed(*overrides), network(), Teacher(network()), some_digits())
+    assert str(error.value) == said
+
+
+def test_stages_of_a_frozen_backbone_teach_nothing(composed: Callable[..., DictConfig]) -> None:
+    with pytest.raises(ValueError, match=r"model.freeze=none: the loss compares stages, which stay as they are"):
+        check_fit(composed("loss=attention"), network(freeze="backbone"), Teacher(network()), some_digits())
+    check_fit(composed("loss=attention"), network(), Teacher(network()), some_digits())
+
+
+@pytest.mark.parametrize("loss", [RKD(25, 50, 1, 1), Combined(KD(0.5, 4), DIST(1, 1, 4, 1, 1))])
+def test_processes_do_not_share_what_compares_images(loss: nn.Module) -> None:
+    CPU.check_sharing(loss, has_unlabelled=True)
+    with pytest.raises(ValueError, match="compares the images of a batch"):
+        replace(CPU, processes=2).check_sharing(loss, has_unlabelled=False)
+
+
+def test_processes_do_not_share_what_a_loss_learns_and_images_without_a_label() -> None:
+    two = replace(CPU, processes=2)
+    two.check_sharing(KD(0.5, 4), has_unlabelled=False)
+    learning = VID(1, 1)
+    learning.regressors = nn.ModuleList([nn.Conv2d(1, 1, 1)])
+    with pytest.raises(ValueError, match="VID has weights of its own"):
+        two.check_sharing(learning, has_unlabelled=False)
+    with pytest.raises(ValueError, match="images with a label"):
+        two.check_sharing(KD(0.5, 4), has_unlabelled=True)
+
+
+def test_answers_of_other_stages_are_other_entries_of_the_cache() -> None:
+    data, keys = some_digits(), set()
+    for stages in (("layer1", "layer2"), ("layer1", "layer3")):
+        torch.manual_seed(0)
+        teacher = Teacher(network())
+        teacher.classifier.network.roles = {"stages": stages}
+        teacher.ask_for(["stages"])
+        assert teacher.asked_for == {"stages": list(stages)}
+        asked = (teacher.classifier, teacher.classifier, data, data.splits["train"], None, teacher.asked_for)
+        keys.add(Question("logits, stages", "net", *asked).key(CPU))
+    assert len(keys) == 2
+
+
+def test_an_ensemble_is_softened_as_the_loss_that_has_an_effect(composed: Callable[..., DictConfig]) -> None:
+    both = ["loss.alpha=0", "loss@also=dist", "model@teacher=ensemble", "teacher.members=[runs:/a]"]
+    configs = [composed(*both, f"loss.temperature={temperature}") for temperature in (2, 10)]
+    assert {config.teacher.temperature for config in configs} == {4} == {settings.softening(configs[0])}
+    assert settings.run_identity(configs[0]) == settings.run_identity(configs[1])
+
+
+def test_which_stages_a_loss_is_shown_does_not_hide_the_student_alone(composed: Callable[..., DictConfig]) -> None:
+    network = ["model=torchvision", "model.name=vgg11"]
+    alone = composed(*network, "loss=cross_entropy")
+    assert settings.run_identity(alone) == settings.run_identity(
+        composed(*network, "loss=cross_entropy", "model.stages=[features.2]")
+    )
+
+
+def test_other_images_in_the_folder_of_those_without_a_label_are_another_cell() -> None:
+    taught = [record("distill", seed, 0.9, model__stages="['layer1']") for seed in range(3)]
+    for run, images in zip(taught, "aab", strict=True):
+        run.tags["kdpipe.unlabelled"] = images
+    cells = make_cells(taught)
+    assert sorted(len(cell.runs) for cell in cells) == [1, 2]
+    alone = make_cells([record("student", seed, 0.8) for seed in (0, 1)])
+    assert Controls(alone).of(cells[0]) is alone[0]  # whatever stages the loss is shown

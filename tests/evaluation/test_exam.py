@@ -1,0 +1,197 @@
+"""What is known of a run at its end: metrics, predictions.csv, classes.csv, pictures."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Taught
+from mlflow import MlflowClient
+from PIL import Image
+
+from kdpipe.assembly.finished_runs import open_data, open_run
+from kdpipe.cost import arguments_of
+from kdpipe.cost import run as measure_cost
+from kdpipe.data import ImageDataset
+from kdpipe.evaluation.exam import FILES, Exam, _most_differing, by_class, finite, oddities, predictions, write_files
+from kdpipe.evaluation.figures import confusion, to_png
+from kdpipe.runs.names import DIFFERING
+from kdpipe.tracking import RunStore
+
+TEACHER = ["experiment=teacher", "model=resnet20", "dataset=digits", "train.epochs=1", "train.threads=1"]
+DISTILL = ["experiment=distill", "model@teacher=resnet20", "dataset=digits", "train.epochs=3", "train.threads=1"]
+DISTILL += ["train.batch_size=50", "optimizer.lr=3e-3"]
+NAMES = ("cat", "dog, large", "$x$ 鳥")
+
+
+def exam(**changes: torch.Tensor | None) -> tuple[Exam, ImageDataset]:
+    """Five images of three classes; the student gets three right, the teacher four."""
+    labels = torch.tensor([0, 0, 1, 1, 2])
+    student = 3 * torch.eye(3)[torch.tensor([0, 1, 1, 2, 2])]
+    teacher = 9 * torch.eye(3)[torch.tensor([0, 0, 1, 2, 2])]
+    images = torch.randint(0, 256, (10, 3, 6, 8), dtype=torch.uint8)
+    positions = torch.tensor([1, 3, 5, 7, 9])
+    data = ImageDataset("five", images, torch.zeros(10).long(), NAMES, {"test": positions}, "")
+    return Exam(**{"positions": positions, "labels": labels, "student": student, "teacher": teacher, **changes}), data
+
+
+def test_predictions_have_a_line_for_each_image() -> None:
+    taken, data = exam()
+    lines = predictions(taken, data.class_names)
+    assert lines[0] == ["image", "label", "answer", "probability", "teacher_answer", "teacher_probability"]
+    assert lines[2] == [3, "cat", "dog, large", "0.9094", "cat", "0.9998"]
+    alone, _ = exam(teacher=None)
+    assert predictions(alone, data.class_names)[2] == [3, "cat", "dog, large", "0.9094"]
+
+
+def test_classes_have_a_line_each_with_what_they_are_mistaken_for() -> None:
+    taken, data = exam()
+    assert by_class(taken, data.class_names) == [
+        ["class", "images", "accuracy", "teacher_accuracy", "mistaken_for", "mistaken"],
+        ["cat", 2, "0.5000", "1.0000", "dog, large", 1],
+        ["dog, large", 2, "0.5000", "0.5000", "$x$ 鳥", 1],
+        ["$x$ 鳥", 1, "1.0000", "1.0000", "", 0],
+    ]
+
+
+def test_a_class_without_test_images_is_no_error() -> None:
+    taken, data = exam(labels=torch.tensor([0, 0, 1, 1, 1]))
+    assert by_class(taken, data.class_names)[3] == ["$x$ 鳥", 0, "", "", "", 0]
+    assert taken.metrics()["test/accuracy"] == 0.4
+
+
+def test_the_files_are_what_is_there_now(tmp_path: Path) -> None:
+    """Pictures of an earlier run in the same folder are no pictures of this one."""
+    taken, data = exam()
+    assert [file.name for file in write_files(taken, data, tmp_path, draws=True)] == list(FILES)
+    for name in FILES[2:]:
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 500
+    content = list(csv.reader((tmp_path / "predictions.csv").open(newline="")))
+    assert content[5][1] == "$x$ 鳥" and content[3][1] == "dog, large"
+    alone, _ = exam(teacher=None)
+    write_files(alone, data, tmp_path, draws=True)
+    assert not (tmp_path / DIFFERING).exists()
+    write_files(alone, data, tmp_path, draws=False)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["classes.csv", "predictions.csv"]
+
+
+@pytest.mark.parametrize("classes", [2, 10, 40, 100])
+def test_a_matrix_of_any_number_of_classes_can_be_drawn(classes: int) -> None:
+    counts = torch.eye(classes).long().numpy() * 7
+    assert to_png(confusion(counts, [f"a class with a long name {number}" for number in range(classes)]))
+
+
+def test_the_image_on_which_they_differ_most_comes_first() -> None:
+    """The second one, at position 3: they agree on all others, on a wrong answer, too."""
+    taken, data = exam()
+    images, told = _most_differing(taken, data)
+    assert told[0] == ("cat", "dog, large", "0.9094", "cat", "0.9998")
+    assert torch.equal(images[0], data.images[3]) and len(images) == len(told) == 5
+
+
+def test_a_run_s_end(kdpipe: Callable, tmp_path: Path) -> None:
+    """What a teacher and its student log, and what `kdpipe.cost` finds of them afterwards."""
+    assert kdpipe(*TEACHER).status == 0
+    outcome = kdpipe(*DISTILL, "evaluation.pictures=true", "evaluation.timing_seconds=0.1")
+    assert outcome.status == 0, outcome.errors
+    for said in (
+        "calibration error",
+        "agrees with it",
+        "MFLOP",
+        "times less / faster",
+        "ms for an image, median (95 %), one thread",
+    ):
+        assert said in outcome.output
+    client = MlflowClient(f"sqlite:///{tmp_path / 'outputs' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("kdpipe").experiment_id
+    (run,) = client.search_runs([experiment], "tags.`kdpipe.stage` = 'distill'")
+    metrics = run.data.metrics
+    assert metrics["model/params"] == 189854 and metrics["teacher/params"] == 269722
+    assert metrics["model/temperature"] > 0 and metrics["test/ece_scaled"] < metrics["test/ece"]
+    assert metrics["test/loss_scaled"] < metrics["test/loss"]
+    assert 0 <= metrics["teacher/agreement_where_wrong"] <= 1
+    assert run.data.tags["kdpipe.image_shape"] == "1x8x8" and "cpu" in run.data.tags["kdpipe.timed_on"]
+    assert set(FILES) <= {file.path for file in client.list_artifacts(run.info.run_id)}
+
+    written = tmp_path / "outputs" / "runs" / run.data.tags["kdpipe.identity"] / "predictions.csv"
+    lines = list(csv.DictReader(written.open(newline="")))
+    right = [line["label"] == line["answer"] for line in lines]
+    agree = [line["teacher_answer"] == line["answer"] for line in lines]
+    assert sum(right) / len(lines) == pytest.approx(metrics["test/accuracy"])
+    assert sum(agree) / len(lines) == pytest.approx(metrics["teacher/agreement"])
+
+    said = measure_cost(arguments_of([run.info.run_id, "--seconds", "0.2"]))
+    assert "resnet20" in said and "student_cnn" in said and f"logged to run {run.info.run_id}" in said
+    after = client.get_run(run.info.run_id)
+    assert after.info.status == "FINISHED" and after.info.end_time == run.info.end_time
+    assert after.data.metrics["model/flops"] == metrics["model/flops"]
+    assert after.data.metrics["model/latency_ms"] != metrics["model/latency_ms"]
+
+
+def test_the_times_of_a_student_whose_teacher_is_gone_are_not_logged_beside_older_ones(
+    taught: Taught, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> None:
+        raise ValueError("teacher.weights=teacher.pt: there is no such file")
+
+    monkeypatch.setattr("kdpipe.finished.open_teacher", gone)
+    before = MlflowClient(taught.uri).get_run(taught.student).data
+    told = measure_cost(arguments_of([taught.student, "--uri", taught.uri, "--seconds", "0.1"]))
+    assert "student_cnn" in told and "resnet20" not in told
+    assert "without its teacher, which cannot be opened: teacher.weights=teacher.pt: there is no such file" in told
+    assert told.endswith("; not logged")
+    after = MlflowClient(taught.uri).get_run(taught.student).data
+    assert (after.metrics, after.tags) == (before.metrics, before.tags)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nothing"], "runs:/nothing: there is no such run in "),
+        (["nothing", "--seconds", "0"], "--seconds=0.0: a number above 0 is accepted"),
+        (["nothing", "--threads", "0"], "--threads=0: a whole number from 1 "),
+        (["nothing", "--device", "cuda:99"], "--device=cuda:99: one of "),
+        (["nothing", "--uri", "sqlite:///nowhere.db"], "nowhere.db: there is no such MLflow store"),
+    ],
+)
+def test_what_is_no_run_is_said_in_a_line(kdpipe: Callable, words: list[str], said: str) -> None:
+    with pytest.raises(ValueError) as error:
+        measure_cost(arguments_of(words))
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_trained_head_of_a_frozen_backbone_is_examined(kdpipe: Callable, tmp_path: Path) -> None:
+    """It learns from features, and its answers are those of the whole network to the images."""
+    assert kdpipe(*TEACHER, "model.freeze=backbone").status == 0
+    (file,) = (tmp_path / "outputs" / "runs").glob("*/predictions.csv")
+    client = MlflowClient(f"sqlite:///{tmp_path / 'outputs' / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("kdpipe").experiment_id])
+    whole = open_run(run.info.run_id, RunStore(f"sqlite:///{tmp_path / 'outputs' / 'mlflow.db'}"))
+    with torch.no_grad():
+        logits = whole.classifier(open_data(whole).images)
+    lines = list(csv.DictReader(file.open(newline="")))
+    assert len(lines) == 449
+    for line in lines:
+        probability, answer = logits[int(line["image"])].softmax(dim=0).max(dim=0)
+        assert float(line["probability"]) == pytest.approx(float(probability), abs=1e-3)
+        assert line["answer"] == str(int(answer)) or probability < 0.2
+
+
+def test_one_answer_to_everything_and_classes_without_an_image_are_told() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0]] * 4)
+    exam = Exam(torch.arange(4), torch.tensor([0, 1, 0, 1]), logits, teacher=logits.flip(0).roll(1, dims=1))
+    assert oddities(exam, ("cat", "dog", "owl")) == [
+        "the trained network answers cat to all 4 test images",
+        "its teacher answers dog to all 4 test images",
+        "there is no test image of owl: what is measured says nothing of them",
+    ]
+    assert oddities(Exam(torch.arange(3), torch.arange(3), torch.eye(3)), ("cat", "dog", "owl")) == []
+
+
+def test_answers_that_are_no_numbers_are_named() -> None:
+    logits = torch.zeros(5, 3)
+    logits[2, 1] = torch.nan
+    with pytest.raises(ValueError, match="the teacher resnet20 answers 1 of 5 test images with logits that"):
+        finite("the teacher resnet20", logits)

@@ -1,0 +1,307 @@
+"""What a network sees in images: exported files and runs, photos good and bad."""
+
+import json
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import Outcome, Taught
+from mlflow import MlflowClient
+
+from kdpipe.export.deployed import Deployed, open_deployed, open_onnx
+from kdpipe.predict import as_table, seen
+from kdpipe.tracking import RunStore
+
+
+@pytest.fixture(scope="module")
+def exported(taught: Taught, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that kdpipe.export wrote."""
+    from kdpipe.export.__main__ import arguments_of, run
+
+    out = tmp_path_factory.mktemp("exported") / "digits"
+    words = [
+        taught.student,
+        "--out",
+        str(out),
+        "--uri",
+        taught.uri,
+        "--seconds",
+        "0",
+        "--images",
+        "50",
+        "--max-loss",
+        "10",
+    ]
+    run(arguments_of([*words, "--format", "onnx", "torch_export", "safetensors"]))
+    return out
+
+
+@pytest.fixture
+def photos(tmp_path: Path, photo: Callable) -> list[Path]:
+    """A photo, larger than the network's images, and one that is grey and of their size."""
+    photo(0, size=(60, 40)).save(tmp_path / "temple.jpg")
+    photo(1, size=(8, 8)).convert("L").save(tmp_path / "flower.png")
+    return [Path("temple.jpg"), Path("flower.png")]
+
+
+def lines(outcome: Outcome) -> list[list[str]]:
+    """The table's, without its heading."""
+    return [line.replace(" %", "").split() for line in outcome.output.splitlines()[2:]]
+
+
+def test_all_formats_and_the_run_itself_answer_alike(
+    taught: Taught, exported: Path, command: Callable, photos: list[Path]
+) -> None:
+    by_run = command("predict", taught.student, *photos)
+    assert by_run.status == 0, by_run.errors
+    answers = lines(by_run)
+    assert [line[0] for line in answers] == ["temple.jpg", "flower.png"]
+    assert all(0.1 <= float(line[2]) / 100 <= 1 for line in answers)  # of ten classes the likeliest
+    for network in (f"runs:/{taught.student}", exported, exported / "model.onnx", exported / "model.safetensors"):
+        assert lines(command("predict", network, *photos)) == answers
+    assert lines(command("predict", exported / "model.pt2", "--trust", *photos)) == answers
+
+
+def test_the_teacher_s_answer_stands_beside_it(
+    taught: Taught, exported: Path, command: Callable, photos: list[Path]
+) -> None:
+    both = command("predict", exported, *photos, "--teacher", taught.teacher)
+    alone = command("predict", taught.teacher, *photos)
+    assert [line[3:] for line in lines(both)] == [line[1:] for line in lines(alone)]
+    assert "teacher's" in both.output and "teacher's" not in alone.output
+
+
+def test_the_likeliest_answers(exported: Path, command: Callable, photos: list[Path]) -> None:
+    three = lines(command("predict", exported, photos[0], "--top", 3))
+    probabilities = [float(line[-1]) for line in three]
+    assert len(three) == 3 and probabilities == sorted(probabilities, reverse=True)
+    every = lines(command("predict", exported, photos[0], "--top", 99))
+    assert len(every) == 10 and sum(float(line[-1]) for line in every) == pytest.approx(100, abs=1)
+    assert "--top 0: a number from 1 is accepted" in command("predict", exported, photos[0], "--top", 0).errors
+
+
+def test_what_is_no_image_is_named_and_the_others_are_answered(
+    exported: Path, command: Callable, photos: list[Path]
+) -> None:
+    Path("text.jpg").write_text("no photo")
+    Path("empty.png").touch()
+    Path("torn.jpg").write_bytes(photos[0].read_bytes()[:200])
+    given = command("predict", exported, photos[0], "text.jpg", "empty.png", "torn.jpg", "none.jpg", ".", photos[1])
+    assert given.status == 1
+    assert [line[0] for line in lines(given)] == ["temple.jpg", "flower.png"]
+    said = given.errors.splitlines()
+    for name, reason in (
+        ("text.jpg", "no known image format"),
+        ("empty.png", "empty"),
+        ("torn.jpg", ""),
+        ("none.jpg", "No such file or directory"),
+        (".", "Is a directory"),
+    ):
+        assert any(line.startswith(f"kdpipe.predict: {name}: {reason}") for line in said), name
+    assert said[-1] == "kdpipe.predict: 5 of 7 images could not be read"
+
+    none = command("predict", exported, "text.jpg")
+    assert none.status == 1 and none.output == ""
+
+
+def test_a_teacher_of_other_classes_is_told(
+    exported: Path, command: Callable, taught: Taught, photos: list[Path]
+) -> None:
+    shutil.copytree(exported, "other")
+    model = onnx.load("other/model.onnx")
+    said = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, said | {"class_names": json.dumps([f"class {n}" for n in range(10)])})
+    onnx.save(model, "other/model.onnx")
+    given = command("predict", exported, photos[0], "--teacher", "other")
+    assert given.status == 0 and "--teacher other knows other classes: class 0, class 1" in given.errors
+    assert "other classes" not in command("predict", exported, photos[0], "--teacher", taught.teacher).errors
+
+
+def test_a_mistyped_folder_is_told_where_there_is_no_store_either(command: Callable) -> None:
+    for name in ("studnt", "studnt/"):
+        given = command("predict", name, "photo.png", "--uri", "sqlite:///none.db")
+        assert given.errors.startswith(f"kdpipe.predict: {name}: there is no such file or folder; nor such a run, for ")
+
+
+@pytest.mark.parametrize(
+    ("network", "error"),
+    [
+        ("none.onnx", "none.onnx: there is no such file"),
+        ("nosuchrun", "nosuchrun: there is no such file or folder, and no such run in "),
+        ("temple.jpg", "temple.jpg: .onnx, .pt2, .safetensors, a folder or a run is accepted"),
+        (".", ".: a folder with model.onnx, model_int8.onnx, model.safetensors or model.pt2 is accepted"),
+        ("broken.onnx", "broken.onnx: not a readable ONNX file"),
+        ("broken.pt2", "broken.pt2: to load a .pt2 file can run code"),
+        ("broken.safetensors", "broken.safetensors: config.yaml beside it says which network it is of; there is none"),
+        ("foreign.onnx", "foreign.onnx: this file does not say its classes and the shape of its images"),
+    ],
+)
+def test_what_is_no_network_is_refused(command: Callable, photos: list[Path], network: str, error: str) -> None:
+    for name in ("broken.onnx", "broken.pt2", "broken.safetensors"):
+        Path(name).write_bytes(b"no network")
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy"]
+    graph = onnx.helper.make_graph([node], "foreign", values[:1], values[1:])
+    onnx.save(
+        onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 17)]), "foreign.onnx"
+    )
+    refused = command("predict", network, photos[0])
+    assert refused.status == 1 and error in refused.errors and refused.errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"class_names": "[1, 2]"},
+        {"class_names": "["},
+        {"class_names": "[" * 100_000},
+        {"image_shape": "3x32"},
+        {"image_shape": "3x99999999x99999999"},
+        {"image_shape": "2x32x32"},
+        {"temperature": "0"},
+        {"temperature": "nan"},
+        {"temperature": "hot"},
+    ],
+    ids=lambda said: str(said)[:40],
+)
+def test_what_a_file_says_of_itself_is_not_believed(exported: Path, tmp_path: Path, said: dict[str, str]) -> None:
+    model = onnx.load(exported / "model.onnx")
+    before = {entry.key: entry.value for entry in model.metadata_props}
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, before | said)
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match="does not say its classes and the shape of its images"):
+        open_onnx(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("said", "problem"),
+    [
+        ({"class_names": '["a", "b"]'}, "it names 2 classes and gives logits [2, 10]"),
+        ({"class_names": "[]"}, "it names 0 classes and gives logits [2, 10]"),
+        ({"image_shape": "3x8x8"}, "it does not take the images that it says it takes, uint8 [2, 3, 8, 8]"),
+    ],
+)
+def test_what_a_file_says_of_itself_is_tried(
+    exported: Path, tmp_path: Path, said: dict[str, str], problem: str
+) -> None:
+    model = onnx.load(exported / "model.onnx")
+    before = {entry.key: entry.value for entry in model.metadata_props}
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, before | said)
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(ValueError) as error:
+        open_onnx(tmp_path / "model.onnx")
+    assert problem in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_would_steer_the_terminal_is_replaced(
+    exported: Path, command: Callable, photos: list[Path], tmp_path: Path
+) -> None:
+    model = onnx.load(exported / "model.onnx")
+    said = {entry.key: entry.value for entry in model.metadata_props}
+    odd = ["\x1b[31mred", "two\nlines", "\u202egpj.exe", "\ud800", "na\u00efve\u2028\u00a0\u200c\u3000\u200d", *"abcde"]
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, said | {"class_names": json.dumps(odd)})
+    onnx.save(model, tmp_path / "model.onnx")
+    assert list(open_onnx(tmp_path / "model.onnx").class_names) == odd
+    Path("blue\x1b[34m.jpg").write_bytes(photos[0].read_bytes())
+    given = command("predict", "model.onnx", "blue\x1b[34m.jpg", "none\x1b[34m.jpg", "--top", 10)
+    for shown in ("blue�[34m.jpg", "�[31mred", "two�lines", "�gpj.exe", " � ", odd[4]):
+        assert shown in given.output, shown
+    assert "none�[34m.jpg: No such file" in given.errors
+    assert not any(letter in given.output + given.errors for letter in "\x1b\u202e\ud800")
+
+
+def test_a_file_whose_weights_are_damaged_answers_nothing(
+    exported: Path, tmp_path: Path, photo: Callable, command: Callable
+) -> None:
+    model = onnx.load(exported / "model.onnx")
+    weights = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    weights.raw_data = b"\xff" * len(weights.raw_data)
+    onnx.save(model, tmp_path / "model.onnx")
+    photo(0).save(tmp_path / "photo.png")
+    refused = command("predict", tmp_path / "model.onnx", tmp_path / "photo.png")
+    assert refused.status == 1 and "it answers with logits that are no finite numbers" in refused.errors
+
+
+def test_weights_in_another_file_are_not_read(exported: Path, tmp_path: Path) -> None:
+    onnx.save(
+        onnx.load(exported / "model.onnx"),
+        tmp_path / "model.onnx",
+        save_as_external_data=True,
+        location="weights",
+        size_threshold=0,
+    )
+    assert (tmp_path / "weights").exists()
+    with pytest.raises(ValueError, match="weights in another file, which is not read"):
+        open_onnx(tmp_path / "model.onnx")
+
+
+class Bomb:
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path("exploded"),))
+
+
+def test_code_in_a_pt2_file_is_not_run_without_trust(exported: Path, command: Callable, photos: list[Path]) -> None:
+    with zipfile.ZipFile(exported / "model.pt2") as old, zipfile.ZipFile("bomb.pt2", "w") as new:
+        for member in old.namelist():
+            content = old.read(member)
+            if member.endswith("model_weights_config.json"):
+                described = json.loads(content)
+                for weight in described["config"].values():
+                    weight["use_pickle"] = True
+                content = json.dumps(described).encode()
+            elif "/weights/weight" in member:
+                content = pickle.dumps(Bomb())
+            new.writestr(member, content)
+    refused = command("predict", "bomb.pt2", photos[0])
+    assert refused.status == 1 and "--trust" in refused.errors
+    assert not Path("exploded").exists()
+
+
+def test_a_config_that_names_what_is_no_network_is_refused(
+    exported: Path, command: Callable, photos: list[Path]
+) -> None:
+    shutil.copytree(exported, "copied")
+    config = Path("copied/config.yaml")
+    config.write_text(config.read_text().replace("kdpipe.models.student_cnn.StudentCNN", "os.system"))
+    refused = command("predict", "copied/model.safetensors", photos[0])
+    assert refused.status == 1 and "os.system" in refused.errors
+    shutil.copy(exported / "config.yaml", config)
+    config.write_text(config.read_text().replace("kdpipe.models.student_cnn.StudentCNN", "kdpipe.models.vgg.VGG"))
+    assert command("predict", "copied/model.safetensors", photos[0]).status == 1
+
+
+def test_probabilities_are_softened_by_the_temperature() -> None:
+    logits = np.array([[2.0, 0.0]], np.float32)
+    images = np.zeros((1, 1, 8, 8), np.uint8)
+    for temperature in (1.0, 2.0):
+        network = Deployed("", lambda images: logits, ("a", "b"), (1, 8, 8), temperature)
+        expected = 1 / (1 + np.exp(-2 / temperature))
+        np.testing.assert_allclose(network.probabilities(images), [[expected, 1 - expected]])
+
+
+def test_an_exported_temperature_is_taken(taught: Taught, exported: Path) -> None:
+    fitted = MlflowClient(taught.uri).get_run(taught.student).data.metrics["model/temperature"]
+    assert fitted != 1
+    for address in (taught.student, *(exported / name for name in ("model.onnx", "model.safetensors", "model.pt2"))):
+        opened = open_deployed(str(address), lambda: RunStore(taught.uri), trust=True)
+        assert opened.temperature == pytest.approx(fitted)
+
+
+def test_photos_become_what_the_data_set_would_have_made_of_them(tmp_path: Path, photo: Callable) -> None:
+    photo(0, size=(60, 40)).save(tmp_path / "photo.png")
+    colour, grey = seen(tmp_path / "photo.png", [(3, 40, 60), (1, 8, 10)])
+    np.testing.assert_array_equal(colour, np.asarray(photo(0, size=(60, 40))).transpose(2, 0, 1))
+    assert grey.shape == (1, 8, 10) and grey.dtype == np.uint8
+
+
+def test_names_stand_in_the_table_as_they_are() -> None:
+    row = [":cat:.jpg", "[bold]:dog:[/bold]", "99"]
+    assert as_table([row]).splitlines()[-1].split() == row

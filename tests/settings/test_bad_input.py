@@ -1,0 +1,125 @@
+"""Every mistake ends in one line that names the key, the value and what would be accepted."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.errors import InstantiationException
+
+from kdpipe.settings.errors import one_line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model=resnt20"], ["model=resnt20", "did you mean resnet20", "student_cnn"]),
+        (["experiment=teachr"], ["experiment=teachr", "did you mean teacher"]),
+        (["modle=resnet20"], ["modle: there is no such key", "did you mean model"]),
+        (["loss.alfa=1"], ["loss.alfa: there is no such key", "did you mean loss.alpha"]),
+        (["alpha=1"], ["alpha: there is no such key", "did you mean loss.alpha"]),
+        (["train.bach_size=3"], ["did you mean train.batch_size"]),
+        (["loss=cross_entropy", "loss.alpha=0.5"], ["loss.alpha: there is no such key"]),
+        (["loss.alpha=[1"], ["loss.alpha=[1", "key=value is accepted"]),
+        (["loss.alpha=2"], ["loss.alpha=2", "a number from 0 to 1 is accepted"]),
+        (["loss.alpha=-0.1"], ["loss.alpha=-0.1", "a number from 0 to 1 is accepted"]),
+        (["loss.temperature=0"], ["loss.temperature=0", "a number above 0 is accepted"]),
+        (["loss.temperature=abc"], ["loss.temperature=abc", "a number above 0 is accepted"]),
+        (["loss=kd_tutorial", "loss.temperature=null"], ["loss.temperature=null", "above 0"]),
+        (["seed=-1"], ["seed=-1", "a whole number from 0 is accepted"]),
+        (["stage=pupil"], ["stage=pupil", "student, teacher"]),
+        (["train.epochs=1.5"], ["train.epochs=1.5", "a whole number from 0 is accepted"]),
+        (["train.batch_size=0"], ["train.batch_size=0", "a whole number from 1 is accepted"]),
+        (["train.threads=0"], ["train.threads=0", "a whole number from 1 is accepted"]),
+        (["train.precision=half"], ["train.precision=half", "auto, float32, bfloat16"]),
+        (["train.resume=yes"], ["train.resume=yes", "auto, never"]),
+        (["train.select=first"], ["train.select=first", "last, best"]),
+        (["train.device=tpu"], ["train.device=tpu", "auto", "cpu"]),
+        (["train.compile=maybe"], ["train.compile=maybe", "auto, true, false"]),
+        (["train.profile=5"], ["train.profile=5", "true, false"]),
+        (["distillation.outputs=twice"], ["distillation.outputs=twice", "auto, cached, online, views"]),
+        (["distillation.outputs=views"], ["distillation.outputs=views", "there is but one view"]),
+        (["augmentation=crop_flip", "distillation.outputs=cached"], ["distillation.outputs=cached", "views"]),
+        (["distillation.views=0"], ["distillation.views=0", "a whole number from 1 is accepted"]),
+        (["distillation.cache_max_gb=-1"], ["distillation.cache_max_gb=-1", "a number from 0 is accepted"]),
+        (["optimizer.lr=-1"], ["optimizer.lr=-1", "a number above 0 is accepted"]),
+        (["optimizer=sgd", "optimizer.momentum=-1"], ["optimizer.momentum=-1", "a number from 0 is accepted"]),
+        (["scheduler=cosine", "scheduler.warmup_epochs=20"], ["scheduler.warmup_epochs=20", "from 0 to 10"]),
+        (["scheduler=multistep", "scheduler.milestones=[0]"], ["scheduler.milestones=0", "from 1"]),
+        (["augmentation=crop_flip", "augmentation.flip=maybe"], ["augmentation.flip=maybe", "true or false"]),
+        (["dataset=digits", "dataset.val_fraction=1.5"], ["dataset.val_fraction=1.5", "from 0 below 1"]),
+        (["dataset=digits", "dataset.test_fraction=0"], ["dataset.test_fraction=0", "above 0"]),
+        (["dataset=digits", "dataset.train_fraction=0.001"], ["dataset.train_fraction=0.001", "10 classes"]),
+        (["dataset=digits", "dataset.val_fraction=0", "train.select=best"], ["train.select=best", "val_fraction"]),
+        (["teacher=resnet20"], ["teacher=resnet20", "model@teacher=… chooses the teacher"]),
+        (["dataset=dogs_vs_cats", "dataset.root="], ["dataset.root=: a folder is accepted"]),
+        (["dataset=image_folder", "dataset.root=Bücher"], ["Bücher", "in quotes"]),
+        (["dataset=image_folder"], ["dataset.root: a value is needed"]),
+        (["dataset=image_folder", "dataset.root=nowhere"], ["dataset.root=nowhere", "there is no such folder"]),
+        (["dataset=dogs_vs_cats", "dataset.root=nowhere"], ["dataset.root=nowhere", "train.zip"]),
+        (["tracking.uri=outputs"], ["tracking.uri=outputs", "sqlite:///FILE"]),
+        (["tracking.uri=http://127.0.0.1:9"], ["tracking.uri=http://127.0.0.1:9", "no tracking server answers"]),
+        (["tracking.experiment=''"], ["tracking.experiment=", "a name is accepted"]),
+        (["dataset=digits", "model@teacher=resnet20"], ["teacher.weights=auto", "experiment=teacher dataset=digits"]),
+        (["dataset=digits", "teacher.weights=null"], ["teacher.weights=null", "auto, a file or runs:/<run id>"]),
+        (["dataset=digits", "teacher.weights=imagenet"], ["teacher.weights=imagenet", "auto, a file or"]),
+        (["dataset=digits", "model.weights=no.pth"], ["model.weights=no.pth", "there is no such file"]),
+        (["model@teacher=resnet20", "dataset=digits", "teacher.shortcut=C"], ["teacher.shortcut=C", "A, B"]),
+        (
+            ["optimizer=sgd", "optimizer.momentum=0", "optimizer.nesterov=true"],
+            ["optimizer=torch.optim.SGD"],
+        ),
+        (["dataset=digits", "teacher.weights=no.pth"], ["teacher.weights=no.pth", "there is no such file"]),
+        (["dataset=digits", "teacher.weights=runs:/0"], ["teacher.weights=runs:/0", "there is no such run"]),
+        (["dataset=digits", "loss.alpha=0", "model.weights=imagenet"], ["model.weights=imagenet", "student_cnn"]),
+        (["dataset=digits", "loss.alpha=0", "model.freeze=all"], ["model.freeze=all", "none, backbone"]),
+        (["dataset=digits", "loss.alpha=0", "model.image_size=64"], ["model.image_size=64", "student_cnn"]),
+        (["dataset=digits", "loss.alpha=0", "model=resnet20", "model.shortcut=C"], ["model.shortcut=C", "A, B"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and "=" in value[0] else "",
+)
+def test_a_bad_value_ends_in_one_line(kdpipe: Callable, overrides: list[str], said: list[str]) -> None:
+    outcome = kdpipe(*overrides)
+    assert outcome.status == 1
+    assert outcome.errors.count("\n") == 1, outcome.errors
+    for words in said:
+        assert words in outcome.errors
+
+
+def test_an_unwritable_output_folder_is_named(kdpipe: Callable, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file where a folder should be")
+    outcome = kdpipe("dataset=digits", "output_dir=taken")
+    assert outcome.status == 1
+    assert "taken" in outcome.errors
+    assert "output_dir" in outcome.errors
+    assert outcome.errors.count("\n") == 1
+
+
+def test_a_file_that_is_no_database_is_refused_as_a_store(kdpipe: Callable, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no database")
+    outcome = kdpipe("dataset=digits", "loss.alpha=0", f"tracking.uri=sqlite:///{tmp_path / 'notes.txt'}")
+    assert outcome.status == 1
+    assert "notes.txt: this store cannot be opened" in outcome.errors
+    assert outcome.errors.count("\n") == 1
+
+
+def test_weights_of_another_network_are_refused(kdpipe: Callable) -> None:
+    trained = kdpipe("dataset=digits", "experiment=teacher", "model=resnet20", "train.epochs=0")
+    assert trained.status == 0, trained.errors
+    weights = next(Path("outputs/runs").glob("*/model.safetensors"))
+    outcome = kdpipe("dataset=digits", "model@teacher=resnet32", f"teacher.weights={weights}")
+    assert outcome.status == 1
+    assert f"teacher.weights={weights}: weights of resnet32 with 10 classes are accepted; " in outcome.errors
+    assert outcome.errors.count("\n") == 1
+
+
+def test_out_of_memory_says_what_to_lower() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(10**15)
+    assert "out of memory; lower train.batch_size or the images' size" in one_line(caught.value)
+
+
+def test_the_traceback_is_there_for_those_who_ask(kdpipe: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(InstantiationException, match=r"loss\.alpha=2"):
+        kdpipe("loss.alpha=2")

@@ -1,0 +1,310 @@
+"""The store fails while runs are in progress: a real server that dies, hangs and comes back, a locked sqlite file, a
+store that was left half-made."""
+
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from conftest import KEPT, Started, free_port
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from kdpipe.runs.journal import Journal, has_row, read_rows, rows_since, sync_command
+
+STUDENT = ["dataset=digits", "experiment=student", "train.threads=1", "train.batch_size=20"]
+LONG = [*STUDENT, "train.epochs=15"]
+
+
+class Server:
+    """An MLflow server of one's own, to be killed, stopped and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1"]
+        command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        with (self.folder / "server.log").open("a") as log:
+            self.process = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=1).close()
+                return
+            except OSError:
+                told = (self.folder / "server.log").read_text()
+                assert self.process.poll() is None and time.monotonic() < deadline, told
+                time.sleep(0.2)
+
+    def send(self, number: signal.Signals) -> None:
+        os.killpg(self.process.pid, number)
+        if number == signal.SIGKILL:
+            self.process.wait()
+
+    @property
+    def run(self) -> Run:
+        """The one run that it has."""
+        client = MlflowClient(self.uri)
+        (run,) = client.search_runs([client.get_experiment_by_name("kdpipe").experiment_id])
+        return run
+
+    def steps(self, metric: str = "train/loss") -> list[int]:
+        return [point.step for point in MlflowClient(self.uri).get_metric_history(self.run.info.run_id, metric)]
+
+
+@pytest.fixture
+def mlflow_server(tmp_path: Path, store_template: Path) -> Iterator[Server]:
+    (tmp_path / "server.db").write_bytes(store_template.read_bytes())
+    server = Server(tmp_path)
+    yield server
+    server.send(signal.SIGKILL)
+
+
+def rows() -> list[dict[str, float]]:
+    (file,) = Path("outputs/runs").glob("*/metrics.jsonl")
+    return read_rows(file.parent)
+
+
+def sync() -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "kdpipe.sync"], capture_output=True, text=True, check=False)
+
+
+def the_server_has_it_all(server: Server, epochs: int) -> None:
+    assert server.steps() == list(range(1, epochs + 1))
+    assert server.steps("test/accuracy") == [epochs]
+    last: dict[str, float] = {}
+    for row in rows():
+        last |= row
+    assert server.run.data.metrics == {name: value for name, value in last.items() if name != "step"}
+    client = MlflowClient(server.uri)
+    artifacts = {file.path for file in client.list_artifacts(server.run.info.run_id)}
+    assert artifacts == KEPT
+    assert server.run.info.status == "FINISHED"
+    assert not list(Path("outputs/runs").glob("*/tracking.json"))
+
+
+def test_a_server_that_dies_and_comes_back_misses_nothing(start: Callable[..., Started], mlflow_server: Server) -> None:
+    run = start(*LONG, f"tracking.uri={mlflow_server.uri}")
+    run.wait_for("epoch 3/15")
+    mlflow_server.send(signal.SIGKILL)
+    run.wait_for("training goes on")
+    run.wait_for("epoch 8/15")
+    run.send(signal.SIGSTOP)  # while the server starts, which may take longer than the run
+    mlflow_server.start()
+    run.send(signal.SIGCONT)
+    assert run.end() == 0, run.output
+    assert "is back, and has what it missed" in run.output
+    the_server_has_it_all(mlflow_server, 15)
+
+
+def test_a_server_that_stays_away_gets_it_by_sync(start: Callable[..., Started], mlflow_server: Server) -> None:
+    run = start(*LONG, "train.epochs=8", f"tracking.uri={mlflow_server.uri}")
+    run.wait_for("epoch 3/8")
+    mlflow_server.send(signal.SIGKILL)
+    assert run.end() == 0, run.output
+    assert "python -m kdpipe.sync" in run.output and "test accuracy" in run.output
+    refused = sync()
+    assert refused.returncode == 1
+    assert f"tracking.uri={mlflow_server.uri}: " in refused.stdout and "Traceback" not in refused.stderr
+    mlflow_server.start()
+    delivered = sync()
+    assert delivered.returncode == 0, delivered.stdout
+    the_server_has_it_all(mlflow_server, 8)
+    assert "all is delivered" in sync().stdout
+
+
+@pytest.mark.faults
+def test_the_same_command_delivers_what_is_missing_too(start: Callable[..., Started], mlflow_server: Server) -> None:
+    command = [*LONG, "train.epochs=8", f"tracking.uri={mlflow_server.uri}"]
+    run = start(*command)
+    run.wait_for("epoch 3/8")
+    mlflow_server.send(signal.SIGKILL)
+    assert run.end() == 0, run.output
+    mlflow_server.start()
+    again = start(*command)
+    assert again.end() == 0, again.output
+    assert "this run is finished already" in again.output
+    the_server_has_it_all(mlflow_server, 8)
+
+
+@pytest.mark.faults
+def test_a_server_that_hangs_keeps_no_epoch_waiting(start: Callable[..., Started], mlflow_server: Server) -> None:
+    run = start(*LONG, f"tracking.uri={mlflow_server.uri}")
+    run.wait_for("epoch 3/15")
+    mlflow_server.send(signal.SIGSTOP)
+    run.wait_for("epoch 4/15")
+    for epoch in range(5, 9):
+        before = time.monotonic()
+        run.wait_for(f"epoch {epoch}/15")
+        assert time.monotonic() - before < 5  # each request waits for four times as long
+    mlflow_server.send(signal.SIGCONT)
+    assert run.end() == 0, run.output
+    the_server_has_it_all(mlflow_server, 15)
+
+
+@pytest.mark.faults
+def test_a_run_that_is_interrupted_while_its_server_hangs_ends_within_seconds(
+    start: Callable[..., Started], mlflow_server: Server
+) -> None:
+    run = start(*LONG, f"tracking.uri={mlflow_server.uri}")
+    run.wait_for("epoch 3/15")
+    mlflow_server.send(signal.SIGSTOP)
+    run.wait_for("epoch 5/15")
+    run.send(signal.SIGTERM)
+    sent = time.monotonic()
+    assert run.end() == 143
+    assert time.monotonic() - sent < 10
+    mlflow_server.send(signal.SIGCONT)
+    again = start(*LONG, f"tracking.uri={mlflow_server.uri}")
+    assert again.end() == 0, again.output
+    the_server_has_it_all(mlflow_server, 15)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", range(3))
+def test_server_and_run_are_killed_at_random_moments(
+    start: Callable[..., Started], mlflow_server: Server, number: int
+) -> None:
+    """Both, again and again, until the run ends: every step is there, once."""
+    draw = random.Random(number)
+    command = [*LONG, f"tracking.uri={mlflow_server.uri}", "train.checkpoint_minutes=0.001"]
+    run, kills = start(*command), [0, 0]
+    while kills[0] < 5:
+        time.sleep(draw.uniform(0, 6))
+        if draw.random() < 0.5 and kills[1] < 5:
+            mlflow_server.send(signal.SIGKILL)
+            time.sleep(draw.uniform(0, 2))
+            mlflow_server.start()
+            kills[1] += 1
+        elif run.process.is_alive():
+            run.kill()
+            kills[0] += 1
+            run = start(*command)
+        else:
+            break
+    status = run.end()
+    if status or "finished already" not in run.output:
+        assert start(*command).end() == 0
+    print(f"killed: run {kills[0]} times, server {kills[1]} times")
+    the_server_has_it_all(mlflow_server, 15)
+
+
+@pytest.mark.faults
+def test_a_locked_sqlite_file_keeps_no_epoch_waiting(start: Callable[..., Started], tmp_path: Path) -> None:
+    run = start(*LONG)
+    run.wait_for("epoch 2/15")
+    with closing(sqlite3.connect(tmp_path / "outputs/mlflow.db", timeout=30, isolation_level=None)) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        run.wait_for("epoch 4/15")
+        before = time.monotonic()
+        run.wait_for("epoch 6/15")
+        assert time.monotonic() - before < 10  # each write waits for twice as long
+        database.execute("ROLLBACK")
+    assert run.end() == 0, run.output
+    client = MlflowClient(f"sqlite:///{tmp_path}/outputs/mlflow.db")
+    (experiment,) = [found for found in client.search_experiments() if found.name == "kdpipe"]
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert [point.step for point in client.get_metric_history(found.info.run_id, "val/loss")] == list(range(1, 16))
+
+
+@pytest.mark.faults
+def test_eight_runs_at_once_on_one_sqlite_file_lose_nothing(start: Callable[..., Started], tmp_path: Path) -> None:
+    runs = [start(*STUDENT, "train.epochs=5", f"seed={seed}", folder=_folder(tmp_path, seed)) for seed in range(8)]
+    assert [run.end() for run in runs] == [0] * 8, "".join(run.output for run in runs)
+    assert not any("does not take" in run.output for run in runs)
+    client = MlflowClient(f"sqlite:///{tmp_path}/outputs/mlflow.db")
+    found = client.search_runs([client.get_experiment_by_name("kdpipe").experiment_id])
+    assert sorted(run.data.params["seed"] for run in found) == [str(seed) for seed in range(8)]
+    for run in found:
+        assert run.info.status == "FINISHED"
+        lines = read_rows(tmp_path / "outputs/runs" / run.data.tags["kdpipe.identity"])
+        assert len(lines) == 6
+        for name in ("train/loss", "val/accuracy"):
+            points = client.get_metric_history(run.info.run_id, name)
+            assert [point.value for point in points] == [line[name] for line in lines[:-1]]
+
+
+def _folder(tmp_path: Path, seed: int) -> Path:
+    """A working folder whose outputs are those of all."""
+    folder = tmp_path / str(seed)
+    folder.mkdir()
+    (folder / "outputs").symlink_to(tmp_path / "outputs")
+    return folder
+
+
+CREATE = (
+    "from kdpipe.tracking import Tracker; from pathlib import Path; Tracker('sqlite:///new.db', 'kdpipe', Path('a'))"
+)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seconds", [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0])
+def test_a_store_that_a_kill_left_half_made_is_set_aside(kdpipe: Callable, tmp_path: Path, seconds: float) -> None:
+    process = subprocess.Popen([sys.executable, "-c", CREATE], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "new.db").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(seconds - 1)
+    process.kill()
+    process.wait()
+    outcome = kdpipe(*STUDENT, "train.epochs=0", f"tracking.uri=sqlite:///{tmp_path}/new.db")
+    assert outcome.status == 0, outcome.errors
+    if list(tmp_path.glob("new.db.half-made-*")):
+        assert "was left half-made, without any run" in outcome.output
+
+
+def test_a_store_with_runs_is_never_set_aside(start: Callable[..., Started]) -> None:
+    assert start(*STUDENT, "train.epochs=0").end() == 0
+    with closing(sqlite3.connect("outputs/mlflow.db")) as database:
+        database.execute("UPDATE alembic_version SET version_num = 'another'")
+        database.commit()
+    run = start(*STUDENT, "train.epochs=0", "seed=1")
+    assert run.end() == 1
+    assert "this store cannot be opened" in run.output and "Traceback" not in run.output
+    assert not list(Path("outputs").glob("*half-made*"))
+
+
+def test_the_command_that_delivers_names_the_folder() -> None:
+    assert sync_command(Path("outputs/runs/0123").resolve()) == "python -m kdpipe.sync"
+    assert sync_command(Path("/my runs/runs/0123")) == "python -m kdpipe.sync --output-dir '/my runs'"
+
+
+def test_lines_that_a_kill_left_torn_are_not_read(tmp_path: Path) -> None:
+    whole = [{"step": 1, "train/loss": 0.5}, {"step": 2, "train/loss": 0.25}]
+    text = "".join(json.dumps(row) + "\n" for row in whole)
+    for end in (
+        '{"step": 3, "train/l',
+        '{"step": 3',
+        "3\n",
+        '{"train/loss": 1}\n',
+        '{"step": 3, "a": "b"}\n',
+        "\x00\xff",
+    ):
+        (tmp_path / "metrics.jsonl").write_text(text + end)
+        assert read_rows(tmp_path) == whole
+    assert rows_since(tmp_path, whole[:1]) == whole[:1]  # there is no checkpoint of the second
+    Journal(tmp_path, "sqlite:///mlflow.db", "0", {}, released=2).write()
+    assert rows_since(tmp_path, whole[:1]) == whole  # there was one, which is damaged
+    assert rows_since(tmp_path, [*whole, {"step": 3, "train/loss": 0.1}])[-1]["step"] == 3  # lost ones come back
+    assert has_row(whole, 2, {"train/loss": 9.0})
+    assert not has_row(whole, 2, {"test/loss": 9.0})
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"uri": 1}', '{"uri": "a", "run_id": 2}', "\x00"])
+def test_a_journal_that_is_none_is_left_out_of_account(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tracking.json").write_text(content)
+    assert Journal.read(tmp_path) is None

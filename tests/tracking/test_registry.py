@@ -1,0 +1,92 @@
+"""MLflow's registry: exported models under a name."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Outcome, Taught
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from kdpipe.export import making
+from kdpipe.export.deployed import open_onnx
+
+QUICK = ("--seconds", 0, "--images", 50, "--max-loss", 10)
+
+
+def test_a_model_is_registered_with_its_signature_and_an_alias_and_the_run_stays_as_it_was(
+    taught: Taught, command: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = MlflowClient(taught.uri)
+    before = client.get_run(taught.student).info
+    for number, (words, int8) in enumerate([([], "false"), (["--register-int8"], "true")], start=1):
+        made = command("export", taught.student, "--out", f"files{number}", "--register", "digits", *words, *QUICK)
+        assert made.status == 0, made.errors
+        assert f"registered: digits version {number}, alias candidate" in made.output
+        version = client.get_model_version_by_alias("digits", "candidate")
+        assert (version.version, version.run_id) == (number, taught.student)
+        assert version.tags["int8"] == int8 and 0 <= float(version.tags["test_accuracy"]) <= 1
+        assert json.loads(version.tags["class_names"]) == [str(digit) for digit in range(10)]
+        assert float(version.tags["temperature"]) > 0 and "softmax(logits / temperature)" in version.description
+    after = client.get_run(taught.student).info
+    assert (after.status, after.end_time) == (before.status, before.end_time) == ("FINISHED", before.end_time)
+    first = client.get_model_version("digits", "1").source  # which later exports have to leave as it is
+    with pytest.raises(MlflowException):
+        client.get_model_version_by_alias("digits", "champion")
+
+    monkeypatch.setattr(making, "__version__", "99")  # a later kdpipe makes another file
+    command("export", taught.student, "--out", "files3", "--register", "digits", "--alias", "champion", *QUICK)
+    champion = client.get_model_version_by_alias("digits", "champion")
+    assert champion.version == 3 and champion.source != first
+    assert client.get_model_version_by_alias("digits", "candidate").version == 2
+
+
+def predicted(uri: str, model: str, asked: object) -> np.ndarray:
+    """What `mlflow models predict` answers."""
+    Path("input.json").write_text(json.dumps(asked))
+    words = [sys.executable, "-m", "mlflow", "models", "predict", "-m", model, "--env-manager", "local"]
+    words += ["-i", "input.json", "-o", "answers.json"]
+    done = subprocess.run(words, env={**os.environ, "MLFLOW_TRACKING_URI": uri}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return np.array(json.loads(Path("answers.json").read_text())["predictions"]["logits"])
+
+
+def test_mlflow_answers_with_a_registered_model(taught: Taught, command: Callable) -> None:
+    made = command("export", taught.student, "--out", "files", "--register", "answering", *QUICK)
+    assert "mlflow models predict -m models:/answering@candidate --env-manager local" in made.output
+    images = np.random.default_rng(0).integers(0, 256, (3, 1, 8, 8)).astype(np.uint8)
+    expected = open_onnx(Path("files/model.onnx")).answer(images)
+    answers = predicted(taught.uri, "models:/answering@candidate", {"inputs": {"images": images.tolist()}})
+    np.testing.assert_allclose(answers, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.faults
+def test_a_server_s_registry_takes_models_and_gives_them(
+    kdpipe: Callable, command: Callable, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student: Outcome = kdpipe("dataset=digits", "experiment=student", "train.epochs=0", f"tracking.uri={server}")
+    assert student.status == 0, student.errors
+    run_id = student.output.rsplit("/runs/", 1)[1].split()[0]
+    made = command("export", run_id, "--uri", server, "--out", "files", "--register", "served", *QUICK)
+    assert made.status == 0, made.errors
+    images = np.zeros((2, 1, 8, 8), np.uint8)
+    answers = predicted(server, "models:/served@candidate", {"inputs": images.tolist()})
+    np.testing.assert_allclose(answers, open_onnx(Path("files/model.onnx")).answer(images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_registry_that_takes_no_model_is_told_in_one_line_and_the_files_stay(
+    taught: Taught, command: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise MlflowException("RESOURCE_QUOTA:\n no more models")
+
+    monkeypatch.setattr(MlflowClient, "create_model_version", refuse)
+    refused = command("export", taught.student, "--out", "files", "--register", "full", *QUICK)
+    assert refused.status == 1 and refused.errors.count("\n") == 1
+    assert f"--register full: {taught.uri} did not take the model (RESOURCE_QUOTA: no more models)" in refused.errors
+    assert Path("files/model.onnx").exists()

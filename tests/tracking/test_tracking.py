@@ -1,0 +1,357 @@
+"""MLflow, with real stores: sqlite files and a server."""
+
+import json
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
+from pathlib import Path
+from threading import Thread
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+from conftest import KEPT, free_port
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from kdpipe.runs.journal import BEGUN, NOT_YET, Journal
+from kdpipe.runs.names import TIMED_ON
+from kdpipe.runs.store import check_uri, store_uri, without_password
+from kdpipe.tracking import Tracker
+from kdpipe.tracking.delivery import begun_token
+
+STUDENT = ["dataset=digits", "experiment=student", "train.epochs=1", "train.threads=1"]
+
+
+def test_a_run_goes_to_a_server_and_its_weights_come_back(
+    kdpipe: Callable, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    teacher = kdpipe(*STUDENT, "stage=teacher", "tracking.experiment=served", f"tracking.uri={server}")
+    assert teacher.status == 0, teacher.errors
+    client = MlflowClient(server)
+    (run,) = client.search_runs([client.get_experiment_by_name("served").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == KEPT
+    assert f"{server}/#/experiments/" in teacher.output
+
+    distilled = kdpipe("dataset=digits", "train.epochs=0", "model@teacher=student_cnn", f"tracking.uri={server}")
+    assert distilled.status == 0, distilled.errors
+    assert f"teacher: run {run.info.run_id}" in distilled.output
+    assert not list(scratch.rglob("*.safetensors"))
+    assert not MlflowClient(f"sqlite:///{Path('outputs/mlflow.db').resolve()}").get_experiment_by_name("served")
+
+
+def test_the_command_line_wins_over_the_environment_and_that_over_the_default(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert store_uri(None, tmp_path) == f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://environment")
+    assert store_uri(None, tmp_path) == "http://environment"
+    assert store_uri("http://command-line", tmp_path) == "http://command-line"
+
+
+def test_a_server_that_takes_the_call_and_says_nothing_is_given_up_within_seconds() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        started = time.monotonic()
+        with pytest.raises(ValueError, match="no tracking server answers"):
+            check_uri(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert time.monotonic() - started < 10
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[[int, str], str]]:
+    """`answering(status, text)` is the URI of something that answers every request with these."""
+    servers = []
+
+    def start(status: int, text: str) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_server_that_is_in_trouble_is_refused_in_one_line(answering: Callable[[int, str], str]) -> None:
+    uri = answering(503, '{"message": "(psycopg.OperationalError)\n connection refused"}\n')
+    with pytest.raises(ValueError) as refused:
+        check_uri(uri)
+    said = 'answers 503, its database may not: {"message": "(psycopg.OperationalError) connection refused"}'
+    assert str(refused.value) == f"tracking.uri={uri}: the server there {said}"
+
+
+@pytest.mark.parametrize("status", [200, 401, 403, 404])  # who may do what is for MLflow to say
+def test_a_server_that_wants_a_password_or_has_no_experiment_0_answers(
+    answering: Callable[[int, str], str], status: int
+) -> None:
+    check_uri(answering(status, "Permission denied"))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgresql+psycopg://user:s3/cr:et@host/db", "postgresql+psycopg://user:PASSWORD@host/db"),
+        (
+            "postgresql://host/db?user=me&password=s3cret&port=1",
+            "postgresql://host/db?user=me&password=PASSWORD&port=1",
+        ),
+        (
+            "API request to http://me:s3cret@host:5000/api failed",
+            "API request to http://me:PASSWORD@host:5000/api failed",
+        ),
+        ("http://host:5000", "http://host:5000"),
+        ("sqlite:////tmp/a@b/mlflow.db", "sqlite:////tmp/a@b/mlflow.db"),
+    ],
+)
+def test_a_password_is_not_shown(text: str, shown: str) -> None:
+    assert without_password(text) == shown
+
+
+@pytest.mark.parametrize("uri", ["http://me:s3cret@127.0.0.1:1", "postgresql://me:s3cret@127.0.0.1:1/db"])
+def test_a_store_that_does_not_answer_is_named_without_its_password(
+    kdpipe: Callable, command: Callable, uri: str
+) -> None:
+    for outcome in (kdpipe(*STUDENT, f"tracking.uri={uri}"), command("predict", "0123", "photo.png", "--uri", uri)):
+        assert outcome.status == 1
+        assert "me:PASSWORD@127.0.0.1:1" in outcome.errors
+        assert "s3cret" not in outcome.errors + outcome.output
+
+
+def test_what_speaks_no_http_is_no_tracking_server() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        uri = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        Thread(target=lambda: listening.accept()[0].sendall(b"\0\1\2\n"), daemon=True).start()
+        with pytest.raises(ValueError, match="no tracking server answers there"):
+            check_uri(uri)
+
+
+@pytest.mark.parametrize("database", ["postgresql", "postgresql+psycopg", "mysql+pymysql", "mssql+pyodbc"])
+def test_a_database_that_nothing_listens_for_is_given_up_at_once(database: str) -> None:
+    place = f"127.0.0.1:{free_port()}"
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=rf"tracking\.uri=.*: no database answers at {place} \(.*refused\)") as refused:
+        check_uri(f"{database}://user:secret@{place}/mlflow")
+    assert time.monotonic() - started < 10
+    assert "secret" not in str(refused.value)
+    with socket.create_server(("127.0.0.1", int(place.partition(":")[2]))):
+        check_uri(f"{database}://user:secret@{place}/mlflow")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "postgresql:///mlflow",
+        "postgresql+psycopg://mlflow@/mlflow?host=/var/run/postgresql&port=5433",
+        "mysql://mlflow@localhost/mlflow?unix_socket=/var/run/mysqld.sock",
+        "mssql+pyodbc://user:password@a_data_source",
+        "sqlite:////tmp/mlflow.db",
+    ],
+)
+def test_a_database_without_host_and_port_is_for_its_driver_to_find(uri: str) -> None:
+    check_uri(uri)
+
+
+@pytest.mark.parametrize("uri", ["postgresql://host:port/mlflow", "mysql:"])
+def test_a_database_whose_address_cannot_be_read_is_refused(uri: str) -> None:
+    with pytest.raises(ValueError, match=r"tracking\.uri=.*://USER:PASSWORD@HOST:PORT/DATABASE is accepted"):
+        check_uri(uri)
+
+
+@pytest.mark.parametrize("uri", ["outputs/mlruns", "file:///tmp/mlruns", "ftp://host", "", "C:\\mlruns"])
+def test_a_store_of_no_known_kind_is_refused(uri: str) -> None:
+    with pytest.raises(ValueError, match=r"tracking\.uri=.*sqlite:///FILE"):
+        check_uri(uri)
+
+
+def open_new_store(uri: str) -> str:
+    return Tracker(uri, "together", Path(uri.removeprefix("sqlite:///")).parent).experiment_id
+
+
+@pytest.mark.faults
+def test_processes_that_create_the_same_store_at_once_all_get_it(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    with ProcessPoolExecutor(3, mp_context=get_context("spawn")) as pool:
+        assert len(set(pool.map(open_new_store, [uri] * 3))) == 1
+
+
+def test_metrics_stand_in_the_folder_before_they_are_sent(empty_store: Path, tmp_path: Path) -> None:
+    tracker = Tracker(f"sqlite:///{empty_store}", "lines", tmp_path)
+    with tracker.run("a run", tmp_path, {"seed": 0}, {}) as run:
+        run.log({"train/loss": 1.5}, step=1)
+        assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "train/loss": 1.5}
+        assert not tracker.client.get_run(run.id).data.metrics  # not before there is a checkpoint of it
+        run.deliver()
+        while not tracker.client.get_run(run.id).data.metrics:
+            time.sleep(0.01)
+        run.log({"train/loss": 1.25}, step=2)
+    assert tracker.client.get_run(run.id).data.metrics == {"train/loss": 1.25}
+
+
+class Lossy(BaseHTTPRequestHandler):
+    """Passes requests on to a server, and hangs up instead of answering to the first one that creates a run."""
+
+    protocol_version = "HTTP/1.1"
+    server: "LossyServer"
+
+    def do_GET(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        headers = {"Content-Type": self.headers.get("Content-Type", "application/json")}
+        request = Request(self.server.behind + self.path, body or None, headers, method=self.command)
+        try:
+            with urlopen(request) as answer:
+                status, content = answer.status, answer.read()
+        except HTTPError as error:
+            status, content = error.code, error.read()
+        if self.path.endswith("/runs/create") and not self.server.lost:
+            self.server.lost = True
+            self.close_connection = True
+            return
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_POST = do_PATCH = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class LossyServer(ThreadingHTTPServer):
+    lost = False
+
+    def __init__(self, behind: str) -> None:
+        super().__init__(("127.0.0.1", 0), Lossy)
+        self.behind = behind
+
+
+def test_a_server_that_began_a_run_and_did_not_answer_has_it_once(server: str, tmp_path: Path) -> None:
+    with LossyServer(server) as lossy:
+        Thread(target=lossy.serve_forever, daemon=True).start()
+        tracker = Tracker(f"http://127.0.0.1:{lossy.server_port}", "once", tmp_path)
+        with tracker.run("a run", tmp_path, {"seed": 0}, {}) as run:
+            pass
+        lossy.shutdown()
+    assert lossy.lost
+    (found,) = runs_of(Tracker(server, "once", tmp_path))
+    assert (found.info.run_id, found.info.status) == (run.id, "FINISHED")
+
+
+def test_a_run_whose_process_is_killed_while_it_is_begun_is_ended(empty_store: Path, tmp_path: Path) -> None:
+    tracker = Tracker(f"sqlite:///{empty_store}", "killed", tmp_path)
+    left = Journal(tmp_path, tracker.uri, NOT_YET, {BEGUN: begun_token(tracker.experiment_id)})
+    left.write()
+    run_id = tracker.client.create_run(tracker.experiment_id, tags=left.tags).info.run_id
+    tracker.settle(tmp_path)
+    assert [(run.info.run_id, run.info.status) for run in runs_of(tracker)] == [(run_id, "KILLED")]
+    journal = Journal.read(tmp_path)
+    assert journal
+    assert journal.run_id == run_id  # the same command goes on with it
+
+
+def test_a_run_that_a_server_begins_late_is_removed(empty_store: Path, tmp_path: Path) -> None:
+    tracker = Tracker(f"sqlite:///{empty_store}", "late", tmp_path)
+    token = {BEGUN: begun_token(tracker.experiment_id)}
+    Journal(tmp_path, tracker.uri, NOT_YET, token).write()
+    tracker.settle(tmp_path)  # the process was killed before the server, which hung, began its run
+    with tracker.run("a run", tmp_path, {}, {}) as run:
+        tracker.client.create_run(tracker.experiment_id, tags=token)
+    assert [(found.info.run_id, found.info.status) for found in runs_of(tracker)] == [(run.id, "FINISHED")]
+
+
+def runs_of(tracker: Tracker) -> list[Run]:
+    return list(tracker.client.search_runs([tracker.experiment_id]))
+
+
+def test_a_metric_that_mlflow_refuses_ends_the_run_and_is_kept_in_its_folder(empty_store: Path, tmp_path: Path) -> None:
+    tracker = Tracker(f"sqlite:///{empty_store}", "lines", tmp_path)
+    with pytest.raises(ValueError, match=r"MLflow refuses this run's data: Invalid .*train/loss\?"):  # noqa: SIM117
+        with tracker.run("a run", tmp_path, {"seed": 0}, {}) as run:
+            for step in range(1, 1000):
+                run.log({"train/loss?": 1.5}, step)
+                run.deliver()
+                time.sleep(0.01)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0]) == {"step": 1, "train/loss?": 1.5}
+
+
+def test_long_values_and_many_params_are_kept(empty_store: Path, tmp_path: Path) -> None:
+    tracker = Tracker(f"sqlite:///{empty_store}", "params", tmp_path)
+    params = {f"key{number}": number for number in range(250)} | {"long": "x" * 7000}
+    with tracker.run("many", tmp_path, params, {}) as run:
+        pass
+    kept = tracker.client.get_run(run.id).data.params
+    assert len(kept) == 251
+    assert kept["long"] == "x" * 6000
+
+
+def test_times_on_one_thread_are_not_those_of_a_gpu(empty_store: Path, tmp_path: Path) -> None:
+    tracker = Tracker(f"sqlite:///{empty_store}", "times", tmp_path)
+    with tracker.run("run", tmp_path, {}, {TIMED_ON: "cpu (2 threads), float32"}) as run:
+        run.log({"model/latency_ms": 1.0, "model/latency_ms_1_thread": 1.5}, step=1)
+    known = tracker.get_run(run.id)
+    assert known and known.metrics == {"model/latency_ms": 1.0, "model/latency_ms_1_thread": 1.5}
+    tracker.log_metrics(run.id, {"model/latency_ms": 0.1}, step=1)
+    tracker.set_tag(run.id, TIMED_ON, "cuda (H100), float32")  # timed again there, where one thread says nothing
+    known = tracker.get_run(run.id)
+    assert known and known.metrics == {"model/latency_ms": 0.1}
+
+
+def test_the_same_images_split_otherwise_are_told_as_they_were_split(empty_store: Path, tmp_path: Path) -> None:
+    tracker = Tracker(f"sqlite:///{empty_store}", "splits", tmp_path)
+    for sizes in ({"train": 90, "validation": 10}, {"train": 80, "validation": 20}):
+        with tracker.run("run", tmp_path, {}, {}) as run:
+            tracker.log_dataset(run.id, "photos", "0123456789abcdef", "photos", sizes)
+        (given,) = tracker.client.get_run(run.id).inputs.dataset_inputs
+        assert json.loads(given.dataset.profile) == sizes
+
+
+def test_names_with_quotes_are_found(empty_store: Path, tmp_path: Path) -> None:
+    tracker = Tracker(f"sqlite:///{empty_store}", "quotes", tmp_path)
+    tags = {"kdpipe.identity": "1", "kdpipe.stage": "teacher", "kdpipe.data": "abc"}
+    params = {"dataset.name": "bob's photos", "train.epochs": 1, "model.weights": None}
+    with tracker.run("run", tmp_path, params, tags) as run:
+        pass
+    found = tracker.find_teacher({"dataset.name": "bob's photos"}, "abc")
+    assert found is not None
+    assert found.id == run.id
+    assert tracker.find_teacher({"dataset.name": "bob"}, "abc") is None
+    assert tracker.find_teacher({"dataset.name": "bob's photos"}, "other images") is None
+    assert tracker.find_finished({"kdpipe.identity": "1"}) == found
+
+
+def test_a_teacher_is_found_among_any_number_of_experiments(
+    empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdpipe.tracking.tracker.PAGE", 1)
+    trackers = [Tracker(f"sqlite:///{empty_store}", name, tmp_path) for name in ("first", "second", "third")]
+    tags = {"kdpipe.stage": "teacher", "kdpipe.data": "abc"}
+    with trackers[0].run("run", tmp_path, {"train.epochs": 1, "model.weights": None}, tags) as run:
+        pass
+    found = trackers[2].find_teacher({}, "abc")
+    assert found
+    assert found.id == run.id
+
+
+def test_a_deleted_experiment_is_no_surprise(empty_store: Path, tmp_path: Path) -> None:
+    tracker = Tracker(f"sqlite:///{empty_store}", "deleted", tmp_path)
+    tracker.client.delete_experiment(tracker.experiment_id)
+    with pytest.raises(ValueError, match=r"tracking\.experiment=deleted: this experiment was deleted"):
+        Tracker(f"sqlite:///{empty_store}", "deleted", tmp_path)
