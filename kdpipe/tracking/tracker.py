@@ -257,7 +257,7 @@ class Tracker(RunStore):
 
     def find_sweep(self, sweep_id: str) -> RunRecord | None:
         """The parent run of a sweep, finished or not."""
-        conditions = ["tags.`kdpipe.stage` = 'sweep'", f"tags.`kdpipe.sweeps.sweep` = {_quoted(sweep_id)}"]
+        conditions = ["tags.`kdpipe.stage` = 'sweep'", f"tags.`kdpipe.sweep` = {_quoted(sweep_id)}"]
         return next(iter(self._search([self.experiment_id], conditions, finished=False, limit=1)), None)
 
     def find_teacher(self, params: Mapping[str, object], images: str) -> RunRecord | None:
@@ -288,7 +288,7 @@ class Tracker(RunStore):
         a filter make them a flat list."""
         query = {
             "workflowType": "machine_learning",
-            "searchFilter": f"tags.`kdpipe.sweeps.sweep` LIKE '%{sweep_id}%' AND tags.`kdpipe.identity` != ''",
+            "searchFilter": f"tags.`kdpipe.sweep` LIKE '%{sweep_id}%' AND tags.`kdpipe.identity` != ''",
             "orderByKey": "metrics.`selected/accuracy`",  # any but the default makes the list flat
             "orderByAsc": "false",
             "compareRunsMode": "CHART",

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from scipy import stats
 
 from kdpipe.compare import __main__ as command
-from kdpipe.compare import formats
+from kdpipe.compare import rendering as formats
 from kdpipe.compare.cells import make_cells
 from kdpipe.compare.comparison import Comparison, compare, with_published
 from kdpipe.compare.published import BEST, LAST, NONE_PUBLISHED, published_for, read_table

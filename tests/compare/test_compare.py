@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from kdpipe.compare import __main__ as command
-from kdpipe.compare import formats, pictures
+from kdpipe.compare import plots as pictures
+from kdpipe.compare import rendering as formats
 from kdpipe.compare.cells import Controls, differences, make_cells
 from kdpipe.compare.comparison import accuracy_of_teacher, check_comparable, compare, families
 from kdpipe.compare.loading import image_by_image, those

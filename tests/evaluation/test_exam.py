@@ -136,7 +136,7 @@ def test_the_times_of_a_student_whose_teacher_is_gone_are_not_logged_beside_olde
     def gone(*_: object) -> None:
         raise ValueError("teacher.weights=teacher.pt: there is no such file")
 
-    monkeypatch.setattr("kdpipe.finished.open_teacher", gone)
+    monkeypatch.setattr("kdpipe.assembly.finished_runs.open_teacher", gone)
     before = MlflowClient(taught.uri).get_run(taught.student).data
     told = measure_cost(arguments_of([taught.student, "--uri", taught.uri, "--seconds", "0.1"]))
     assert "student_cnn" in told and "resnet20" not in told

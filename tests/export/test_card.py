@@ -138,7 +138,7 @@ def test_a_student_whose_teacher_is_gone_is_exported_without_it(
     def gone(*_: object) -> None:
         raise ValueError("teacher.weights=runs:/0: there is no such run")
 
-    monkeypatch.setattr("kdpipe.finished.open_teacher", gone)
+    monkeypatch.setattr("kdpipe.assembly.finished_runs.open_teacher", gone)
     made = command("export", taught.student, "--out", "files", "--format", "safetensors", *QUICK)
     assert made.status == 0 and "without its teacher, which cannot be opened: teacher.weights=runs:/0" in made.output
     assert "distilled from a resnet20" in Path("files/README.md").read_text()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdpipe.system import disk_cache as cache
+from kdpipe import cache
 from kdpipe.system.disk_cache import keep, mapped_array, new_array
 
 

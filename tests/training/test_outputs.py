@@ -137,7 +137,7 @@ def test_whatever_an_answer_depends_on_gives_another_entry() -> None:
 
 def test_an_entry_of_another_version_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = some_digits()
-    monkeypatch.setattr("kdpipe.outputs.__version__", "0.0.1")
+    monkeypatch.setattr("kdpipe.training.teacher_answers.__version__", "0.0.1")
     taught(tmp_path, Teacher(network()), data)
     monkeypatch.undo()
     taught(tmp_path, Teacher(network()), data)
