@@ -41,7 +41,7 @@ from kdpipe.runs.names import CONFIG, IMAGE_SHAPE, PEER_WEIGHTS, TIMED_ON, UNLAB
 from kdpipe.runs.store import PATIENCE, store_uri, wait_for_store
 from kdpipe.settings import config as settings
 from kdpipe.settings.components import guard_hydra, refuse_pickled_config
-from kdpipe.settings.errors import one_line
+from kdpipe.settings.hydra_errors import one_line
 from kdpipe.system import interruption
 from kdpipe.system.files import write_whole
 from kdpipe.system.hardware import Hardware

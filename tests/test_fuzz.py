@@ -35,7 +35,7 @@ from kdpipe.runs.claim import worker_of_ours
 from kdpipe.runs.journal import Journal, read_rows, write_rows
 from kdpipe.settings.components import check_config, check_yaml
 from kdpipe.settings.config import CONF
-from kdpipe.settings.errors import one_line
+from kdpipe.settings.hydra_errors import one_line
 from kdpipe.training.checkpoint import digest, load_checkpoint, save_checkpoint
 from kdpipe.training.teacher_answers import is_whole
 

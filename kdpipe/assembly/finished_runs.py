@@ -14,7 +14,7 @@ from kdpipe.models.weights import load_state, read_weights, weights_digest
 from kdpipe.runs.names import CONFIG, IMAGE_SHAPE, WEIGHTS, run_and_file, weights_address
 from kdpipe.settings.components import guard_hydra
 from kdpipe.settings.config import is_ensemble
-from kdpipe.settings.errors import one_line
+from kdpipe.settings.hydra_errors import one_line
 from kdpipe.tracking import RunRecord, RunStore
 
 guard_hydra()

@@ -17,7 +17,7 @@ from kdpipe.models.weights import check_class_names, load_imagenet, load_state, 
 from kdpipe.runs.names import run_and_file
 from kdpipe.settings import config as settings
 from kdpipe.settings.components import check_config, check_yaml
-from kdpipe.settings.errors import one_line
+from kdpipe.settings.hydra_errors import one_line
 from kdpipe.system.randomness import derive_seed
 
 

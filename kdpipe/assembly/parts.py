@@ -22,7 +22,7 @@ from kdpipe.losses.base import Combined, Distillation, roles_of
 from kdpipe.models import Classifier
 from kdpipe.models.weights import weights_digest
 from kdpipe.settings import config as settings
-from kdpipe.settings.errors import one_line
+from kdpipe.settings.hydra_errors import one_line
 from kdpipe.system.randomness import derive_seed
 from kdpipe.training.observed import Observed
 from kdpipe.training.teacher import Peer, Teacher

@@ -20,7 +20,7 @@ from kdpipe.runs.claim import ClaimedError, locked, wait_until_free, worker_of_o
 from kdpipe.runs.journal import is_unfinished
 from kdpipe.runs.store import PATIENCE, check_uri, store_uri, wait_for_store
 from kdpipe.settings import config as settings
-from kdpipe.settings.errors import one_line
+from kdpipe.settings.hydra_errors import one_line
 from kdpipe.sweeps.chain import check_links, compose_link, draft, links_of, networks_of
 from kdpipe.sweeps.grid import Axes, Composed, Planned, check_shared, compose, describe, expand, identity_of, plan
 from kdpipe.system.interruption import passed_on

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hydra.errors import InstantiationException
 
-from kdpipe.settings.errors import one_line
+from kdpipe.settings.hydra_errors import one_line
 
 
 @pytest.mark.parametrize(
