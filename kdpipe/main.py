@@ -1,4 +1,4 @@
-"""The entrypoint, `python -m kdpipe [overrides]`: one run, from its config to its result."""
+"""The entrypoint, `python -m kdpipe [overrides]`: one run, from its settings to its result."""
 
 import logging
 import os
@@ -8,110 +8,105 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import distributed
 
-from kdpipe.assembly import (
-    Parts,
-    build_data,
-    build_loss,
-    build_optimizer,
-    build_parts,
-    check_values,
-    fit_loss,
-    forget_data,
-    use_hardware,
-)
-from kdpipe.assembly.views import answer_in_advance, build_features, build_mixing, build_views
-from kdpipe.data import ImageDataset
+from kdpipe.assembly.datasets import build_data, forget_data
+from kdpipe.assembly.devices import use_hardware
+from kdpipe.assembly.parts import Parts, build_parts, check_components
+from kdpipe.assembly.preparation import Prepared, cache_folder, prepare
 from kdpipe.evaluation.costs import BATCH, cost
 from kdpipe.evaluation.evaluate import evaluate
 from kdpipe.evaluation.exam import Exam, oddities, take_exam, write_files
 from kdpipe.evaluation.report import cost_table, epoch_line, result_table
-from kdpipe.losses.base import roles_of
 from kdpipe.models import Classifier, Ensemble
 from kdpipe.runs.claim import ClaimedError, claim
 from kdpipe.runs.journal import CHECKPOINTS, NOT_YET, Journal, is_unfinished, rows_since, sync_command
-from kdpipe.runs.names import CONFIG, IMAGE_SHAPE, PEER_WEIGHTS, TIMED_ON, UNLABELLED_IMAGES, WEIGHTS, epoch_file
+from kdpipe.runs.names import CONFIG, IMAGE_SHAPE, PEER_WEIGHTS, TIMED_ON, UNLABELLED_IMAGES
 from kdpipe.runs.store import PATIENCE, store_uri, wait_for_store
-from kdpipe.settings import config as settings
-from kdpipe.settings.components import guard_hydra, refuse_pickled_config
-from kdpipe.settings.hydra_errors import one_line
+from kdpipe.settings.addresses import WEIGHTS, epoch_file
+from kdpipe.settings.commands import compare_command, export_command
+from kdpipe.settings.composition import CONF, Invocation, added_configs, explain, read_settings, register_resolvers
+from kdpipe.settings.errors import ConfigError
+from kdpipe.settings.schema import Settings
+from kdpipe.settings.yaml_files import check_foreign, to_yaml
 from kdpipe.system import interruption
 from kdpipe.system.files import write_whole
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.interruption import Interrupted, InterruptedJobError
 from kdpipe.system.profiling import traced, traces
 from kdpipe.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint, save_weights
-from kdpipe.training.loop import Training, batches, fit, named
-from kdpipe.training.observed import Observed
-from kdpipe.training.teacher import Peer, Teacher
-from kdpipe.training.teacher_check import check_teacher, warn_once
+from kdpipe.training.loop import Hooks, fit, with_prefix
+from kdpipe.training.teacher import FrozenTeacher
+from kdpipe.training.teacher_check import warn_once
+
+if TYPE_CHECKING:
+    from kdpipe.tracking import Run, RunRecord, Tracker
 
 log = logging.getLogger("kdpipe")
-# Not in `cli`: the workers of a sweep import this module and call `job`.
-settings.register_resolvers()
-guard_hydra()
-# conf/hydra/launcher/ has the plugins' own names on purpose: hydra/launcher=joblib is what people write.
-warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
+# At import, and not in `cli`: the workers of a sweep import this module to call `job`, and compose before that.
+register_resolvers()
 
 
-def run(config: DictConfig) -> float:
-    """One run: compose → loss → data → teacher → model → optimizer → fit → test → cost → return.
+def run(settings: Settings, folder: Path, invocation: Invocation) -> float:
+    """One run: settings → loss → data → teacher → model → optimizer → fit → exam → cost → return.
+
+    Args:
+        folder: of the run.
 
     Returns:
         The objective of a search: accuracy on the validation images, or on the test images where there are none.
     """
-    check_values(config)
-    hardware = use_hardware(config)
-    uri = store_uri(config.tracking.uri, Path(config.output_dir))
-    wait_for_store(uri, PATIENCE if config.sweep.job else 0)
-    build_data(config.dataset)
+    check_components(settings)
+    hardware = use_hardware(settings)
+    uri = store_uri(settings.tracking.uri, Path(settings.output_dir))
+    wait_for_store(uri, PATIENCE if settings.sweep.job else 0)
+    build_data(settings.dataset)
 
-    from kdpipe import tracking  # imports mlflow, which takes seconds: after what can fail sooner
+    from kdpipe.tracking import Tracker  # imports mlflow, which takes seconds: after what can fail sooner
 
-    tracker = tracking.Tracker(uri, config.tracking.experiment, Path(config.output_dir) / "mlartifacts")
+    tracker = Tracker(uri, settings.tracking.experiment, Path(settings.output_dir) / "mlartifacts")
     if hardware.rank > 0:  # computes, while the first process keeps the books
-        return follow(config, tracker, hardware)
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    if not config.sweep.job:
+        return _follow(settings, invocation, folder, tracker, hardware)
+    if not settings.sweep.job:
         tracker.settle_all(folder.parent)
     with claim(folder):
         tracker.settle(folder)
-        parts = build_parts(config, tracker, {})
-        if finished := find_finished(config, parts, tracker, hardware):
-            log.info("this run is finished already (train.resume=never trains anew)")
+        parts = build_parts(settings, invocation, tracker, {})
+        if finished := _find_finished(settings, folder, parts, tracker, hardware):
+            log.info("this run is already finished (train.resume=never trains anew)")
             tracker.restore(finished.id, folder)
-            if config.train.keep_epochs:
-                warn_of_epochs_not_kept(config, config.train.epochs, tracker.artifacts(finished.id))
-            show_result(finished.metrics, config, tracker, finished.id)
-            return objective(finished.metrics)
-        return lead(config, parts, tracker, folder, hardware)
+            if settings.train.keep_epochs:
+                _warn_of_missing_epochs(settings, settings.train.epochs, tracker.artifacts(finished.id))
+            _show_result(finished.metrics, settings, folder, tracker, finished.id)
+            return _objective(finished.metrics)
+        return _lead(settings, parts, tracker, folder, hardware)
 
 
-def find_finished(config: DictConfig, parts: Parts, tracker: Any, hardware: Hardware) -> Any:
+def _find_finished(
+    settings: Settings, folder: Path, parts: Parts, tracker: "Tracker", hardware: Hardware
+) -> "RunRecord | None":
     """The finished run that this one would repeat, if any; all processes find the same."""
     hardware.check_agreement([parts.tags, parts.teacher_source])
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    asks = hardware.rank == 0 and config.train.resume == "auto" and not is_unfinished(folder, parts.tags)
-    return hardware.of_the_first(tracker.find_finished(parts.tags) if asks else None)
+    looks = hardware.rank == 0 and settings.train.resume == "auto" and not is_unfinished(folder, parts.tags)
+    found: RunRecord | None = hardware.of_the_first(tracker.find_finished(parts.tags) if looks else None)
+    return found
 
 
-def lead(config: DictConfig, parts: Parts, tracker: Any, folder: Path, hardware: Hardware) -> float:
+def _lead(settings: Settings, parts: Parts, tracker: "Tracker", folder: Path, hardware: Hardware) -> float:
     """Learn, in a run of MLflow."""
-    begun, start = what_is_begun(config, parts, folder)
-    params = settings.logged_params(config)
-    name, tags = settings.run_name(config), run_tags(config, parts, hardware)
+    begun, start = _what_is_begun(settings, parts, folder)
+    tags = _run_tags(settings, parts, hardware)
     history = rows_since(folder, start["history"] if start else []) if begun else []
     seconds = start["seconds"] if start else 0.0
-    with tracker.run(name, folder, params, tags, begun, history, seconds) as current:
-        describe_inputs(config, current, tracker, parts.data)
-        save_earlier_epochs(config, current, start["training"]["epoch"] if start else 1)
+    with tracker.run(settings.run_name, folder, settings.params, tags, begun, history, seconds) as current:
+        _describe_inputs(settings, current, tracker, parts)
+        _save_earlier_epochs(settings, current, start["training"]["epoch"] if start else 1)
 
         def keep(state: dict[str, Any]) -> None:
             about = {"tags": parts.tags, "run": current.id, "history": current.rows, "seconds": current.seconds}
@@ -119,50 +114,98 @@ def lead(config: DictConfig, parts: Parts, tracker: Any, folder: Path, hardware:
             current.deliver()
 
         def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
-            report_epoch(current, config.train.epochs, epoch, metrics)
-            if epoch in (config.train.keep_epochs or ()):
+            current.log(metrics, step=epoch)
+            log.info(epoch_line(epoch, settings.train.epochs, metrics))
+            if epoch in (settings.train.keep_epochs or ()):
                 save_weights(parts.model.network, folder / epoch_file(epoch), parts.data.class_names)
                 current.save(folder / epoch_file(epoch))
 
-        with traced(folder, config.train.profile, hardware.device) as on_step:
-            metrics, exam = learn(
-                config, parts, hardware, start["training"] if start else None, on_epoch, keep, on_step
-            )
-        metrics |= cost_of(config, parts, hardware)
-        save_weights(parts.model.network, folder / WEIGHTS, parts.data.class_names)
-        files = [folder / WEIGHTS, *traces(folder)]
-        files += write_files(exam, parts.data, folder, config.evaluation.pictures)
-        for oddity in oddities(exam, parts.data.class_names):
-            log.warning(oddity)
-        if isinstance(parts.teacher, Peer):
-            files.append(folder / PEER_WEIGHTS)
-            save_weights(parts.teacher.classifier.network, files[-1], parts.data.class_names)
-        for file in files:
+        with traced(folder, settings.train.profile, hardware.device) as on_step:
+            hooks = Hooks(on_epoch=on_epoch, on_step=on_step)
+            metrics, exam = _learn(settings, parts, hardware, start["training"] if start else None, hooks, keep)
+        metrics |= _cost_of(settings, parts, hardware)
+        for file in _write_results(settings, parts, exam, folder):
             current.save(file)
-        current.log(metrics, step=config.train.epochs)
-    show_result(metrics, config, tracker, current.id)
-    return objective(metrics)
+        current.log(metrics, step=settings.train.epochs)
+    _show_result(metrics, settings, folder, tracker, current.id)
+    return _objective(metrics)
 
 
-def what_is_begun(config: DictConfig, parts: Parts, folder: Path) -> tuple[str | None, dict[str, Any] | None]:
+def _follow(settings: Settings, invocation: Invocation, folder: Path, tracker: "Tracker", hardware: Hardware) -> float:
+    """Learn as one of several processes."""
+    parts = build_parts(settings, invocation, tracker, {})
+    if finished := _find_finished(settings, folder, parts, tracker, hardware):
+        return _objective(finished.metrics)
+    metrics, _ = _learn(settings, parts, hardware, None, Hooks(), lambda state: None)
+    return _objective(metrics)
+
+
+def _learn(
+    settings: Settings,
+    parts: Parts,
+    hardware: Hardware,
+    start: dict[str, Any] | None,
+    hooks: Hooks,
+    keep: Callable[[dict[str, Any]], None],
+) -> tuple[dict[str, float], Exam]:
+    """Prepare, fit, examine; the trained weights are in `parts.model`.
+
+    Args:
+        start: the state of the training to continue from; None for a new one.
+        keep: saves the state from which the training can continue, now and then.
+    """
+    prepared = prepare(settings, parts, hardware, start)
+    training = prepared.training
+    is_due = _every(settings.train.checkpoint_minutes, hardware)
+
+    def on_step() -> None:
+        hooks.on_step()
+        if is_due():
+            keep(training.state())
+
+    hooks = Hooks(hooks.on_epoch, on_step, on_checkpoint=lambda: keep(training.state()))
+    try:
+        metrics = fit(training, prepared.data, prepared.recipe, hooks)
+        return _examine(settings, parts, prepared, hardware, metrics)
+    except Interrupted:
+        if hardware.processes == 1:  # several may have been interrupted at different steps
+            keep(training.state())
+        raise
+
+
+def _examine(
+    settings: Settings, parts: Parts, prepared: Prepared, hardware: Hardware, metrics: dict[str, float]
+) -> tuple[dict[str, float], Exam]:
+    """The metrics with those on the test images, and the answers that they come from."""
+    teacher = prepared.recipe.teacher
+    asked = teacher if isinstance(teacher, FrozenTeacher) else None
+    cache = cache_folder(settings, "teacher")
+    exam = take_exam(prepared.learner, prepared.data, parts.data, hardware, asked, settings.teacher.name, cache)
+    metrics = metrics | exam.metrics()
+    if teacher and teacher.learns:
+        metrics |= with_prefix(teacher.role, evaluate(teacher.classifier, prepared.data, "test", hardware))
+    return metrics, exam
+
+
+def _what_is_begun(settings: Settings, parts: Parts, folder: Path) -> tuple[str | None, dict[str, Any] | None]:
     """The MLflow run that a process began in the folder and did not finish, and its newest checkpoint.
 
     Raises:
-        ValueError: another run is in the folder (of other images, or another teacher) whose results would be lost.
+        ValueError: the folder has another run (of other images, or another teacher) whose results would be lost.
     """
-    if config.train.resume == "never":
+    if settings.train.resume == "never":
         remove_checkpoints(folder / CHECKPOINTS)
         return None, None
     journal, start = Journal.read(folder), load_checkpoint(folder / CHECKPOINTS)
     if journal and not journal.is_of(parts.tags):
         if not journal.delivered:
             raise ValueError(
-                f"{folder} has a run of another teacher or other images, of which {journal.store} has not got all; "
+                f"{folder} has a run of another teacher or other images that {journal.store} does not have completely; "
                 f"{sync_command(folder)} delivers it, train.resume=never drops it"
             )
         journal = None
     if start and start["tags"] != parts.tags:
-        log.warning("the run that was begun here is another one, of other images or another teacher: this one is new")
+        log.warning("the unfinished run in this folder is of other images or another teacher: starting a new one")
         remove_checkpoints(folder / CHECKPOINTS)
         start = None
     if journal and journal.run_id != NOT_YET:
@@ -170,104 +213,8 @@ def what_is_begun(config: DictConfig, parts: Parts, folder: Path) -> tuple[str |
     return start["run"] if start else None, start
 
 
-def follow(config: DictConfig, tracker: Any, hardware: Hardware) -> float:
-    """Learn as one of several processes."""
-    parts = build_parts(config, tracker, {})
-    if finished := find_finished(config, parts, tracker, hardware):
-        return objective(finished.metrics)
-    metrics, _ = learn(config, parts, hardware, None, lambda *_: None, lambda state: None, lambda: None)
-    return objective(metrics)
-
-
-def learn(
-    config: DictConfig,
-    parts: Parts,
-    hardware: Hardware,
-    start: dict[str, Any] | None,
-    on_epoch: Callable[[int, dict[str, float]], None],
-    keep: Callable[[dict[str, Any]], None],
-    on_step: Callable[[], None],
-) -> tuple[dict[str, float], Exam]:
-    """optimizer → fit → test; the trained weights are in `parts.model`.
-
-    Args:
-        start: the state of the training to go on from; None for a new one.
-        keep: takes the state in which the training can go on, now and then.
-    """
-    train, device = config.train, hardware.device
-    loss = build_loss(config).to(device)
-    model = parts.model.to(device)
-    teacher = parts.teacher.to(device) if parts.teacher else None
-    roles = roles_of(loss) if teacher else ()
-    student = Observed(model, model.network, roles)
-    if isinstance(teacher, Teacher):
-        teacher.ask_for(roles)
-    if teacher:
-        fit_loss(config, loss, student, teacher, parts.data, device)
-    hardware.check_sharing(loss, parts.data.unlabelled != "")
-    views = build_views(config, parts.data, teacher is not None)
-    cache = Path(config.output_dir) / "cache" / "teacher"
-    if isinstance(teacher, Teacher) and train.epochs > 0:
-        check_teacher(config.teacher.name, teacher, settings.softening(config), parts.data, cache, hardware)
-        answer_in_advance(config, teacher, parts.data, views, hardware)
-    # A head on a frozen backbone trains on the backbone's features, as if they were the images.
-    features = None if views else build_features(config, model, loss, teacher, parts.data, hardware)
-    learner, data = (model.head, features) if features else (model, parts.data)
-    data = data.near(device)
-    if isinstance(teacher, Teacher):
-        teacher.stay_near(device)
-    steps_per_epoch = len(batches(data.splits["train"], train.batch_size, hardware.processes))
-    optimizer, scheduler = build_optimizer(config, learner, loss, steps_per_epoch)
-    if train.compile is True:
-        learner.compile()
-
-    changing = model.head if model.frozen_backbone else model  # with features or without
-    student.model = hardware.distribute(learner)
-    training = Training(student, loss, optimizer, scheduler, hardware, changing)
-    if start := hardware.of_the_first(start):
-        training.restore(start)
-        if training.epoch <= train.epochs:
-            log.info("goes on at epoch %d of %d, step %d", training.epoch, train.epochs, training.steps + 1)
-        else:
-            log.info("goes on after its last epoch")
-    is_due = every(train.checkpoint_minutes, hardware)
-
-    def after_step() -> None:
-        on_step()
-        if is_due():
-            keep(training.state())
-
-    try:
-        metrics = fit(
-            training,
-            data,
-            teacher=teacher,
-            views=views,
-            mixing=build_mixing(config, parts.data),
-            epochs=train.epochs,
-            batch_size=train.batch_size,
-            seed=config.seed,
-            select_best=train.select == "best",
-            test_each_epoch=train.test_each_epoch,
-            clip_norm=train.clip_norm,
-            on_epoch=on_epoch,
-            on_step=after_step,
-            on_checkpoint=lambda: keep(training.state()),
-        )
-        asked = teacher if isinstance(teacher, Teacher) else None
-        exam = take_exam(learner, data, parts.data, hardware, asked, config.teacher.name, cache)
-        metrics = metrics | exam.metrics()
-        if isinstance(teacher, Peer):
-            metrics |= named("peer", evaluate(teacher.classifier, data, "test", hardware))
-    except Interrupted:
-        if hardware.processes == 1:  # several may have been interrupted at different steps
-            keep(training.state())
-        raise
-    return metrics, exam
-
-
-def every(minutes: float | None, hardware: Hardware) -> Callable[[], bool]:
-    """A function that says whether so much time has passed since it last said so; never where several processes would
+def _every(minutes: float | None, hardware: Hardware) -> Callable[[], bool]:
+    """A function that is true whenever so much time has passed since it last was; never where several processes would
     have to agree on it."""
     last = time.monotonic()
 
@@ -281,97 +228,105 @@ def every(minutes: float | None, hardware: Hardware) -> Callable[[], bool]:
     return is_due
 
 
-def run_tags(config: DictConfig, parts: Parts, hardware: Hardware) -> dict[str, str]:
+def _run_tags(settings: Settings, parts: Parts, hardware: Hardware) -> dict[str, str]:
     """What a run is found by, in MLflow's UI too."""
     tags = {**parts.tags, "kdpipe.data": parts.data.fingerprint, "kdpipe.hardware": hardware.described}
     tags[IMAGE_SHAPE] = "x".join(map(str, parts.data.images.shape[1:]))
-    tags[TIMED_ON] = hardware.machine if config.evaluation.timing_seconds > 0 else ""
+    tags[TIMED_ON] = hardware.machine if settings.evaluation.timing_seconds > 0 else ""
     if parts.data.unlabelled:
         tags["kdpipe.unlabelled"] = parts.data.unlabelled
         tags[UNLABELLED_IMAGES] = str(int((parts.data.labels < 0).sum()))
     if parts.teacher_source:
         tags["kdpipe.teacher_run"] = parts.teacher_source
-    if config.sweep.job:
-        tags |= {"kdpipe.sweep": config.sweep.job.id, "mlflow.parentRunId": config.sweep.job.parent}
+    if job := settings.sweep.job:
+        tags |= {"kdpipe.sweep": job.id, "mlflow.parentRunId": job.parent}
     return tags
 
 
-def describe_inputs(config: DictConfig, current: Any, tracker: Any, data: ImageDataset) -> None:
-    """Keep the composed config and say what the run is fed."""
-    composed = {key: value for key, value in settings.settings_of(config).items() if key not in ("tracking", "sweep")}
-    file = current.folder / CONFIG
-    write_whole(file, OmegaConf.to_yaml(OmegaConf.create(composed)).encode())
+def _describe_inputs(settings: Settings, current: "Run", tracker: "Tracker", parts: Parts) -> None:
+    """Save the settings and log the data set."""
+    file, data = current.folder / CONFIG, parts.data
+    composed = {key: value for key, value in settings.plain.items() if key not in ("tracking", "sweep")}
+    write_whole(file, to_yaml(composed).encode())
     current.save(file)
     sizes = {name: len(positions) for name, positions in data.splits.items()}
     if data.unlabelled:
         sizes["unlabelled"] = int((data.labels < 0).sum())
-    tracker.log_dataset(current.id, data.name, data.fingerprint, str(config.dataset.get("root", data.name)), sizes)
+    tracker.log_dataset(current.id, data.name, data.fingerprint, settings.dataset.root, sizes)
 
 
-def save_earlier_epochs(config: DictConfig, current: Any, epoch: int) -> None:
-    """Have the weights that were kept before `epoch`, where the training goes on, among the run's artifacts."""
+def _save_earlier_epochs(settings: Settings, current: "Run", epoch: int) -> None:
+    """Save the weights that were kept before `epoch`, where the training continues, among the run's artifacts."""
     over = [current.folder / epoch_file(number) for number in range(1, epoch)]
     for file in current.folder.glob(epoch_file("*")):
         if file in over:
             current.save(file)
         else:  # of another run, or this one comes to that epoch again
             file.unlink()
-    warn_of_epochs_not_kept(config, epoch - 1, [file.name for file in over if file.exists()])
+    _warn_of_missing_epochs(settings, epoch - 1, [file.name for file in over if file.exists()])
 
 
-def warn_of_epochs_not_kept(config: DictConfig, over: int, files: Sequence[str]) -> None:
-    """For who asked for them too late."""
-    if problem := settings.epochs_not_kept(config, over, files):
+def _warn_of_missing_epochs(settings: Settings, over: int, files: Sequence[str]) -> None:
+    """Warn of epochs whose weights should be kept, but were not asked for when the run came to them."""
+    if problem := settings.train.missing_epochs(over, files):
         log.warning(problem)
 
 
-def report_epoch(current: Any, epochs: int, epoch: int, metrics: dict[str, float]) -> None:
-    current.log(metrics, step=epoch)
-    log.info(epoch_line(epoch, epochs, metrics))
-
-
-def cost_of(config: DictConfig, parts: Parts, hardware: Hardware) -> dict[str, float]:
-    """What the trained network costs, and its teacher."""
+def _cost_of(settings: Settings, parts: Parts, hardware: Hardware) -> dict[str, float]:
+    """The cost of the trained network, and of its teacher."""
     networks: dict[str, Classifier | Ensemble] = {"model": parts.model}
     if parts.teacher:
-        networks["peer" if isinstance(parts.teacher, Peer) else "teacher"] = parts.teacher.classifier
+        networks[parts.teacher.role] = parts.teacher.classifier
     images = parts.data.images[parts.data.splits["test"][:BATCH]]
-    return cost(networks, images, hardware, config.evaluation.timing_seconds)
+    return cost(networks, images, hardware, settings.evaluation.timing_seconds)
 
 
-def objective(metrics: Mapping[str, float]) -> float:
+def _write_results(settings: Settings, parts: Parts, exam: Exam, folder: Path) -> list[Path]:
+    """Write the weights and the answers into the folder of the run; the files."""
+    class_names = parts.data.class_names
+    save_weights(parts.model.network, folder / WEIGHTS, class_names)
+    files = [folder / WEIGHTS, *traces(folder)]
+    files += write_files(exam, parts.data, folder, settings.evaluation.pictures)
+    for oddity in oddities(exam, class_names):
+        log.warning(oddity)
+    if parts.teacher and parts.teacher.learns:
+        files.append(folder / PEER_WEIGHTS)
+        save_weights(parts.teacher.classifier.network, files[-1], class_names)
+    return files
+
+
+def _objective(metrics: Mapping[str, float]) -> float:
     return metrics.get("selected/accuracy", metrics["test/accuracy"])
 
 
-def show_result(metrics: Mapping[str, float], config: DictConfig, tracker: Any, run_id: str) -> None:
-    """The end of a run: what it came to, and where to look next."""
-    names = {"model": config.model.name, "teacher": config.teacher.name}
+def _show_result(
+    metrics: Mapping[str, float], settings: Settings, folder: Path, tracker: "Tracker", run_id: str
+) -> None:
+    """The end of a run: its result, and where to look next."""
+    names = {"model": settings.model.name, "teacher": settings.teacher.name}
     for line in [*result_table(metrics).splitlines(), *cost_table(metrics, names).splitlines()]:
         log.info(line)
-    log.info("weights, config, metrics: %s", os.path.relpath(HydraConfig.get().runtime.output_dir))
+    log.info("weights, config, metrics: %s", os.path.relpath(folder))
     log.info("in MLflow (make ui): %s", tracker.link(run_id))
-    log.info("to take it away: %s", settings.export_command(config, run_id))
-    log.info("all runs side by side: %s", settings.compare_command(config))
+    log.info("to export it: %s", export_command(settings, run_id))
+    log.info("to compare all runs: %s", compare_command(settings))
 
 
 def job(config: DictConfig) -> float:
-    """`run`, with its error as one line; in a sweep each run is one line, and the others go on after an error."""
+    """`run`, with its error as one line; in a sweep each run is one line, and the others continue after an error."""
     interruption.handle_signals(worker=True)  # where `cli` has not
     logging.raiseExceptions = False  # a log file on a full disk is no reason for tracebacks
     if HydraConfig.get().mode != RunMode.MULTIRUN:
-        try:
-            return run(config)
-        except Exception as error:
-            _fail(error)
-    told = logging.getLogger("kdpipe.sweep")
+        return _run_composed(config)
+    sweep_log = logging.getLogger("kdpipe.sweep")
     place = "run"
-    if config.sweep.job:  # else of another sweeper than ours
-        details_to_file_only()
-        place = f"[{config.sweep.job.number}/{config.sweep.job.of}] {config.sweep.job.name}"
+    if details := config.sweep.job:  # else of another sweeper than ours
+        _details_to_file_only()
+        place = f"[{details.number}/{details.of}] {details.name}"
     started = time.monotonic()
     try:
         interruption.check()
-        accuracy = run(config)
+        accuracy = _run_composed(config)
     except Interrupted as stopped:
         if queue_again := interruption.handler_before(stopped.number):
             queue_again(stopped.number, None)  # submitit's, in a job of Slurm
@@ -379,17 +334,23 @@ def job(config: DictConfig) -> float:
             raise InterruptedJobError(f"interrupted by {stopped}") from None
         raise
     except ClaimedError as error:
-        told.info("%s: left alone, %s", place, error)
+        sweep_log.info("%s: left alone, %s", place, error)
         raise
     except Exception as error:
-        told.error("%s failed: %s", place, one_line(error))
+        sweep_log.error("%s failed: %s", place, explain(error))
         raise
-    told.info("%s: %.2f %% in %.0f s", place, 100 * accuracy, time.monotonic() - started)
+    sweep_log.info("%s: %.2f %% in %.0f s", place, 100 * accuracy, time.monotonic() - started)
     return accuracy
 
 
-def details_to_file_only() -> None:
-    """Leave what a run tells of itself to the log in its folder."""
+def _run_composed(config: DictConfig) -> float:
+    """Where Hydra ends and the settings begin."""
+    own = HydraConfig.get()
+    return run(read_settings(config), Path(own.runtime.output_dir), Invocation.of(own))
+
+
+def _details_to_file_only() -> None:
+    """Leave the details of a run to the log in its folder."""
     for handler in logging.getLogger().handlers:
         if not isinstance(handler, logging.FileHandler):
             handler.addFilter(lambda record: record.name != "kdpipe" or record.levelno > logging.INFO)
@@ -399,22 +360,25 @@ def cli() -> None:
     """`kdpipe` and `python -m kdpipe`: errors as one line, exit status 1; 130 and 143 when interrupted."""
     forget_data()
     warn_once.cache_clear()
-    # One of the processes that torchrun started tells of their work.
+    # conf/hydra/launcher/ has the plugins' own names on purpose: hydra/launcher=joblib is what people write.
+    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
+    # One of the processes that torchrun started reports on their work.
     if distributed.is_torchelastic_launched() and os.environ["RANK"] != "0":
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
         logging.getLogger("kdpipe").setLevel(logging.ERROR)
     interruption.handle_signals()
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on to us instead of printing them
-    start = hydra.main(version_base="1.3", config_path=str(settings.CONF), config_name="config")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes its errors on to us instead of printing them
     try:
-        refuse_pickled_config(sys.argv[1:])
-        start(run if full_error else job)()
+        _refuse_pickled_config(sys.argv[1:])
+        for file in added_configs(sys.argv[1:]):
+            check_foreign(file)
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
     except Interrupted as stopped:
-        print(f"kdpipe: interrupted by {stopped}; {how_it_goes_on('from there')}", file=sys.stderr)
+        print(f"kdpipe: interrupted by {stopped}; {_how_to_continue('from there')}", file=sys.stderr)
         raise
     except KeyboardInterrupt:
-        print(f"kdpipe: stopped; {how_it_goes_on('from the last checkpoint')}", file=sys.stderr)
+        print(f"kdpipe: stopped; {_how_to_continue('from the last checkpoint')}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if full_error:
@@ -426,15 +390,22 @@ def cli() -> None:
             distributed.destroy_process_group()
 
 
-def how_it_goes_on(where: str) -> str:
-    """The command that goes on with what this one began."""
+def _refuse_pickled_config(arguments: Sequence[str]) -> None:
+    """Raise ConfigError for Hydra's --experimental-rerun, however abbreviated: it unpickles a file."""
+    for argument in arguments:
+        if len(argument) > 2 and "--experimental-rerun".startswith(argument.partition("=")[0]):
+            raise ConfigError(argument, expected="the command that made it: a pickled config can run code")
+
+
+def _how_to_continue(where: str) -> str:
+    """The command that continues what this one began."""
     arguments = [word for word in sys.argv[1:] if word != "train.resume=never"]
     if "sweep.rerun=true" in arguments:
         return "with sweep.rerun=true the same command begins all runs anew"
     launcher = ["torchrun", "…", "-m"] if distributed.is_torchelastic_launched() else ["python", "-m"]
-    return f"this goes on {where}: {' '.join(launcher)} {shlex.join(['kdpipe', *arguments])}"
+    return f"this continues {where}: {' '.join(launcher)} {shlex.join(['kdpipe', *arguments])}"
 
 
 def _fail(error: Exception) -> NoReturn:
-    print(f"kdpipe: {one_line(error)}", file=sys.stderr)
+    print(f"kdpipe: {explain(error)}", file=sys.stderr)
     sys.exit(1)

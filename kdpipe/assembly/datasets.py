@@ -1,36 +1,40 @@
-"""The data set that the config names."""
+"""The data set, split."""
 
-import json
 import logging
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
-
+from kdpipe.assembly.building import build
 from kdpipe.data import ImageDataset, split
 from kdpipe.data.unlabelled import with_unlabelled
-from kdpipe.settings import config as settings
+from kdpipe.settings.errors import ConfigError
+from kdpipe.settings.schema import DatasetSettings, Settings, validated
 
 log = logging.getLogger("kdpipe")
 
 
-def build_data(dataset: DictConfig) -> ImageDataset:
-    """The data set that the config names, split; the runs of a sweep in one process share it."""
-    return _read_data(json.dumps(plain(dataset)))
+def build_data(settings: DatasetSettings) -> ImageDataset:
+    """The data set, split; the runs of a sweep in one process share it."""
+    return _read(settings.model_dump_json(exclude_unset=True, by_alias=True))
 
 
 @lru_cache(maxsize=1)
-def _read_data(described: str) -> ImageDataset:
-    dataset = json.loads(described)
-    log.info("data set %s", dataset["name"])
-    arguments = {key: value for key, value in dataset.items() if key not in (*settings.SPLITTING, settings.UNLABELLED)}
-    if "root" in arguments:
-        if arguments["root"] in (None, ""):
-            raise ValueError(f"dataset.root={arguments['root'] or ''}: a folder is accepted")
-        arguments["root"] = str(Path(str(arguments["root"])).expanduser())
-    data = split(instantiate(arguments), **{key: dataset[key] for key in settings.SPLITTING})
+def _read(described: str) -> ImageDataset:
+    settings = DatasetSettings.model_validate_json(described)
+    log.info("data set %s", settings.name)
+    if "root" in settings.arguments:
+        if settings.arguments["root"] in (None, ""):
+            raise ConfigError("dataset.root", settings.arguments["root"] or "", "a folder")
+        root = str(Path(settings.root).expanduser())
+        settings = validated(DatasetSettings, {**settings.plain, "root": root})
+    data = split(
+        build("dataset", settings),
+        settings.name,
+        train_fraction=settings.train_fraction,
+        val_fraction=settings.val_fraction,
+        test_fraction=settings.test_fraction,
+        split_seed=settings.split_seed,
+    )
     sizes = ", ".join(f"{len(positions):,} {name}" for name, positions in data.splits.items())
     _, channels, height, width = data.images.shape
     classes = ", ".join(data.class_names[:10]) + (", …" if data.num_classes > 10 else "")
@@ -38,32 +42,29 @@ def _read_data(described: str) -> ImageDataset:
     return data
 
 
-def build_unlabelled(config: DictConfig) -> ImageDataset:
-    """The data set with the images that have no label; the runs of a sweep in one process share it."""
-    cache = Path(config.output_dir) / "cache" / "images"
-    return _read_unlabelled(json.dumps(plain(config.dataset)), config.dataset.get("cache_dir", str(cache)))
+def build_unlabelled(settings: Settings) -> ImageDataset:
+    """The data set with its images without labels; the runs of a sweep in one process share it."""
+    cache = settings.dataset.arguments.get("cache_dir", str(Path(settings.output_dir) / "cache" / "images"))
+    return _read_unlabelled(settings.dataset.model_dump_json(exclude_unset=True, by_alias=True), cache)
 
 
 @lru_cache(maxsize=1)
 def _read_unlabelled(described: str, cache: str) -> ImageDataset:
-    dataset, data = json.loads(described), _read_data(described)
-    data = with_unlabelled(data, str(dataset[settings.UNLABELLED]), dataset.get("on_bad_image", "stop"), cache)
-    log.info("images without a label: %s", f"{int((data.labels < 0).sum()):,}")
+    settings, data = DatasetSettings.model_validate_json(described), _read(described)
+    on_bad_image = settings.arguments.get("on_bad_image", "stop")
+    data = with_unlabelled(data, str(settings.unlabelled_root), on_bad_image, cache)
+    log.info("images without labels: %s", f"{int((data.labels < 0).sum()):,}")
     return data
 
 
 def forget_data() -> None:
     """Read the images anew: a new command may find others."""
-    _read_data.cache_clear()
+    _read.cache_clear()
     _read_unlabelled.cache_clear()
 
 
-def check_selection(train: DictConfig, data: ImageDataset) -> None:
-    """Raise ValueError where weights are to be chosen and there is nothing to choose them on."""
-    if train.select == "best" and "validation" not in data.splits:
-        raise ValueError("train.select=best: chosen on validation images, so dataset.val_fraction above 0 is accepted")
-
-
-def plain(part: DictConfig) -> dict[str, Any]:
-    """A part of the config as plain values."""
-    return {str(key): value for key, value in OmegaConf.to_container(part, resolve=True).items()}  # type: ignore[union-attr]
+def check_selection(settings: Settings, data: ImageDataset) -> None:
+    """Raise ConfigError where weights are to be selected and there is nothing to select them on."""
+    if settings.train.select == "best" and "validation" not in data.splits:
+        expected = "dataset.val_fraction above 0 with it: weights are selected on validation images"
+        raise ConfigError("train.select", "best", expected)

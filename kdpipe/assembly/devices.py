@@ -1,4 +1,4 @@
-"""The device and the precision that a run computes on."""
+"""The device and the precision of a run."""
 
 import os
 import socket
@@ -7,47 +7,46 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
-from omegaconf import DictConfig
 from torch import distributed
 
+from kdpipe.settings.errors import ConfigError
+from kdpipe.settings.schema import Settings, TrainSettings
 from kdpipe.system.hardware import Hardware, check_there, devices, prepare
 
 _own_gpu: list[FileLock] = []  # held until the process ends
 
 
-def check_device(config: DictConfig) -> None:
-    """Raise ValueError for a device that this machine does not have."""
-    check_there("train.device", str(config.train.device), "auto")
+def check_device(settings: Settings) -> None:
+    """Raise ConfigError for a device that this machine does not have."""
+    check_there("train.device", settings.train.device, "auto")
 
 
-def use_hardware(config: DictConfig) -> Hardware:
-    """The device and the precision asked for; under `torchrun` shared with its other processes."""
-    check_device(config)
-    train = config.train
+def use_hardware(settings: Settings) -> Hardware:
+    """The device and the precision of a run; under `torchrun` shared with its other processes."""
+    check_device(settings)
+    train = settings.train
     if train.threads is not None:
         torch.set_num_threads(train.threads)
-    precision = str(train.precision).replace("auto", "float32")
+    precision = train.precision.replace("auto", "float32")
     if distributed.is_torchelastic_launched():
         return _shared_hardware(train, precision)
-    name = str(train.device)
+    name = train.device
     gpus = torch.cuda.device_count()
-    if name == "auto" and config.sweep.job and gpus > 1:
-        name = devices()[own_gpu(gpus, Path(config.output_dir) / "runs")]
+    if name == "auto" and settings.sweep.job and gpus > 1:
+        name = devices()[own_gpu(gpus, Path(settings.output_dir) / "runs")]
     device = torch.device({"auto": devices()[0], "cuda": "cuda:0"}.get(name, name))
     prepare(device)
     return Hardware(device, precision)
 
 
-def _shared_hardware(train: DictConfig, precision: str) -> Hardware:
+def _shared_hardware(train: TrainSettings, precision: str) -> Hardware:
     has_gpu = torch.cuda.device_count() > 0 and train.device != "cpu"
     if train.device not in ("auto", "cpu", "cuda"):
-        raise ValueError(
-            f"train.device={train.device}: torchrun gives each process its own; auto, cpu, cuda are accepted"
-        )
+        raise ConfigError("train.device", train.device, "auto, cpu or cuda", "torchrun gives each process its own")
     processes = int(os.environ["WORLD_SIZE"])
     if train.batch_size < processes:
-        accepted = f"{processes} processes share it, from {processes} is accepted"
-        raise ValueError(f"train.batch_size={train.batch_size}: {accepted}")
+        expected = f"at least {processes}, for the {processes} processes that share it"
+        raise ConfigError("train.batch_size", train.batch_size, expected)
     device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if has_gpu else "cpu")
     prepare(device)
     if not distributed.is_initialized():
@@ -56,7 +55,7 @@ def _shared_hardware(train: DictConfig, precision: str) -> Hardware:
 
 
 def own_gpu(number_of_gpus: int, folder: Path) -> int:
-    """The number of a GPU that no other process of the sweep has, while there is one; it is this process's own until
+    """The number of a GPU that no other process of the sweep uses, as long as there is one; this process keeps it until
     it ends."""
     if not _own_gpu:
         for number in range(number_of_gpus):

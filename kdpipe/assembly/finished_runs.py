@@ -2,25 +2,26 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from hydra.errors import InstantiationException
-from omegaconf import DictConfig
 
-from kdpipe.assembly import build_data, build_ensemble, build_network, load_trained, read_config
+from kdpipe.assembly.datasets import build_data
+from kdpipe.assembly.networks import build_network, load_trained
+from kdpipe.assembly.teachers import build_ensemble
 from kdpipe.data import ImageDataset
 from kdpipe.models import Classifier, Ensemble
 from kdpipe.models.weights import load_state, read_weights, weights_digest
-from kdpipe.runs.names import CONFIG, IMAGE_SHAPE, WEIGHTS, run_and_file, weights_address
-from kdpipe.settings.components import guard_hydra
-from kdpipe.settings.config import is_ensemble
-from kdpipe.settings.hydra_errors import one_line
-from kdpipe.tracking import RunRecord, RunStore
+from kdpipe.runs.names import CONFIG, IMAGE_SHAPE
+from kdpipe.settings.addresses import WEIGHTS, run_and_file, weights_address
+from kdpipe.settings.errors import ConfigError
+from kdpipe.settings.saved import read_run_settings
+from kdpipe.settings.schema import DatasetSettings, EnsembleSettings, Settings, validated
 
-guard_hydra()
+if TYPE_CHECKING:
+    from kdpipe.tracking import RunRecord, RunStore
+
 COUNTED = ("model/params", "model/size_mb", "model/flops", "model/activation_mb")
-SECTIONS = ("model", "teacher", "dataset", "loss", "optimizer", "scheduler", "train")  # of a run's composed config
-OPTIONAL = ("also", "augmentation", "distillation")  # where it has them, as runs of older versions may not
 
 
 @dataclass(frozen=True)
@@ -29,85 +30,85 @@ class FinishedRun:
 
     Attributes:
         address: of its weights, runs:/<run id> or runs:/<run id>/epoch_<number>.
-        config: as it was composed, in `SECTIONS` and `OPTIONAL`.
         classifier: with its weights, in evaluation mode, on the CPU.
         image_shape: (C, H, W) of the raw images that it was given.
     """
 
     address: str
-    record: RunRecord
-    config: DictConfig
+    record: "RunRecord"
+    settings: Settings
     classifier: Classifier
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
 
     @property
     def name(self) -> str:
-        return str(self.config.model.name)
+        return self.settings.model.name
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What the run knows of these weights: of those of an earlier epoch what any weights of the network cost."""
+        """The metrics of these weights: of those of an earlier epoch, what any weights of the network cost."""
         if run_and_file(self.address)[1] == WEIGHTS:
             return self.record.metrics
         return {name: value for name, value in self.record.metrics.items() if name in COUNTED}
 
 
-def open_run(address: str, store: RunStore) -> FinishedRun:
-    """A run of the store by its id, with or without runs:/ before it.
+def open_run(address: str, store: "RunStore") -> FinishedRun:
+    """A run of the store by its id, with or without runs:/ in front.
 
     Raises:
-        ValueError: there is no such run, it is not finished, or it has no weights.
+        ValueError: no such run, or it is not finished, or it has no weights.
     """
     address = address if address.startswith("runs:/") else f"runs:/{address}"
     run_id, weights = run_and_file(address)
-    record = store.get_run(run_id)
+    record, expected = store.get_run(run_id), "the id of a finished run"
     if record is None:
-        raise ValueError(f"{address}: there is no such run in {store.name}; the id of a finished run is accepted")
+        raise ValueError(f"{address}: no such run in {store.name}; expected {expected}")
     if record.tags.get("kdpipe.stage") == "sweep":
-        raise ValueError(f"{address}: this is a sweep; the id of one of its runs is accepted")
+        raise ValueError(f"{address}: this is a sweep; expected the id of one of its runs")
     if record.status != "FINISHED":
-        raise ValueError(f"{address}: this run is {record.status}; the id of a finished run is accepted")
+        raise ValueError(f"{address}: this run is {record.status}; expected {expected}")
     with store.downloaded(run_id, CONFIG, "run") as file:
-        config = read_config(file, SECTIONS, OPTIONAL)
+        settings = read_run_settings(file)
     with store.downloaded(run_id, weights, "run") as file:
         state, class_names = read_weights("run", file)
     if not class_names:
-        raise ValueError(f"{address}: {weights} does not say which classes it knows; a run of kdpipe is accepted")
-    shape = image_shape_of(record, config)
-    images = blank(class_names, shape)
-    classifier = build_network("model", config.model, images, freeze="none")
-    load_state("run", address, classifier.network, state, config.model.name, len(class_names))
+        raise ValueError(f"{address}: {weights} has no class names; expected a run of kdpipe")
+    shape = _image_shape(record, settings)
+    classifier = build_network("model", settings.model, blank_images(class_names, shape), freeze="none")
+    load_state("run", address, classifier.network, state, settings.model.name, len(class_names))
     used = weights_address(run_id, weights)
-    return FinishedRun(used, record, config, classifier.eval(), tuple(class_names), shape)
+    return FinishedRun(used, record, settings, classifier.eval(), tuple(class_names), shape)
 
 
-def image_shape_of(record: RunRecord, config: DictConfig) -> tuple[int, int, int]:
-    """(C, H, W) of the images that a run was given; runs before 0.4.0 do not tell, and then it is its network's."""
-    channels, height, width = (len(config.model.mean or "RGB"), config.model.image_size, config.model.image_size)
-    if told := record.tags.get(IMAGE_SHAPE):
-        channels, height, width = map(int, told.split("x"))
-    return channels, height or 224, width or 224
+def _image_shape(record: "RunRecord", settings: Settings) -> tuple[int, int, int]:
+    """(C, H, W) of the images that a run was given; of runs before 0.4.0, which did not log it, its network's."""
+    if logged := record.tags.get(IMAGE_SHAPE):
+        channels, height, width = map(int, logged.split("x"))
+    else:
+        size = settings.model.image_size
+        channels, height, width = len(settings.model.mean or "RGB"), size or 224, size or 224
+    return channels, height, width
 
 
-def blank(class_names: Sequence[str], shape: tuple[int, int, int]) -> ImageDataset:
-    """Two black images, for what builds networks for images of this shape."""
+def blank_images(class_names: Sequence[str], shape: tuple[int, int, int]) -> ImageDataset:
+    """Two black images, for building networks that take images of this shape."""
     labels = torch.zeros(2, dtype=torch.int64)
     images = torch.zeros(2, *shape, dtype=torch.uint8)
     return ImageDataset("blank", images, labels, tuple(class_names), {}, "")
 
 
-def open_teacher(run: FinishedRun, store: RunStore) -> tuple[Classifier | Ensemble, str] | None:
+def open_teacher(run: FinishedRun, store: "RunStore") -> tuple[Classifier | Ensemble, str] | None:
     """The network that taught a run, in evaluation mode, and its name; None where none did.
 
     Raises:
-        ValueError: its weights are not there any more, or are others.
+        ConfigError: its weights are gone, or have changed.
     """
     source = run.record.tags.get("kdpipe.teacher_run", "")
     if not source:
         return None
-    teacher, images = run.config.teacher, blank(run.class_names, run.image_shape)
-    if is_ensemble(teacher):
+    teacher, images = run.settings.teacher, blank_images(run.class_names, run.image_shape)
+    if isinstance(teacher, EnsembleSettings):
         network: Classifier | Ensemble = build_ensemble(teacher, images, store)[0].classifier
     else:
         weights = f"runs:/{source}" if teacher.weights == "auto" else str(teacher.weights)
@@ -115,12 +116,14 @@ def open_teacher(run: FinishedRun, store: RunStore) -> tuple[Classifier | Ensemb
         load_trained("teacher.weights", weights, teacher.name, network, images, store)
     known = run.record.tags.get("kdpipe.inputs", "").rpartition("-")[2]
     if known and known != weights_digest(network.network):
-        raise ValueError(f"teacher.weights={teacher.weights}: these are no more the weights that taught the run")
-    return network.eval(), str(teacher.name)
+        raise ConfigError(
+            "teacher.weights", teacher.weights, problem="these are no longer the weights that taught the run"
+        )
+    return network.eval(), teacher.name
 
 
-def teacher_if_there(run: FinishedRun, store: RunStore) -> tuple[tuple[Classifier | Ensemble, str] | None, list[str]]:
-    """What `open_teacher` gives, and why not where it cannot: to a student alone much can be done."""
+def teacher_if_there(run: FinishedRun, store: "RunStore") -> tuple[tuple[Classifier | Ensemble, str] | None, list[str]]:
+    """What `open_teacher` returns, and a note where it fails: a student is of use without its teacher."""
     try:
         return open_teacher(run, store), []
     except ValueError as error:
@@ -128,27 +131,25 @@ def teacher_if_there(run: FinishedRun, store: RunStore) -> tuple[tuple[Classifie
 
 
 def open_data(run: FinishedRun, root: str | None = None) -> ImageDataset:
-    """The images that a run was given, split as they were.
+    """The images that a run was given, with the same splits.
 
     Args:
         root: where they are now; None for where they were.
 
     Raises:
-        ValueError: they are not there, or they are others.
+        ValueError: they are missing, or they are others.
     """
-    dataset = run.config.dataset.copy()
+    dataset = run.settings.dataset
     if root is not None:
-        if "root" not in dataset:
-            raise ValueError(f"--root {root}: {dataset.name} has no folder of its own; leave it out")
-        dataset.root = root
+        if "root" not in dataset.arguments:
+            raise ConfigError("--root", root, problem=f"{dataset.name} has no folder of its own; leave it out")
+        dataset = validated(DatasetSettings, {**dataset.plain, "root": root})
     try:
         data = build_data(dataset)
-    except (InstantiationException, ValueError) as error:
-        raise ValueError(f"{one_line(error)}; --root FOLDER says where the run's images are now") from error
+    except ValueError as error:
+        raise ValueError(f"{error}; --root FOLDER says where the run's images are now") from error
     known = run.record.tags.get("kdpipe.data", data.fingerprint)
     if data.fingerprint != known:
-        raise ValueError(
-            f"dataset.root={dataset.get('root', dataset.name)}: these are other images than those of run "
-            f"{run.record.id}, or another version ({len(data.labels):,} now); --root FOLDER says where its own are"
-        )
+        problem = f"these are not the images of run {run.record.id}, or another version ({len(data.labels):,} now)"
+        raise ConfigError("dataset.root", dataset.root, problem=f"{problem}; --root FOLDER says where its own are")
     return data

@@ -1,105 +1,79 @@
-"""Networks that a config describes, the present one or that of a run, and their weights."""
+"""Networks and their weights."""
 
-import re
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
 
+from kdpipe.assembly.building import build
 from kdpipe.data import ImageDataset
 from kdpipe.models import Classifier
 from kdpipe.models.weights import check_class_names, load_imagenet, load_state, read_weights
-from kdpipe.runs.names import run_and_file
-from kdpipe.settings import config as settings
-from kdpipe.settings.components import check_config, check_yaml
-from kdpipe.settings.hydra_errors import one_line
+from kdpipe.settings.addresses import run_and_file
+from kdpipe.settings.errors import ConfigError, first_line
+from kdpipe.settings.schema import NetworkSettings, Settings
 from kdpipe.system.randomness import derive_seed
 
+if TYPE_CHECKING:
+    from kdpipe.tracking import RunStore
 
-def build_network(key: str, model: DictConfig, data: ImageDataset, freeze: str) -> Classifier:
-    """The network that stands under `key`, without weights."""
-    architecture = {name: value for name, value in model.items() if name not in settings.NOT_ARCHITECTURE}
-    try:
-        network = instantiate(architecture, num_classes=data.num_classes)
-    except InstantiationException as error:  # networks speak of themselves as the model
-        raise ValueError(re.sub(r"^model\.", f"{key}.", one_line(error))) from error
+
+def build_network(key: str, settings: NetworkSettings, data: ImageDataset, freeze: str) -> Classifier:
+    """The network that stands under `key` in the config, without weights."""
+    network = build(key, settings, num_classes=data.num_classes)
     # A network of a library knows what its pretrained weights expect.
     own = getattr(network, "preprocessing", {})
     preprocessing: dict[str, Any] = {
-        name: own.get(name) if model[name] is None else model[name] for name in settings.PREPROCESSING
+        name: own.get(name) if getattr(settings, name) is None else getattr(settings, name)
+        for name in ("image_size", "mean", "std")
     }
-    classifier = Classifier(network, **preprocessing, freeze=freeze, key=key)
-    check_output(key, model, classifier, data)
+    try:
+        classifier = Classifier(network, **preprocessing, freeze=freeze)
+    except ConfigError as error:
+        raise error.under(key) from error
+    _check_output(key, settings, classifier, data)
     return classifier
 
 
 @torch.no_grad()
-def check_output(key: str, model: DictConfig, classifier: Classifier, data: ImageDataset) -> None:
-    """Raise ValueError where a network gets from images to no logits: two images tell before training."""
+def _check_output(key: str, settings: NetworkSettings, classifier: Classifier, data: ImageDataset) -> None:
+    """Raise ConfigError where two images do not become logits: before training."""
     images = data.images[:2]
     try:
         logits = classifier.eval()(images)
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(
-            f"{key}.image_size={model.image_size}: {model.name} cannot take images of this size ({reason})"
-        ) from error
+        problem = f"{settings.name} cannot take images of this size ({first_line(error)})"
+        raise ConfigError(f"{key}.image_size", settings.image_size, problem=problem) from error
     if logits.shape != (len(images), data.num_classes):
-        raise ValueError(f"{key}.name={model.name}: logits [N, {data.num_classes}] are expected, not {[*logits.shape]}")
+        expected = f"a network with logits [N, {data.num_classes}], not {[*logits.shape]}"
+        raise ConfigError(f"{key}.name", settings.name, expected)
 
 
-def build_model(config: DictConfig, data: ImageDataset, tracker: Any) -> Classifier:
+def build_model(settings: Settings, data: ImageDataset, store: "RunStore") -> Classifier:
     """What is trained: seeded first weights, or those that the config names."""
-    torch.manual_seed(derive_seed(config.seed, "student"))
-    model = build_network("model", config.model, data, config.model.freeze)
-    load_weights("model", config.model, model, data, tracker)
+    torch.manual_seed(derive_seed(settings.seed, "student"))
+    model = build_network("model", settings.model, data, settings.model.freeze)
+    load_weights("model", settings.model, model, data, store)
     return model
 
 
-def read_model(file: Path) -> DictConfig:
-    """What a run's composed config says of its network.
-
-    Raises:
-        ValueError: it says no such thing, or names what is not accepted.
-    """
-    return read_config(file, ["model"]).model
-
-
-def read_config(file: Path, sections: Sequence[str], optional: Sequence[str] = ()) -> DictConfig:
-    """These sections of a run's composed config, and of the optional ones those that it has.
-
-    Raises:
-        ValueError: it lacks them, or names what is not accepted: it may be somebody else's.
-    """
-    check_yaml(file)
-    composed = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    assert isinstance(composed, dict)
-    found = {name: composed[name] for name in (*sections, *optional) if isinstance(composed.get(name), dict)}
-    needed = ("_target_", "name", *settings.PREPROCESSING)
-    if not set(sections) <= set(found) or not all(key in found["model"] for key in needed) or "${" in str(found):
-        raise ValueError(f"{file}: the composed config of a run is accepted, with its model's {', '.join(needed)}")
-    config = OmegaConf.create(found)
-    check_config(config)
-    return config
+def load_weights(
+    key: str, settings: NetworkSettings, classifier: Classifier, data: ImageDataset, store: "RunStore"
+) -> None:
+    """Load the weights that the config names into a network: none, ImageNet's, a run's or a file's."""
+    if settings.weights == "imagenet":
+        load_imagenet(f"{key}.weights", classifier.network, settings.name)
+    elif settings.weights is not None:
+        load_trained(f"{key}.weights", settings.weights, settings.name, classifier, data, store)
 
 
-def load_weights(key: str, model: DictConfig, classifier: Classifier, data: ImageDataset, tracker: Any) -> None:
-    """Put the weights that the config names into a network: none, ImageNet's, a run's or a file's."""
-    if model.weights == "imagenet":
-        load_imagenet(f"{key}.weights", classifier.network, model.name)
-    elif model.weights is not None:
-        load_trained(f"{key}.weights", str(model.weights), model.name, classifier, data, tracker)
-
-
-def load_trained(key: str, weights: str, name: str, classifier: Classifier, data: ImageDataset, tracker: Any) -> None:
-    """Put the weights of a run or a file into a network."""
+def load_trained(
+    key: str, weights: str, name: str, classifier: Classifier, data: ImageDataset, store: "RunStore"
+) -> None:
+    """Load the weights of a run or a file into a network."""
     of_run = weights.startswith("runs:/")
-    file = tracker.downloaded(*run_and_file(weights), key) if of_run else nullcontext(Path(weights).expanduser())
+    file = store.downloaded(*run_and_file(weights), key) if of_run else nullcontext(Path(weights).expanduser())
     with file as path:
         state, class_names = read_weights(key, path)
     check_class_names(key, weights, class_names, data.class_names)

@@ -1,31 +1,26 @@
-"""All that a run is made of, checked before it trains."""
+"""What a run is made of, checked before it trains."""
 
 import json
-import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 
-from kdpipe.assembly.datasets import build_data, build_unlabelled, check_selection, plain
+from kdpipe.assembly.datasets import build_data, build_unlabelled, check_selection
 from kdpipe.assembly.networks import build_model
+from kdpipe.assembly.objectives import build_loss, build_optimizer, check_fit
 from kdpipe.assembly.teachers import KnownTeachers, build_teacher
+from kdpipe.assembly.views import check_outputs
 from kdpipe.data import ImageDataset
-from kdpipe.data.dataset import check_fractions
-from kdpipe.losses import Mutual
-from kdpipe.losses.base import Combined, Distillation, roles_of
 from kdpipe.models import Classifier
 from kdpipe.models.weights import weights_digest
-from kdpipe.settings import config as settings
-from kdpipe.settings.hydra_errors import one_line
-from kdpipe.system.randomness import derive_seed
-from kdpipe.training.observed import Observed
-from kdpipe.training.teacher import Peer, Teacher
+from kdpipe.settings.composition import Invocation
+from kdpipe.settings.errors import ConfigError
+from kdpipe.settings.schema import EnsembleSettings, Settings
+from kdpipe.training.teacher import Teacher
+
+if TYPE_CHECKING:
+    from kdpipe.tracking import Tracker
 
 
 @dataclass(frozen=True)
@@ -33,159 +28,67 @@ class Parts:
     """What a run is made of, before any of it moves to a device.
 
     Attributes:
-        teacher_source: the run or file that the teacher's weights are from, several runs with commas between them; ""
+        teacher_source: the run or file that the teacher's weights come from, several runs with commas between them; ""
             where there is no teacher.
         tags: what a finished run with the same parts is found by.
     """
 
     data: ImageDataset
-    teacher: Teacher | Peer | None
+    teacher: Teacher | None
     teacher_source: str
     model: Classifier
     tags: dict[str, str]
 
 
-def check_values(config: DictConfig) -> None:
-    """Raise ValueError for any value that will not do and that can be told before data is read."""
-    settings.check(config)
-    loss = build_loss(config)
-    augment = instantiate(config.augmentation)
-    outputs = config.distillation.outputs
-    if outputs == "cached" and augment is not None:
-        raise ValueError(
-            "distillation.outputs=cached: augmentation gives each epoch other views; auto, online, views are accepted"
-        )
-    if outputs in ("cached", "views") and settings.mixes(config):
-        raise ValueError(
-            f"distillation.outputs={outputs}: train.mixup and train.cutmix give each epoch other images; auto, online "
-            "are accepted"
-        )
-    if outputs == "views" and augment is None:
-        raise ValueError(
-            "distillation.outputs=views: without augmentation there is but one view; auto, cached, online are accepted"
-        )
-    unlabelled = OmegaConf.select(config, f"dataset.{settings.UNLABELLED}")
-    if unlabelled is not None and settings.mixes(config):
-        raise ValueError(
-            f"dataset.{settings.UNLABELLED}={unlabelled}: not with train.mixup or train.cutmix; null is accepted"
-        )
-    for part in (loss.first, loss.second) if isinstance(loss, Combined) else (loss,):
-        for key in ("train.mixup", "train.cutmix", f"dataset.{settings.UNLABELLED}"):
-            value = OmegaConf.select(config, key)
-            if value is not None and getattr(part, "one_label", False):
-                method = type(part).__name__
-                raise ValueError(f"{key}={value}: {method} needs one label for each image; null is accepted")
-    build_optimizer(config, nn.Linear(1, 1), loss, steps_per_epoch=1)
-    settings.check_ensemble(config)
-    if settings.is_ensemble(config.teacher) and settings.needs_teacher(config) and roles_of(loss):
-        raise ValueError(
-            f"model@teacher={config.teacher.name}: it answers with logits alone, and the loss asks for "
-            f"{', '.join(roles_of(loss))}; one teacher is accepted"
-        )
-    dataset = config.dataset
-    check_fractions(dataset.train_fraction, dataset.val_fraction, dataset.test_fraction, dataset.split_seed)
+def check_components(settings: Settings) -> None:
+    """Raise ConfigError for a value that a component does not take, or that goes with no other: before data is read."""
+    loss = build_loss(settings)
+    check_outputs(settings)
+    train = settings.train
+    single = {"train.mixup": train.mixup, "train.cutmix": train.cutmix}
+    unlabelled = settings.dataset.unlabelled_root
+    if unlabelled is not None and train.mixes:
+        raise ConfigError("dataset.unlabelled_root", unlabelled, "null with train.mixup or train.cutmix")
+    for key, value in (single | {"dataset.unlabelled_root": unlabelled}).items():
+        if value is not None and loss.one_label:
+            raise ConfigError(key, value, "null", "the loss needs one label for each image")
+    build_optimizer(settings, nn.Linear(1, 1), loss, steps_per_epoch=1)
+    if isinstance(settings.teacher, EnsembleSettings) and settings.needs_teacher and loss.roles:
+        problem = f"an ensemble answers with logits alone, and the loss compares {', '.join(loss.roles)}"
+        raise ConfigError("model@teacher", settings.teacher.name, "one network", problem)
 
 
-def build_parts(config: DictConfig, tracker: Any, known: KnownTeachers) -> Parts:
-    """Data, teacher and model; teachers are taken from `known`, and added to it."""
-    data = build_data(config.dataset)
-    check_selection(config.train, data)
+def build_parts(settings: Settings, invocation: Invocation, tracker: "Tracker", known: KnownTeachers) -> Parts:
+    """Data, teacher and model.
+
+    Args:
+        invocation: how the settings were composed, for the command that a message suggests.
+        known: teachers that were built already; new ones are added.
+    """
+    data = build_data(settings.dataset)
+    check_selection(settings, data)
     key = ""
-    if settings.teacher_learns(config):  # another one for each run
+    if settings.teacher_learns:  # each run has its own
         known = {}
-    elif settings.needs_teacher(config):
-        key = json.dumps([plain(config.dataset), plain(config.teacher)])
+    elif settings.needs_teacher:
+        key = json.dumps([settings.dataset.plain, settings.teacher.plain])
     if key not in known:
-        known[key] = build_teacher(config, data, tracker)
+        known[key] = build_teacher(settings, invocation, data, tracker)
     teacher, teacher_source = known[key]
-    if teacher and config.dataset.get(settings.UNLABELLED) is not None:
-        data = build_unlabelled(config)
-    model = build_model(config, data, tracker)
+    if teacher and settings.dataset.unlabelled_root is not None:
+        data = build_unlabelled(settings)
+    model = build_model(settings, data, tracker)
     if teacher:
-        check_fit(config, model, teacher, data)
+        check_fit(settings, model, teacher, data)
     tags = {
-        "kdpipe.identity": settings.run_identity(config),
-        "kdpipe.inputs": inputs_digest(data, teacher, model),
-        "kdpipe.stage": settings.stage(config),
+        "kdpipe.identity": settings.identity,
+        "kdpipe.inputs": _inputs_digest(data, teacher, model),
+        "kdpipe.stage": settings.run_stage,
     }
     return Parts(data, teacher, teacher_source, model, tags)
 
 
-def build_loss(config: DictConfig) -> nn.Module:
-    """The loss, with the other method's term that is added to it, if any."""
-    loss: nn.Module = instantiate(config.loss)
-    if "also" not in config:
-        return loss
-    if getattr(loss, "teacher_learns", False):
-        alone = f"{config.loss._target_} takes no second method"
-        raise ValueError(f"also={config.also._target_}: {alone}; another loss is accepted")
-    try:
-        also = instantiate(config.also)
-    except InstantiationException as error:  # losses speak of themselves as the loss
-        raise ValueError(re.sub(r"^loss\.", "also.", one_line(error))) from error
-    if not isinstance(also, Distillation) or also.teacher_learns:
-        raise ValueError(f"also={config.also._target_}: a method of distillation is accepted")
-    if also.name == getattr(loss, "name", None):
-        both = f"its term is called {also.name}, as that of {config.loss._target_}"
-        raise ValueError(f"also={config.also._target_}: {both}; another method is accepted")
-    return Combined(loss, also)
-
-
-def check_fit(config: DictConfig, model: Classifier, teacher: Teacher | Peer, data: ImageDataset) -> None:
-    """Raise ValueError where the loss cannot compare these two networks: told before anything trains."""
-    loss = build_loss(config)
-    student = Observed(model, model.network, roles_of(loss))
-    if isinstance(teacher, Teacher):
-        teacher.ask_for(roles_of(loss))
-    fit_loss(config, loss, student, teacher, data, torch.device("cpu"))
-    student.remove()
-
-
-def fit_loss(
-    config: DictConfig,
-    loss: nn.Module,
-    student: Observed,
-    teacher: Teacher | Peer,
-    data: ImageDataset,
-    device: torch.device,
-) -> None:
-    """Let the loss make its projections for these networks, from random numbers of its own.
-
-    Raises:
-        ValueError: the loss cannot compare them, or what it compares stays as it is.
-    """
-    if not isinstance(loss, Distillation | Combined):
-        return
-    positions = data.splits["train"].sort().values
-    images = data.images[positions[:2]].to(device)
-    student.model.eval()
-    outputs, targets = student(images), teacher.answer(images)
-    if loss.roles and not any(tensor.requires_grad for tensor in outputs.tensors[1:]):
-        raise ValueError(
-            f"model.freeze={config.model.freeze}: the loss compares {', '.join(loss.roles)}, which stay as they are; "
-            "none is accepted"
-        )
-    if isinstance(loss, Mutual):
-        loss.peer = teacher.classifier
-    torch.manual_seed(derive_seed(config.seed, "loss"))
-    loss.fit_to(outputs, targets, positions, data.labels[positions])
-    loss.to(device)
-
-
-def build_optimizer(
-    config: DictConfig, model: nn.Module, loss: nn.Module, steps_per_epoch: int
-) -> tuple[torch.optim.Optimizer, LRScheduler]:
-    """Optimizer and schedule for what can be trained in the model and the loss."""
-    parameters = [parameter for part in (model, loss) for parameter in part.parameters() if parameter.requires_grad]
-    try:
-        optimizer = instantiate(config.optimizer)(parameters)
-    except ValueError as error:
-        raise ValueError(f"optimizer={config.optimizer._target_}: {error}") from error
-    build = instantiate(config.scheduler)
-    return optimizer, build(optimizer, epochs=config.train.epochs, steps_per_epoch=steps_per_epoch)
-
-
-def inputs_digest(data: ImageDataset, teacher: Teacher | Peer | None, model: Classifier) -> str:
+def _inputs_digest(data: ImageDataset, teacher: Teacher | None, model: Classifier) -> str:
     """What the config only points to: the images, the teacher's weights, the first weights."""
     networks = [model.network] + ([teacher.classifier.network] if teacher else [])
     images = [data.fingerprint, data.unlabelled] if data.unlabelled else [data.fingerprint]

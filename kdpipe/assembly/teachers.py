@@ -1,123 +1,113 @@
 """The teacher: one network, several as one, or a second student."""
 
 import logging
-import shlex
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
 
-from kdpipe.assembly.datasets import plain
-from kdpipe.assembly.networks import build_network, load_trained, load_weights, read_model
+from kdpipe.assembly.networks import build_network, load_trained, load_weights
 from kdpipe.data import ImageDataset
 from kdpipe.models import Classifier, Ensemble
-from kdpipe.runs.names import CONFIG, run_and_file
-from kdpipe.settings import config as settings
+from kdpipe.runs.names import CONFIG
+from kdpipe.settings.addresses import run_and_file
+from kdpipe.settings.commands import teacher_command
+from kdpipe.settings.composition import Invocation
+from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.identity import canonical
+from kdpipe.settings.saved import read_network_settings
+from kdpipe.settings.schema import EnsembleSettings, NetworkSettings, Settings
 from kdpipe.system.randomness import derive_seed
-from kdpipe.training.teacher import Peer, Teacher
+from kdpipe.training.teacher import FrozenTeacher, Peer, Teacher
+
+if TYPE_CHECKING:
+    from kdpipe.tracking import RunRecord, RunStore, Tracker
 
 log = logging.getLogger("kdpipe")
 
-# Teachers that were built already and where their weights are from, by what the config says of them.
-KnownTeachers = dict[str, tuple[Teacher | Peer | None, str]]
+# Teachers that were built already, and where their weights come from, by their settings.
+KnownTeachers = dict[str, tuple[Teacher | None, str]]
 
 
-def build_teacher(config: DictConfig, data: ImageDataset, tracker: Any) -> tuple[Teacher | Peer | None, str]:
-    """The frozen teacher, and where its weights are from; None where the loss needs none.
+def build_teacher(
+    settings: Settings, invocation: Invocation, data: ImageDataset, tracker: "Tracker"
+) -> tuple[Teacher | None, str]:
+    """The teacher, and the run or file that its weights come from; None where the loss needs none.
 
     Raises:
-        ValueError: no teacher found, or weights that do not fit.
+        ConfigError: no teacher found, or weights that do not fit.
     """
-    if not settings.needs_teacher(config):
+    teacher = settings.teacher
+    if not settings.needs_teacher:
         return None, ""
-    if settings.teacher_learns(config):
-        torch.manual_seed(derive_seed(config.seed, "peer"))
-        classifier = build_network("teacher", config.teacher, data, freeze="none")
-        if config.teacher.weights != "auto":
-            load_weights("teacher", config.teacher, classifier, data, tracker)
+    if isinstance(teacher, EnsembleSettings):
+        return build_ensemble(teacher, data, tracker)
+    if settings.teacher_learns:
+        torch.manual_seed(derive_seed(settings.seed, "peer"))
+        classifier = build_network("teacher", teacher, data, freeze="none")
+        if teacher.weights != "auto":
+            load_weights("teacher", teacher, classifier, data, tracker)
         return Peer(classifier), ""
-    if settings.is_ensemble(config.teacher):
-        return build_ensemble(config.teacher, data, tracker)
-    classifier = build_network("teacher", config.teacher, data, freeze="none")
-    if config.teacher.weights == "auto":
+    classifier = build_network("teacher", teacher, data, freeze="none")
+    if teacher.weights == "auto":
+        found = _find_trained(settings, invocation, teacher, data, tracker)
+        load_trained("teacher.weights", f"runs:/{found.id}", teacher.name, classifier, data, tracker)
+        accuracy = 100 * found.metrics["test/accuracy"]
+        log.info("teacher: run %s (%s), test accuracy %.1f %%", found.id, found.name, accuracy)
+        return FrozenTeacher(classifier), found.id
+    weights = str(teacher.weights)
+    load_weights("teacher", teacher, classifier, data, tracker)
+    log.info("teacher: %s with the weights of %s", teacher.name, weights)
+    return FrozenTeacher(classifier), run_and_file(weights)[0] if weights.startswith("runs:/") else weights
+
+
+def _find_trained(
+    settings: Settings, invocation: Invocation, teacher: NetworkSettings, data: ImageDataset, tracker: "Tracker"
+) -> "RunRecord":
+    """The newest finished run of the teacher's network on these images and this test split; in a sweep the one that its
+    first run found."""
+    if settings.sweep.job and settings.sweep.job.teacher:
+        found = tracker.get_run(settings.sweep.job.teacher)
+    else:
         network = {
-            f"model.{key}": value
-            for key, value in plain(config.teacher).items()
-            if key not in ("weights", "freeze", "stages")
+            f"model.{key}": value for key, value in teacher.plain.items() if key not in ("weights", "freeze", "stages")
         }
         # A teacher with another test split would have been trained on images that the student is tested on.
-        images = {f"dataset.{key}": config.dataset[key] for key in ("name", "test_fraction", "split_seed")}
-        if config.sweep.job and config.sweep.job.teacher:  # all runs of a sweep have the one that was there at first
-            found = tracker.get_run(config.sweep.job.teacher)
-        else:
-            found = tracker.find_teacher(canonical(network | images), data.fingerprint)
-        if found is None:
-            raise ValueError(
-                f"teacher.weights=auto: no finished teacher run of {config.teacher.name} on these images and split "
-                f"in {tracker.name}; this trains one: {teacher_command(config)}"
-            )
-        source = found.id
-        load_trained("teacher.weights", f"runs:/{source}", config.teacher.name, classifier, data, tracker)
-        log.info(
-            "teacher: run %s (%s), test accuracy %.1f %%",
-            found.id,
-            found.name,
-            100 * found.metrics["test/accuracy"],
-        )
-    else:
-        weights = str(config.teacher.weights)
-        source = run_and_file(weights)[0] if weights.startswith("runs:/") else weights
-        load_weights("teacher", config.teacher, classifier, data, tracker)
-        log.info("teacher: %s with the weights of %s", config.teacher.name, weights)
-    return Teacher(classifier), source
+        dataset = settings.dataset
+        images = {
+            "dataset.name": dataset.name,
+            "dataset.test_fraction": dataset.test_fraction,
+            "dataset.split_seed": dataset.split_seed,
+        }
+        found = tracker.find_teacher(canonical(network | images), data.fingerprint)
+    if found is None:
+        problem = f"no finished teacher run of {teacher.name} on these images and this split in {tracker.name}"
+        command = teacher_command(settings, invocation)
+        raise ConfigError("teacher.weights", "auto", problem=f"{problem}; this trains one: {command}")
+    return found
 
 
-def build_ensemble(teacher: DictConfig, data: ImageDataset, tracker: Any) -> tuple[Teacher, str]:
-    """Several teachers as one, and the runs that they are from.
+def build_ensemble(settings: EnsembleSettings, data: ImageDataset, store: "RunStore") -> tuple[FrozenTeacher, str]:
+    """Several teachers as one, and the runs that they come from.
 
     Raises:
-        ValueError: a run that is not there or not finished, or whose network or classes do not fit.
+        ConfigError: a run that does not exist or is not finished, or whose network or classes do not fit.
     """
-    members = [build_member(address, data, tracker) for address in teacher.members]
-    ensemble = Ensemble(members, teacher.shares or [1] * len(members), teacher.temperature)
+    members = [_build_member(address, data, store) for address in settings.members]
+    ensemble = Ensemble(members, settings.shares or [1] * len(members), settings.temperature)
     shares = ", ".join(f"{share:.3g}" for share in ensemble.shares.tolist())
-    log.info("teacher: the mean of their soft targets at T %g, shares %s", teacher.temperature, shares)
-    return Teacher(ensemble), ",".join(dict.fromkeys(run_and_file(address)[0] for address in teacher.members))
+    log.info("teacher: the mean of their soft targets at T %g, shares %s", settings.temperature, shares)
+    return FrozenTeacher(ensemble), ",".join(dict.fromkeys(run_and_file(address)[0] for address in settings.members))
 
 
-def build_member(address: str, data: ImageDataset, tracker: Any) -> Classifier:
+def _build_member(address: str, data: ImageDataset, store: "RunStore") -> Classifier:
     """The network of a run, as the run's own config describes it, with the run's weights."""
     key = "teacher.members"
-    with tracker.downloaded(run_and_file(address)[0], CONFIG, key) as file:
+    with store.downloaded(run_and_file(address)[0], CONFIG, key) as file:
         try:
-            model = read_model(file)
-            classifier = build_network("model", model, data, freeze="none")
-        except ValueError as error:  # which speaks of the model of that config
-            raise ValueError(f"{key}={address}: {error}") from error
-    load_trained(key, address, model.name, classifier, data, tracker)
-    log.info("teacher: %s with the weights of %s", model.name, address)
+            settings = read_network_settings(file)
+            classifier = build_network("model", settings, data, freeze="none")
+        except ValueError as error:  # which is about the model of that config
+            raise ConfigError(key, address, problem=str(error)) from error
+    load_trained(key, address, settings.name, classifier, data, store)
+    log.info("teacher: %s with the weights of %s", settings.name, address)
     return classifier
-
-
-def teacher_command(config: DictConfig) -> str:
-    """The command that trains the teacher that the present command asks for."""
-    overrides = []
-    experiment, choices = "teacher", HydraConfig.get().runtime.choices
-    if str(choices.get("experiment")).startswith("benchmark/"):  # whose pairs name the teacher themselves
-        experiment = "benchmark/teacher"
-        overrides.append(f"model={choices['model@teacher']}")
-        if "shortcut" in config.teacher:
-            overrides.append(f"model.shortcut={config.teacher.shortcut}")
-    for override in HydraConfig.get().overrides.task:
-        key, _, value = override.partition("=")
-        if key == "model@teacher":
-            overrides.append(f"model={value}")
-        elif key.startswith("teacher.") and key != "teacher.weights":
-            overrides.append(f"model.{key.removeprefix('teacher.')}={value}")
-        elif key == "dataset" or key.startswith(("dataset.", "tracking.", "output_dir")):
-            overrides.append(override)
-    sources = HydraConfig.get().runtime.config_sources
-    folders = [f"--config-dir={source.path}" for source in sources if source.provider == "command-line"]
-    return shlex.join(["python", "-m", "kdpipe", *folders, f"experiment={experiment}", *overrides])

@@ -1,13 +1,15 @@
-"""A run is named by what it is: a hash of all the settings that its result depends on, and of kdpipe's version."""
+"""A run is named by what it is: a hash of all the settings that its result depends on."""
 
 import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from kdpipe import __version__
+# The version whose results today's equal. Raise it when the same command gives other numbers, and only then: every
+# finished run is trained anew, and every cached answer of a teacher computed anew.
+RESULTS = "0.4.0"
 
-# Where things lie, what they run on and what is measured beside: no part of a run's identity.
+# Where things are stored, what they run on, and what is only measured: not part of a run's identity.
 PLACES = (
     "output_dir",
     "tracking",
@@ -24,12 +26,15 @@ PLACES = (
     "evaluation",
     "distillation.cache_max_gb",
     "sweep",
-    "chain",  # a link is what its own settings say
+    "chain",  # each link is a run of its own
 )
 LABELS_ALONE = "kdpipe.losses.CrossEntropy"  # the loss of the student alone
+LOSSES = "kdpipe.losses."
+# Modules that were moved since their first runs: moving code trains nothing anew.
+FORMER_NAMES = {"kdpipe.training.schedules.": "kdpipe.schedulers."}
 
 UNLABELLED = "dataset.unlabelled_root"  # more images for what a teacher says; the student alone has none
-# Settings that came later, as MLflow tells them (params are text), with the value that means what was done before.
+# Settings that were added later, as MLflow has them (params are text), with the value that means what was done before.
 LATER = {
     **dict.fromkeys(("train.clip_norm", "train.mixup", "train.cutmix", UNLABELLED), "None"),
     **dict.fromkeys(("model.stages", "teacher.stages"), "None"),
@@ -48,9 +53,22 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def blends(loss: Mapping[str, Any]) -> bool:
+    """Whether a loss's `alpha` weighs the teacher against the labels, so that 0 leaves the labels alone. Where a method
+    has a weight of its own, its alpha means something else; of losses that are not ours nothing is known."""
+    return str(loss.get("_target_")).startswith(LOSSES) and "alpha" in loss and "weight" not in loss
+
+
+def canonical_target(target: str) -> str:
+    """One name for a component: kdpipe.losses.kd.KD is kdpipe.losses.KD."""
+    for now, before in FORMER_NAMES.items():
+        target = target.replace(now, before)
+    return LOSSES + target.rpartition(".")[2] if target.startswith(LOSSES) else target
+
+
 def effective(settings: Mapping[str, Any], needs_teacher: bool) -> dict[str, Any]:
-    """The flat settings without those that have no effect: what a pair of the benchmark has for losses, which counts
-    where a loss has taken it; and where there is no teacher its own, and what softens its answers."""
+    """The flat settings without those that have no effect: what a pair of the benchmark sets for losses, which counts
+    where a loss has taken it; and where there is no teacher, its settings and what softens its answers."""
     flat = {
         key: canonical(value)
         for key, value in flatten(settings).items()
@@ -68,8 +86,8 @@ def effective(settings: Mapping[str, Any], needs_teacher: bool) -> dict[str, Any
 
 
 def temperature_of(flat: Mapping[str, Any]) -> Any:
-    """What divides the teacher's logits, those of the loss, or of the second one where the first has no effect; None
-    where nothing does, or they are standardised first."""
+    """The temperature that divides the teacher's logits: the loss's, or the second one's where the first has no effect;
+    None where nothing divides them, or they are standardised first."""
     for group in ("loss", "also"):
         is_softened = not flat.get(f"{group}.standardize") and flat.get(f"{group}.alpha") != 0
         if is_softened and f"{group}.temperature" in flat:
@@ -78,9 +96,10 @@ def temperature_of(flat: Mapping[str, Any]) -> Any:
 
 
 def what_matters(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The flat settings that a result depends on; any loss at alpha 0 is cross-entropy, any second one is none."""
+    """The flat settings that a result depends on, also from MLflow's params; a loss whose alpha 0 leaves the labels
+    alone is cross-entropy then, and a second one is none."""
     matters = {
-        key: value
+        key: canonical_target(str(value)) if key.endswith("._target_") else value
         for key, value in flat.items()
         if key not in PLACES and not key.startswith(tuple(f"{place}." for place in PLACES))
     }
@@ -89,23 +108,28 @@ def what_matters(flat: Mapping[str, Any]) -> dict[str, Any]:
             matters.pop(key, None)
     if unlabelled := matters.get(UNLABELLED):
         matters[UNLABELLED] = str(unlabelled).rstrip("/").rpartition("/")[2]  # as a data set's name
-    if matters.get("distillation.outputs") != "views":  # else only where the same answers come from
-        matters = without(matters, "distillation.")
-    if str(matters.get("loss.alpha")) == "0":
-        matters = without(matters, "loss.") | {"loss._target_": LABELS_ALONE}
-    if str(matters.get("also.alpha")) == "0":
-        matters = without(matters, "also.")
+    if matters.get("distillation.outputs") != "views":  # else it only says where the same answers come from
+        matters = _without(matters, "distillation.")
+    if _is_off(matters, "loss"):
+        matters = _without(matters, "loss.") | {"loss._target_": LABELS_ALONE}
+    if _is_off(matters, "also"):
+        matters = _without(matters, "also.")
     matters.pop("also.ce_weight", None)  # the cross-entropy is the first one's
     return matters
 
 
-def without(flat: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+def _is_off(flat: Mapping[str, Any], group: str) -> bool:
+    own = {key.removeprefix(f"{group}."): value for key, value in flat.items() if key.startswith(f"{group}.")}
+    return blends(own) and str(own["alpha"]) == "0"
+
+
+def _without(flat: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if not key.startswith(prefix)}
 
 
 def identity(flat: Mapping[str, Any]) -> str:
     """12 hex digits: the same for the same flat settings, however they were written (1 or 1.0, in any order)."""
-    text = json.dumps([__version__, what_matters(canonical(flat))], sort_keys=True)
+    text = json.dumps([RESULTS, what_matters(canonical(flat))], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -113,7 +137,7 @@ def canonical(value: Any) -> Any:
     """One way to write a value: 1.0 as 1, in lists and mappings too."""
     if isinstance(value, Mapping):
         return {key: canonical(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [canonical(item) for item in value]
     if isinstance(value, float) and value.is_integer():
         return int(value)

@@ -11,47 +11,47 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from kdpipe.settings import config as settings
-from kdpipe.settings.checks import as_typed
+from kdpipe.settings.errors import ConfigError, as_typed
 from kdpipe.settings.identity import flatten
-from kdpipe.sweeps.grid import Axes, Composed, compose
+from kdpipe.sweeps.grid import Axes, Cell, compose_cell
 
 
 def links_of(sweeper: BasicSweeper, axes: Axes) -> list[list[str]]:
     """The overrides of each link of the chain; one link without any where there is no chain.
 
     Raises:
-        ValueError: a chain that is no list of settings, or a setting that a link cannot have.
+        ConfigError: a chain that is not a list of settings, or a setting that a link cannot have.
     """
     if "chain" in axes:
-        raise ValueError(f"chain={','.join(axes['chain'])}: one chain is accepted")
+        raise ConfigError("chain", ",".join(axes["chain"]), "one chain")
     assert sweeper.config is not None and sweeper.hydra_context
     chain = sweeper.config.chain
     if chain is None:
         return [[]]
     chain = OmegaConf.to_container(chain, resolve=True) if OmegaConf.is_config(chain) else chain
     if not isinstance(chain, list) or not chain:
-        accepted = "a list of links is accepted, such as [{model:resnet56,loss:cross_entropy},{model:resnet20}]"
-        raise ValueError(f"chain={as_typed(chain)}: {accepted}")
+        raise ConfigError(
+            "chain", chain, "a list of links, such as [{model:resnet56,loss:cross_entropy},{model:resnet20}]"
+        )
     parser = OverridesParser.create(config_loader=sweeper.hydra_context.config_loader)
     links = [_overrides_of(number, link) for number, link in enumerate(chain, start=1)]
     for number, link in enumerate(links, start=1):
         for override in parser.parse_overrides(link):
             if problem := _problem(override, number, axes):
-                raise ValueError(f"chain: {override.input_line} in link {number}: {problem}")
-    return [[*link, "chain=null"] for link in links]  # a link's run is a run like any other
+                raise ConfigError(f"chain: {override.input_line} in link {number}", problem=problem)
+    return [[*link, "chain=null"] for link in links]  # the run of a link is a run like any other
 
 
 def _overrides_of(number: int, link: object) -> list[str]:
     if not isinstance(link, Mapping):
-        accepted = "settings in braces are accepted, such as {model:resnet20,loss.alpha:0.9}, or {} for none"
-        raise ValueError(f"chain: {as_typed(link)} is link {number}: {accepted}")
+        expected = "settings in braces, such as {model:resnet20,loss.alpha:0.9}, or {} for none"
+        raise ConfigError(f"chain: {as_typed(link)} is link {number}", expected=expected)
     for key, value in link.items():
         if isinstance(value, Mapping):
             inner = next(iter(value), "key")
-            raise ValueError(f"chain: {key} in link {number}: whole keys are accepted, such as {key}.{inner}")
+            raise ConfigError(f"chain: {key} in link {number}", expected=f"whole keys, such as {key}.{inner}")
     return [f"{key}={value if isinstance(value, str) else _written(value)}" for key, value in link.items()]
 
 
@@ -59,21 +59,21 @@ def _problem(override: Override, number: int, axes: Axes) -> str:
     """Why a link cannot have a setting; "" where it can."""
     key = _key(override.get_key_element())
     if override.is_sweep_override():
-        return "one value is accepted; axes stand beside the chain, and are those of all links"
+        return "expected one value; axes belong to all links and are written outside of the chain"
     if key == "chain" or key.startswith(("hydra.", "hydra/")):
-        return "it is the whole chain's; beside the chain it is accepted"
+        return "it belongs to the whole chain and is written outside of it"
     if number > 1 and key in ("model@teacher", "teacher.weights"):
-        return f"its teacher is link {number - 1}; in the first link it is accepted"
+        return f"its teacher is link {number - 1}; only the first link can have another one"
     if number > 1 and key == "seed" and "seed" in axes:
-        return "seed is an axis of the chain, and each link has its cell's; in the first link it is accepted"
+        return "seed is an axis of the chain, and each link has its cell's; only the first link can have another one"
     return ""
 
 
-def draft(sweeper: BasicSweeper, grid: Sequence[Sequence[str]], links: Sequence[Sequence[str]]) -> list[list[Composed]]:
-    """The cells of each link before any is trained: a teacher's run, which has no id yet, goes by its identity."""
+def draft(sweeper: BasicSweeper, grid: Sequence[Sequence[str]], links: Sequence[Sequence[str]]) -> list[list[Cell]]:
+    """The cells of each link before any is trained: the run of a teacher has no id yet, and goes by its identity."""
     drafts = [compose_link(sweeper, grid, links[0])]
     for link in links[1:]:
-        drafts.append(compose_link(sweeper, grid, link, [(cell.config, cell.identity) for cell in drafts[-1]]))
+        drafts.append(compose_link(sweeper, grid, link, [(cell, cell.identity) for cell in drafts[-1]]))
     return drafts
 
 
@@ -81,19 +81,19 @@ def compose_link(
     sweeper: BasicSweeper,
     grid: Sequence[Sequence[str]],
     link: Sequence[str],
-    teachers: Sequence[tuple[DictConfig, str]] | None = None,
-) -> list[Composed]:
+    teachers: Sequence[tuple[Cell, str]] | None = None,
+) -> list[Cell]:
     """The cells of one link.
 
     Args:
-        grid: the overrides beside the chain, of each cell.
-        teachers: for a link after the first the config and the id of the run before, of each cell.
+        grid: the overrides outside of the chain, of each cell.
+        teachers: for a link after the first the cell of the run before, and its id, of each cell.
     """
     if teachers is None:
-        return [compose(sweeper, link_overrides(cell, link)) for cell in grid]
+        return [compose_cell(sweeper, link_overrides(cell, link)) for cell in grid]
     return [
-        compose(sweeper, link_overrides(cell, link, taught_by(config, run_id)))
-        for cell, (config, run_id) in zip(grid, teachers, strict=True)
+        compose_cell(sweeper, link_overrides(cell, link, taught_by(before, run_id)))
+        for cell, (before, run_id) in zip(grid, teachers, strict=True)
     ]
 
 
@@ -101,53 +101,52 @@ def link_overrides(cell: Sequence[str], link: Sequence[str], teacher: Sequence[s
     """The overrides of a link's run.
 
     Args:
-        cell: those beside the chain.
+        cell: those outside of the chain.
         link: its own, which win.
         teacher: those for its teacher, in links after the first.
     """
     return [*_kept(cell, link, teacher is not None), *(teacher or []), *link]
 
 
-def taught_by(config: DictConfig, run_id: str) -> list[str]:
+def taught_by(before: Cell, run_id: str) -> list[str]:
     """The overrides that make the network of one run the teacher of the next."""
-    model = OmegaConf.to_container(config.model, resolve=True)
-    assert isinstance(model, dict)
-    network = {key: value for key, value in model.items() if key not in ("weights", "freeze")}
+    network = {key: value for key, value in before.settings.model.plain.items() if key not in ("weights", "freeze")}
     return [
-        f"model@teacher={config.hydra.runtime.choices.model}",
-        *(f"++teacher.{key}={_written(value)}" for key, value in flatten(network).items()),  # type: ignore[arg-type]
+        f"model@teacher={before.invocation.choices['model']}",
+        *(f"++teacher.{key}={_written(value)}" for key, value in flatten(network).items()),
         f"teacher.weights=runs:/{run_id}",
     ]
 
 
-def check_links(cell: Sequence[str], links: Sequence[Sequence[str]], drafts: Sequence[Sequence[Composed]]) -> None:
-    """Raise ValueError for an override that no link of a chain takes, and for a link that learns from no teacher."""
+def check_links(cell: Sequence[str], links: Sequence[Sequence[str]], drafts: Sequence[Sequence[Cell]]) -> None:
+    """Raise ConfigError for an override that no link of a chain takes, and for a link that learns from no teacher."""
     if len(links) == 1:
         return
     used = {override for number, link in enumerate(links) for override in _kept(cell, link, number > 0)}
     for override in cell:
         if override not in used and _key(override) not in ("chain", "experiment"):
-            raise ValueError(f"{override}: each link of the chain chooses this itself; in the chain it is accepted")
-    taught = [any(settings.needs_teacher(one.config) for one in composed) for composed in drafts]
+            raise ConfigError(override, problem="each link of the chain chooses this itself; write it in the chain")
+    taught = [any(one.settings.needs_teacher for one in cells) for cells in drafts]
     for override in cell:
         if _is_of_teacher(override) and not taught[0]:
-            accepted = "model=… is the network of links that choose none"
-            raise ValueError(
-                f"{override}: the first link learns from none, each later one from the link before; {accepted}"
+            problem = "the first link learns from none, each later one from the link before"
+            raise ConfigError(override, problem=f"{problem}; model=… is the network of links that choose none")
+    for number, (is_taught, cells) in enumerate(zip(taught[1:], drafts[1:], strict=True), start=2):
+        if any(one.settings.teacher_learns for one in cells):
+            raise ConfigError(
+                "chain", problem=f"link {number} has two students and no teacher; only the first link can"
             )
-    for number, composed in enumerate(drafts[1:], start=2):
-        if any(settings.teacher_learns(one.config) for one in composed):
-            raise ValueError(f"chain: link {number} has two students and no teacher; in the first link it is accepted")
-    for number, (is_taught, composed) in enumerate(zip(taught[1:], drafts[1:], strict=True), start=2):
         if not is_taught:
-            loss = composed[0].config.loss
-            text = f"{loss._target_}, alpha 0" if "alpha" in loss else loss._target_
-            raise ValueError(f"chain: link {number} learns nothing from link {number - 1}, its loss is {text}")
+            loss = cells[0].settings.loss
+            text = f"{loss.target}, alpha 0" if "alpha" in loss.arguments else loss.target
+            raise ConfigError(
+                "chain", problem=f"link {number} learns nothing from link {number - 1}, its loss is {text}"
+            )
 
 
-def networks_of(cells: Sequence[Composed]) -> str:
+def networks_of(cells: Sequence[Cell]) -> str:
     """What a link trains."""
-    return " or ".join(dict.fromkeys(str(cell.config.model.name) for cell in cells))
+    return " or ".join(dict.fromkeys(cell.settings.model.name for cell in cells))
 
 
 def _kept(cell: Sequence[str], link: Sequence[str], has_link_before: bool) -> list[str]:
@@ -155,7 +154,7 @@ def _kept(cell: Sequence[str], link: Sequence[str], has_link_before: bool) -> li
     and for the teacher where it is the link before."""
     own = [_key(override) for override in link]
     of_own = [f"{key.rpartition('@')[2]}." for key in own if "." not in key]
-    if "loss" in own:  # what is added to the loss is added to that of other links
+    if "loss" in own:  # a second method belongs to the loss of other links
         of_own += ["loss@also", "also."]
     return [
         override

@@ -6,65 +6,85 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from kdpipe.assembly import KnownTeachers, build_parts
-from kdpipe.settings import config as settings
-from kdpipe.settings.identity import canonical
+from kdpipe.assembly.parts import build_parts
+from kdpipe.assembly.teachers import KnownTeachers
+from kdpipe.settings.composition import Invocation, read_settings
+from kdpipe.settings.errors import ConfigError
+from kdpipe.settings.identity import canonical, flatten
+from kdpipe.settings.schema import Settings
+
+if TYPE_CHECKING:
+    from kdpipe.tracking import Tracker
 
 # In the names of runs; the order is theirs there too.
 SHORT = {"loss.alpha": "a", "loss.temperature": "T", "seed": "s"}
+# What all cells of a sweep share.
+SHARED = (
+    "tracking.uri",
+    "tracking.experiment",
+    "output_dir",
+    "sweep.confirm_seeds",
+    "sweep.rerun",
+    "train.resume",
+)
 Axes = dict[str, list[str]]
 
 
 @dataclass(frozen=True)
-class Composed:
-    """A cell of a grid: overrides of Hydra, and the config that they compose."""
+class Cell:
+    """A cell of a grid: overrides of Hydra, and the settings that they compose."""
 
     overrides: tuple[str, ...]
-    config: DictConfig
+    settings: Settings
+    invocation: Invocation
 
     @property
     def identity(self) -> str:
-        return settings.run_identity(self.config)
+        return self.settings.identity
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedRun:
     """One run of a sweep.
 
     Attributes:
         name: what it differs in from the others, such as a0.5_T4_s0.
-        overrides: of Hydra, that compose its config.
         tags: what it is found by when it is finished.
-        teacher: the run or file that its teacher's weights are from; "" where it has none.
+        teacher: the run or file that its teacher's weights come from; "" where it has none.
     """
 
     name: str
-    overrides: tuple[str, ...]
-    config: DictConfig
+    cell: Cell
     tags: dict[str, str]
     teacher: str
 
     @property
+    def overrides(self) -> tuple[str, ...]:
+        return self.cell.overrides
+
+    @property
+    def settings(self) -> Settings:
+        return self.cell.settings
+
+    @property
     def identity(self) -> str:
-        return self.tags["kdpipe.identity"]
+        return self.cell.identity
 
     @property
     def folder(self) -> Path:
-        return Path(self.config.output_dir) / "runs" / self.identity
+        return self.settings.folder
 
 
 def expand(sweeper: BasicSweeper, arguments: Sequence[str]) -> tuple[Axes, list[list[str]]]:
-    """The grid's axes, key by key, and the overrides of each of its cells.
+    """The axes of the grid, key by key, and the overrides of each of its cells.
 
     Raises:
-        ValueError: an empty grid, or a value that an axis has twice.
+        ConfigError: an empty grid, or an axis with a value twice.
     """
     assert sweeper.hydra_context
     parser = OverridesParser.create(config_loader=sweeper.hydra_context.config_loader)
@@ -77,90 +97,79 @@ def expand(sweeper: BasicSweeper, arguments: Sequence[str]) -> tuple[Axes, list[
             axes[key] = list(override.sweep_string_iterator())
             values = canonical(list(override.sweep_iterator()))
             if not values:
-                raise ValueError(f"{override.input_line}: the grid is empty; at least one value is accepted")
+                raise ConfigError(str(override.input_line), expected="at least one value", problem="the grid is empty")
             if twice := [text for n, text in enumerate(axes[key]) if values[n] in values[:n]]:
-                raise ValueError(f"{key}={twice[0]}: in the grid twice; each value once is accepted")
+                raise ConfigError(key, twice[0], "each value once", "it is in the grid twice")
         elif override.is_sweep_override():
-            raise ValueError(f"{override.input_line}: a list is accepted, {key}=1,2 or {key}=range(1,3)")
+            raise ConfigError(str(override.input_line), expected=f"a list, {key}=1,2 or {key}=range(1,3)")
     return axes, sweeper.split_arguments(overrides, None)[0]
 
 
-def compose(sweeper: BasicSweeper, overrides: Sequence[str]) -> Composed:
-    """One cell, with Hydra's own part in its config."""
+def compose_cell(sweeper: BasicSweeper, overrides: Sequence[str]) -> Cell:
+    """One cell."""
     assert sweeper.hydra_context and sweeper.config
-    loader = sweeper.hydra_context.config_loader
-    return Composed(tuple(overrides), loader.load_sweep_config(sweeper.config, list(overrides)))
+    config = sweeper.hydra_context.config_loader.load_sweep_config(sweeper.config, list(overrides))
+    return Cell(tuple(overrides), read_settings(config), Invocation.of(config.hydra))
 
 
-def check_shared(configs: Sequence[DictConfig]) -> None:
-    """Raise ValueError where cells differ in what is the whole sweep's."""
-    for key in (
-        "tracking.uri",
-        "tracking.experiment",
-        "output_dir",
-        "sweep.confirm_seeds",
-        "sweep.rerun",
-        "train.resume",
-    ):
-        values = {str(OmegaConf.select(config, key)) for config in configs}
+def check_shared(cells: Sequence[Settings]) -> None:
+    """Raise ConfigError where cells differ in what all of a sweep share."""
+    flat = [flatten(settings.plain) for settings in cells]
+    for key in SHARED:
+        values = {str(settings.get(key)) for settings in flat}
         if len(values) > 1:
-            raise ValueError(f"{key}={','.join(sorted(values))}: one value for the whole sweep is accepted")
+            raise ConfigError(key, ",".join(sorted(values)), "one value for the whole sweep")
 
 
 def plan(
-    axes: Axes, cells: Sequence[Composed], tracker: Any, teachers: KnownTeachers, link: int | None = None
-) -> list[Planned]:
+    axes: Axes, cells: Sequence[Cell], tracker: "Tracker", teachers: KnownTeachers, link: int | None = None
+) -> list[PlannedRun]:
     """The runs of cells; cells that are the same run (at alpha 0, whatever the temperature) are planned once. Data,
     teachers and networks are built here, so that what is wrong with them is known before anything trains.
 
     Args:
-        link: the number of the link of a chain that the cells are of.
+        link: the number of the link of a chain that the cells belong to.
     """
-    planned: dict[str, Planned] = {}
+    planned: dict[str, PlannedRun] = {}
     for cell in cells:
         if cell.identity in planned:
             continue
-        HydraConfig.instance().set_config(cell.config)  # messages name the command
-        parts = build_parts(cell.config, tracker, teachers)
-        name = name_of(axes, cell.overrides, cell.config)
+        parts = build_parts(cell.settings, cell.invocation, tracker, teachers)
+        name = name_of(axes, cell)
         if link is not None:
-            name = f"{link}_{cell.config.model.name}_{name}"
-            if name in [run.name for run in planned.values()]:  # they are alike but for their teachers
+            name = f"{link}_{cell.settings.model.name}_{name}"
+            if name in [run.name for run in planned.values()]:  # they differ in their teachers only
                 name = f"{name}_{parts.teacher_source[:8]}"
-        planned[cell.identity] = Planned(name, cell.overrides, cell.config, parts.tags, parts.teacher_source)
+        planned[cell.identity] = PlannedRun(name, cell, parts.tags, parts.teacher_source)
     return list(planned.values())
 
 
-def name_of(axes: Axes, overrides: Sequence[str], config: DictConfig) -> str:
+def name_of(axes: Axes, cell: Cell) -> str:
     """What a cell differs in from the others, then alpha, temperature and seed, without what has no effect on it:
     a0.5_T4_s0, a0_s0, lr0.01_a0.5_T4_s0."""
-    effective = settings.effective_settings(config)
+    effective, values = cell.settings.effective, flatten(cell.settings.plain)
     parts = []
-    for override in overrides:
+    for override in cell.overrides:
         key, _, chosen = override.partition("=")
         target = key.lstrip("+").rpartition("@")[2]  # model@teacher is a group whose keys stand under teacher
         if key not in axes or key in SHORT:
             continue
         if target in effective:
-            parts.append(target.rpartition(".")[2] + _written(config, target))
+            parts.append(target.rpartition(".")[2] + _in_short(values[target]))
         elif any(known.startswith(f"{target}.") for known in effective):
             parts.append(chosen)
-    return "_".join([*parts, *(short + _written(config, key) for key, short in SHORT.items() if key in effective)])
-
-
-def _written(config: DictConfig, key: str) -> str:
-    return _in_short(OmegaConf.select(config, key))
+    return "_".join([*parts, *(short + _in_short(values[key]) for key, short in SHORT.items() if key in effective)])
 
 
 def _in_short(value: object) -> str:
-    if isinstance(value, ListConfig):
+    if isinstance(value, list):
         return "+".join(map(_in_short, value))
     if isinstance(value, float):
         return f"{value:g}"
     return re.sub(r"runs:/(\w{8})\w+", r"\1", str(value))  # MLflow's ids differ in their first digits
 
 
-def identity_of(planned: Sequence[Planned], later: Sequence[Sequence[Composed]] = ()) -> str:
+def sweep_identity(planned: Sequence[PlannedRun], later: Sequence[Sequence[Cell]] = ()) -> str:
     """The sweep's 12 hex digits: a hash of its cells' identities, and of the images and teachers that they found.
 
     Args:

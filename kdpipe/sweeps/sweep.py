@@ -1,5 +1,5 @@
 """`python -m kdpipe -m …`: all cells of a grid are checked first, then those that are missing are trained, under one
-parent run in MLflow that holds what came of them."""
+parent run in MLflow that holds the comparison."""
 
 import json
 import logging
@@ -8,22 +8,40 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.utils import JobStatus
-from omegaconf import DictConfig
 from torch import distributed
 
-from kdpipe.assembly import KnownTeachers, build_data, build_model, check_device, check_selection, check_values
+from kdpipe.assembly.datasets import build_data, check_selection
+from kdpipe.assembly.devices import check_device
+from kdpipe.assembly.networks import build_model
+from kdpipe.assembly.parts import check_components
+from kdpipe.assembly.teachers import KnownTeachers
 from kdpipe.runs.claim import ClaimedError, locked, wait_until_free, worker_of_ours
 from kdpipe.runs.journal import is_unfinished
 from kdpipe.runs.store import PATIENCE, check_uri, store_uri, wait_for_store
-from kdpipe.settings import config as settings
-from kdpipe.settings.hydra_errors import one_line
+from kdpipe.settings.commands import compare_command
+from kdpipe.settings.composition import explain
+from kdpipe.settings.errors import ConfigError
+from kdpipe.settings.schema import Settings
 from kdpipe.sweeps.chain import check_links, compose_link, draft, links_of, networks_of
-from kdpipe.sweeps.grid import Axes, Composed, Planned, check_shared, compose, describe, expand, identity_of, plan
+from kdpipe.sweeps.grid import (
+    Axes,
+    Cell,
+    PlannedRun,
+    check_shared,
+    compose_cell,
+    describe,
+    expand,
+    plan,
+    sweep_identity,
+)
 from kdpipe.system.interruption import passed_on
+
+if TYPE_CHECKING:
+    from kdpipe.tracking import RunRecord, Tracker
 
 log = logging.getLogger("kdpipe.sweep")
 
@@ -45,18 +63,18 @@ class Sweep:
     axes: Axes
     grid: Sequence[Sequence[str]]
     links: Sequence[Sequence[str]]
-    drafts: Sequence[Sequence[Composed]]
-    tracker: Any
+    drafts: Sequence[Sequence[Cell]]
+    tracker: "Tracker"
     teachers: KnownTeachers = field(default_factory=dict)
     id: str = ""
     parent: str = ""
-    finished: dict[str, Any] = field(default_factory=dict)
+    finished: dict[str, "RunRecord"] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
 
     @property
-    def config(self) -> DictConfig:
-        """Of its first cell, for what all share."""
-        return self.drafts[0][0].config
+    def settings(self) -> Settings:
+        """Those of its first cell, for what all share."""
+        return self.drafts[0][0].settings
 
     @property
     def is_chain(self) -> bool:
@@ -65,31 +83,33 @@ class Sweep:
     @property
     def rerun(self) -> bool:
         """Whether finished runs are trained anew."""
-        return bool(self.config.sweep.rerun or self.config.train.resume == "never")
+        return self.settings.sweep.rerun or self.settings.train.resume == "never"
 
 
 def run_sweep(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
-    """Train what is missing of a grid, and say what came of it.
+    """Train what is missing of a grid, and compare its runs.
 
     Raises:
         ValueError: a bad value in any cell, before the first one trains; cells that failed, after the last one.
     """
     if distributed.is_torchelastic_launched():
-        raise ValueError(
-            "torchrun: it shares one run between processes; sweeps take hydra/launcher=joblib, a run for each"
+        raise ConfigError(
+            "torchrun",
+            expected="hydra/launcher=joblib for a sweep, a process for each run",
+            problem="it shares one run",
         )
     axes, grid = expand(sweeper, arguments)
     links = links_of(sweeper, axes)
     drafts = draft(sweeper, grid, links)
-    configs = [cell.config for cells in drafts for cell in cells]
-    for config in configs:
-        check_values(config)
-    check_shared(configs)
+    every = [cell.settings for cells in drafts for cell in cells]
+    for settings in every:
+        check_components(settings)
+    check_shared(every)
     check_links(grid[0], links, drafts)
-    first = configs[0]
-    if on_this_machine(first):
-        for config in configs:
-            check_device(config)
+    first = every[0]
+    if is_local(drafts[0][0]):
+        for settings in every:
+            check_device(settings)
     uri = store_uri(first.tracking.uri, Path(first.output_dir))
     check_uri(uri)
 
@@ -103,7 +123,7 @@ def run_sweep(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
     check_networks(drafts[1:], tracker)
     if first.sweep.confirm_seeds:
         check_confirmation(sweep, planned)
-    sweep.id = identity_of(planned, drafts[1:])
+    sweep.id = sweep_identity(planned, drafts[1:])
     chain = f"chain {' → '.join(map(networks_of, drafts))}" if sweep.is_chain else ""
     described = " × ".join(filter(None, [chain, describe(axes)])) or "one cell"
     total = sum(len({cell.identity for cell in cells}) for cells in drafts)
@@ -122,18 +142,18 @@ def run_sweep(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
             raise ValueError(failures(failed, total, left_out))
 
 
-def check_networks(drafts: Sequence[Sequence[Composed]], tracker: Any) -> None:
-    """Raise ValueError where the images or the networks of links after the first will not do: `plan` would know it
-    only when the links before are trained."""
-    configs = [cell.config for cells in drafts for cell in cells]
-    alike = {str([config.model, config.dataset, config.train.select]): config for config in configs}
-    for config in alike.values():
-        data = build_data(config.dataset)
-        check_selection(config.train, data)
-        build_model(config, data, tracker)
+def check_networks(drafts: Sequence[Sequence[Cell]], tracker: "Tracker") -> None:
+    """Raise ConfigError for images or networks of links after the first that cannot be used: `plan` would find out only
+    when the links before are trained."""
+    every = [cell.settings for cells in drafts for cell in cells]
+    alike = {str([one.model.plain, one.dataset.plain, one.train.select]): one for one in every}
+    for settings in alike.values():
+        data = build_data(settings.dataset)
+        check_selection(settings, data)
+        build_model(settings, data, tracker)
 
 
-def train_links(sweep: Sweep, planned: Sequence[Planned]) -> tuple[dict[str, str], int]:
+def train_links(sweep: Sweep, planned: Sequence[PlannedRun]) -> tuple[dict[str, str], int]:
     """Train what is missing of each link, when the one before it is trained, for the cells that got so far. A sweep
     without a chain has one link.
 
@@ -151,7 +171,7 @@ def train_links(sweep: Sweep, planned: Sequence[Planned]) -> tuple[dict[str, str
             log.info("link %d of %d: %s", number, len(sweep.links), networks_of(drafts))
         if number > 1:
             finished = [sweep.finished.get(cell.identity) for cell in cells]
-            teachers = [(cell.config, run.id) for cell, run in zip(cells, finished, strict=True) if run]
+            teachers = [(cell, run.id) for cell, run in zip(cells, finished, strict=True) if run]
             grid = [overrides for overrides, run in zip(grid, finished, strict=True) if run]
             cells = compose_link(sweep.sweeper, grid, link, teachers)
             planned = plan(sweep.axes, cells, sweep.tracker, {}, number)
@@ -160,12 +180,12 @@ def train_links(sweep: Sweep, planned: Sequence[Planned]) -> tuple[dict[str, str
     return failed, left_out
 
 
-def on_this_machine(config: DictConfig) -> bool:
-    """Whether the runs of a sweep are run here, and not on a cluster's nodes."""
-    return "submitit" not in config.hydra.launcher._target_
+def is_local(cell: Cell) -> bool:
+    """Whether the runs of a sweep run on this machine, and not on the nodes of a cluster."""
+    return "submitit" not in cell.invocation.launcher
 
 
-def train_missing(sweep: Sweep, planned: Sequence[Planned]) -> dict[str, str]:
+def train_missing(sweep: Sweep, planned: Sequence[PlannedRun]) -> dict[str, str]:
     """Train the runs that are not finished.
 
     Returns:
@@ -190,21 +210,20 @@ def train_missing(sweep: Sweep, planned: Sequence[Planned]) -> dict[str, str]:
     return failed
 
 
-def take_finished(sweep: Sweep, run: Planned) -> bool:
+def take_finished(sweep: Sweep, run: PlannedRun) -> bool:
     """Whether a run is finished; it is part of the sweep then."""
     finished = None if is_unfinished(run.folder, run.tags) else sweep.tracker.find_finished(run.tags)
     if finished is None or (sweep.rerun and finished.ended < sweep.started):
         return False
-    if run.config.train.keep_epochs:
-        files = sweep.tracker.artifacts(finished.id)
-        if problem := settings.epochs_not_kept(run.config, run.config.train.epochs, files):
-            log.warning("%s: %s", run.name, problem)
+    train = run.settings.train
+    if train.keep_epochs and (problem := train.missing_epochs(train.epochs, sweep.tracker.artifacts(finished.id))):
+        log.warning("%s: %s", run.name, problem)
     sweep.tracker.adopt(finished, sweep.id, sweep.parent)
     sweep.finished[run.identity] = finished
     return True
 
 
-def launch(sweep: Sweep, missing: Sequence[Planned]) -> tuple[dict[str, str], list[Planned]]:
+def launch(sweep: Sweep, missing: Sequence[PlannedRun]) -> tuple[dict[str, str], list[PlannedRun]]:
     """Hand runs to Hydra's launcher, and wait for them.
 
     Returns:
@@ -217,11 +236,11 @@ def launch(sweep: Sweep, missing: Sequence[Planned]) -> tuple[dict[str, str], li
     jobs = [[*run.overrides, *_job_overrides(sweep, run, n, len(missing))] for n, run in enumerate(missing, start=1)]
     assert sweep.sweeper.launcher
     try:
-        with passed_on(lambda: workers_of(missing) if on_this_machine(sweep.config) else []):
+        with passed_on(lambda: workers_of(missing) if is_local(sweep.drafts[0][0]) else []):
             results = sweep.sweeper.launcher.launch(jobs, initial_job_idx=0)
     except Exception as error:  # a process was killed, or a cluster lost a job; others may go on
-        log.error("a job was lost: %s", one_line(error))
-        reasons = {run.identity: one_line(error) for run in missing}
+        log.error("a job was lost: %s", explain(error))
+        reasons = {run.identity: explain(error) for run in missing}
         undecided = list(missing)
     else:
         errors = {
@@ -229,53 +248,56 @@ def launch(sweep: Sweep, missing: Sequence[Planned]) -> tuple[dict[str, str], li
             for run, result in zip(missing, results, strict=True)
             if result.status == JobStatus.FAILED
         }
-        reasons = {identity: one_line(error) for identity, error in errors.items()}
+        reasons = {identity: explain(error) for identity, error in errors.items()}
         undecided = [run for run in missing if isinstance(errors.get(run.identity), ClaimedError)]
     for run in undecided:
         wait_until_free(run.folder)
     return reasons, undecided
 
 
-def workers_of(runs: Sequence[Planned]) -> list[int]:
+def workers_of(runs: Sequence[PlannedRun]) -> list[int]:
     """The processes that train them for this one."""
     return [worker for run in runs if (worker := worker_of_ours(run.folder))]
 
 
-def check_confirmation(sweep: Sweep, planned: Sequence[Planned]) -> None:
-    """Raise ValueError where there is nothing to confirm, or no student alone to hold it against."""
-    asked = f"sweep.confirm_seeds={sweep.config.sweep.confirm_seeds}"
+def check_confirmation(sweep: Sweep, planned: Sequence[PlannedRun]) -> None:
+    """Raise ConfigError where there is nothing to confirm, or no student alone to compare it with."""
+    key, number = "sweep.confirm_seeds", sweep.settings.sweep.confirm_seeds
     if sweep.is_chain:
-        raise ValueError(f"{asked}: a chain is confirmed by the same chain on other seeds; 0 is accepted")
+        raise ConfigError(key, number, "0", "a chain is confirmed by the same chain on other seeds")
     distilled = [run for run in planned if run.tags["kdpipe.stage"] == "distill"]
     if not distilled:
-        raise ValueError(f"{asked}: the grid has no distilled student to confirm; 0 is accepted")
+        raise ConfigError(key, number, "0", "the grid has no distilled student to confirm")
     for overrides in dict.fromkeys(tuple(alone(run)) for run in distilled):
         try:
-            check_values(compose(sweep.sweeper, overrides).config)
+            check_components(compose_cell(sweep.sweeper, overrides).settings)
         except Exception as error:
-            raise ValueError(f"{asked}: no student alone, {one_line(error)}; 0 is accepted") from error
+            raise ConfigError(
+                key, number, "0", f"there is no student alone to compare with: {explain(error)}"
+            ) from error
 
 
-def alone(run: Planned) -> list[str]:
+def alone(run: PlannedRun) -> list[str]:
     """The overrides of the same student on the labels alone, but for its seed."""
     kept = _without(run.overrides, "seed", "loss.alpha", "loss@also")
     kept = [override for override in kept if not override.lstrip("+").startswith("also.")]
-    no_other = ["~loss@also"] if "also" in run.config else []
-    if settings.blends(run.config.loss):
+    no_other = ["~loss@also"] if run.settings.also else []
+    if run.settings.loss.blends:
         return [*kept, "loss.alpha=0", *no_other]
     kept = [override for override in _without(kept, "loss") if not override.lstrip("+").startswith("loss.")]
     return [*kept, "loss=cross_entropy", *no_other]
 
 
-def plan_confirmation(sweep: Sweep, planned: Sequence[Planned]) -> list[Planned]:
+def plan_confirmation(sweep: Sweep, planned: Sequence[PlannedRun]) -> list[PlannedRun]:
     """The best cell of each data set and budget, chosen on the runs so far, and its student alone, on new seeds."""
     from kdpipe.compare.loading import compare_sweep
 
-    first = 1 + max(run.config.seed for run in planned)
-    numbers = [str(seed) for seed in range(first, first + sweep.config.sweep.confirm_seeds)]
+    first = 1 + max(run.settings.seed for run in planned)
+    numbers = [str(seed) for seed in range(first, first + sweep.settings.sweep.confirm_seeds)]
     seeds = [f"seed={number}" for number in numbers]
     # Seeds that were confirmed before stay out of the choice, however few are asked for now.
-    before = sweep.tracker.get_run(sweep.parent).tags.get("kdpipe.confirm_seeds", "").split()
+    parent = sweep.tracker.get_run(sweep.parent)
+    before = parent.tags.get("kdpipe.confirm_seeds", "").split() if parent else []
     sweep.tracker.set_tag(sweep.parent, "kdpipe.confirm_seeds", " ".join(sorted({*before, *numbers}, key=int)))
     grid: list[list[str]] = []
     for comparison in compare_sweep(sweep.tracker, sweep.id):
@@ -285,7 +307,7 @@ def plan_confirmation(sweep: Sweep, planned: Sequence[Planned]) -> list[Planned]
             log.info("best is %s: it and the student alone on seeds %s", comparison.best.cell.title, ", ".join(numbers))
             grid += [[*alone(chosen), seed] for seed in seeds]
             grid += [[*_without(chosen.overrides, "seed"), seed] for seed in seeds]
-    cells = [compose(sweep.sweeper, overrides) for overrides in grid]
+    cells = [compose_cell(sweep.sweeper, overrides) for overrides in grid]
     return plan(sweep.axes, cells, sweep.tracker, sweep.teachers)
 
 
@@ -320,10 +342,10 @@ def summarise(sweep: Sweep) -> None:
     log.info("  summary and pictures: %s", sweep.tracker.link(sweep.parent))
     log.info("  the runs as charts: %s", sweep.tracker.charts_link(sweep.id))
     log.info("  the runs compared: %s", sweep.tracker.compare_link([run.id for run in sweep.finished.values()]))
-    log.info("this table again: %s --sweep %s", settings.compare_command(sweep.config), sweep.id)
+    log.info("this table again: %s --sweep %s", compare_command(sweep.settings), sweep.id)
 
 
-def _job_overrides(sweep: Sweep, run: Planned, number: int, of: int) -> list[str]:
+def _job_overrides(sweep: Sweep, run: PlannedRun, number: int, of: int) -> list[str]:
     """What a job is told of the sweep that it is part of."""
     told = {
         "id": sweep.id,

@@ -1,4 +1,4 @@
-"""The frozen network that teaches."""
+"""What stands in the teacher's place: a frozen network, or a second student."""
 
 from collections.abc import Sequence
 from typing import Self
@@ -8,68 +8,94 @@ from torch import Tensor, nn
 
 from kdpipe.data import Rows
 from kdpipe.data.dataset import fits
-from kdpipe.losses.outputs import Outputs, wide
+from kdpipe.losses.outputs import Outputs
 from kdpipe.models import Classifier, Ensemble
 from kdpipe.training.observed import Observed
 
 
-class Peer(nn.Module):
-    """A second student in the teacher's place: it learns while it teaches."""
-
-    remembers = False
-
-    def __init__(self, classifier: Classifier) -> None:
-        super().__init__()
-        self.classifier = classifier
-
-    def answer(self, images: Tensor) -> Outputs:
-        """What it makes of uint8 images [N, C, H, W]."""
-        return Outputs(wide(self.classifier(images)))
-
-    def forward(self, images: Tensor, indices: Tensor, epoch: int) -> Outputs:
-        """As a teacher's, with gradients."""
-        return self.answer(images)
-
-
 class Teacher(nn.Module):
-    """Cannot be trained by accident: no gradients, and in evaluation mode whatever `train()` is called around it."""
+    """A network that the loss compares the student with.
+
+    Attributes:
+        learns: whether it is trained as well.
+        role: "teacher" or "peer": the prefix of its metrics.
+    """
+
+    learns = False
+    role = "teacher"
 
     def __init__(self, classifier: Classifier | Ensemble) -> None:
         super().__init__()
-        self.classifier: Classifier | Ensemble = classifier.requires_grad_(False).eval()
+        self.classifier: Classifier | Ensemble = classifier
         self._observed = Observed(classifier)
-        self.ask_for(())
+
+    def observe(self, roles: Sequence[str]) -> None:
+        """Answer with the features of these roles as well, of `kdpipe.losses.outputs.ROLES`, from now on.
+
+        Raises:
+            ConfigError: the network does not name its submodules with that role.
+        """
+        self._observed.remove()
+        self._observed = Observed(self.classifier, self.classifier.network, roles, key="teacher")
+
+    @property
+    def remembers(self) -> bool:
+        """Whether its answers for the training images are known."""
+        return False
+
+    def answer(self, images: Tensor) -> Outputs:
+        """Its outputs for uint8 images [N, C, H, W]."""
+        return self._observed(images)
+
+    def forward(self, images: Tensor, indices: Tensor, epoch: int) -> Outputs:
+        """Its outputs for what an epoch, counted from 1, sees of some images of the data set.
+
+        Args:
+            images: the views, uint8 [N, C, H, W].
+            indices: the positions of the images in the data set, int64 [N].
+        """
+        return self.answer(images)
+
+
+class Peer(Teacher):
+    """A second student: it learns while it teaches."""
+
+    learns = True
+    role = "peer"
+
+
+class FrozenTeacher(Teacher):
+    """Cannot be trained by accident: no gradients, and in evaluation mode whatever `train()` is called around it."""
+
+    def __init__(self, classifier: Classifier | Ensemble) -> None:
+        super().__init__(classifier.requires_grad_(False).eval())
+        self.observe(())
 
     def train(self, mode: bool = True) -> Self:
         return self
 
-    def ask_for(self, roles: Sequence[str]) -> None:
-        """From now on answer with these roles beside logits, of `ROLES`; what is known is forgotten.
-
-        Raises:
-            ValueError: the network does not say what has that role.
-        """
-        self._observed.remove()
-        self._observed = Observed(self.classifier, self.classifier.network, roles, key="teacher")
+    def observe(self, roles: Sequence[str]) -> None:
+        """As of any teacher; the answers that it remembers are forgotten."""
+        super().observe(roles)
         self._known: list[Rows] = []
         self._like: Outputs | None = None
 
     @property
-    def asked_for(self) -> dict[str, list[str]]:
-        """The roles that it answers with beside logits, each with the submodules that have it."""
+    def observed(self) -> dict[str, list[str]]:
+        """The roles that it answers with, each with the names of its submodules."""
         return self._observed.places
 
     def remember(self, known: Sequence[Rows], like: Outputs | None = None) -> None:
-        """From now on answer with these, one set for each view of the images, seen in turn.
+        """Answer with these from now on, one set for each view of the images; epochs take one after the other.
 
         Args:
             known: logits [n, classes], or packed outputs.
-            like: outputs of any images, of which packed ones have the shapes.
+            like: outputs of any images, with the shapes of the packed ones.
         """
         self._known, self._like = list(known), like
 
     def stay_near(self, device: torch.device) -> None:
-        """Keep what is remembered on a GPU, where it fits."""
+        """Keep the answers on a GPU, where they fit."""
         if device.type == "cuda":
             self._known = [rows.to(device) if fits(rows.values, device) else rows for rows in self._known]
 
@@ -80,17 +106,11 @@ class Teacher(nn.Module):
     # Not inference_mode: a loss may save the teacher's outputs for its backward pass.
     @torch.no_grad()
     def answer(self, images: Tensor) -> Outputs:
-        """What it makes of uint8 images [N, C, H, W]."""
-        return self._observed(images)
+        return super().answer(images)
 
     @torch.no_grad()
     def forward(self, images: Tensor, indices: Tensor, epoch: int) -> Outputs:
-        """What it makes of what an epoch, counted from 1, sees of some images of the data set.
-
-        Args:
-            images: the views, uint8 [N, C, H, W]; not looked at where the answers are known.
-            indices: the images' positions in the data set, int64 [N].
-        """
+        """As of any teacher; the images are not looked at where the answers are known."""
         if self._known:
             rows = self._known[(epoch - 1) % len(self._known)][indices].to(images.device)
             return self._like.unpack(rows) if self._like else Outputs(rows)

@@ -1,0 +1,79 @@
+"""The loss, fitted to the networks that it compares, and the optimizer with its schedule."""
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from kdpipe.assembly.building import build
+from kdpipe.data import ImageDataset
+from kdpipe.losses.base import CombinedLoss, Loss
+from kdpipe.models import Classifier
+from kdpipe.settings.errors import ConfigError
+from kdpipe.settings.schema import Settings
+from kdpipe.system.randomness import derive_seed
+from kdpipe.training.observed import Observed
+from kdpipe.training.teacher import Teacher
+
+
+def build_loss(settings: Settings) -> Loss:
+    """The loss, with the term of the second method, if any."""
+    loss: Loss = build("loss", settings.loss)
+    if settings.also is None:
+        return loss
+    target = settings.also.target
+    if loss.teacher_learns:
+        raise ConfigError("also", target, problem=f"{settings.loss.target} takes no second method")
+    also: Loss = build("also", settings.also)
+    if not also.name or also.teacher_learns:
+        raise ConfigError("also", target, "a method of distillation")
+    if also.name == loss.name:
+        raise ConfigError("also", target, "another method", f"its term is called {also.name}, as that of the loss")
+    return CombinedLoss(loss, also)
+
+
+def check_fit(settings: Settings, model: Classifier, teacher: Teacher, data: ImageDataset) -> None:
+    """Raise ConfigError where the loss cannot compare these two networks: before anything trains."""
+    loss = build_loss(settings)
+    student = Observed(model, model.network, loss.roles)
+    teacher.observe(loss.roles)
+    fit_loss(settings, loss, student, teacher, data, torch.device("cpu"))
+    student.remove()
+
+
+def fit_loss(
+    settings: Settings, loss: Loss, student: Observed, teacher: Teacher, data: ImageDataset, device: torch.device
+) -> None:
+    """Let the loss make its projections for these networks, from random numbers of its own.
+
+    Raises:
+        ConfigError: the loss cannot compare the networks, or compares features that stay as they are.
+    """
+    positions = data.splits["train"].sort().values
+    images = data.images[positions[:2]].to(device)
+    student.model.eval()
+    outputs, targets = student(images), teacher.answer(images)
+    if loss.roles and not any(tensor.requires_grad for tensor in outputs.tensors[1:]):
+        problem = f"the loss compares {', '.join(loss.roles)}, which stay as they are"
+        raise ConfigError("model.freeze", settings.model.freeze, "none", problem)
+    loss.adopt(teacher.classifier)
+    torch.manual_seed(derive_seed(settings.seed, "loss"))
+    for key, part in loss.components.items():
+        try:
+            part.fit_to(outputs, targets, positions, data.labels[positions])
+        except ConfigError as error:
+            raise error.under(key) from error
+    loss.to(device)
+
+
+def build_optimizer(
+    settings: Settings, model: nn.Module, loss: Loss, steps_per_epoch: int
+) -> tuple[Optimizer, LRScheduler]:
+    """Optimizer and schedule for the parameters of the model and of the loss that can be trained."""
+    parameters = [parameter for part in (model, loss) for parameter in part.parameters() if parameter.requires_grad]
+    optimizer: Optimizer = build("optimizer", settings.optimizer, parameters)
+    epochs = settings.train.epochs
+    schedule: LRScheduler = build(
+        "scheduler", settings.scheduler, optimizer, epochs=epochs, steps_per_epoch=steps_per_epoch
+    )
+    return optimizer, schedule

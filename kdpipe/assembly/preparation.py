@@ -1,0 +1,161 @@
+"""Everything ready for the first step: on the device, the teacher's answers computed where that is possible."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kdpipe.assembly.objectives import build_loss, build_optimizer, fit_loss
+from kdpipe.assembly.parts import Parts
+from kdpipe.assembly.views import build_mixing, build_views
+from kdpipe.data import ImageDataset
+from kdpipe.data.augmentation import Views
+from kdpipe.losses.base import Loss
+from kdpipe.models import Classifier
+from kdpipe.settings.errors import ConfigError
+from kdpipe.settings.schema import Settings
+from kdpipe.system.hardware import Hardware
+from kdpipe.training.loop import Recipe, batches
+from kdpipe.training.observed import Observed
+from kdpipe.training.state import Training
+from kdpipe.training.teacher import FrozenTeacher, Teacher
+from kdpipe.training.teacher_answers import Question, TooLargeError, features_of, known_outputs
+from kdpipe.training.teacher_check import check_teacher
+
+log = logging.getLogger("kdpipe")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A training that can begin, or continue.
+
+    Attributes:
+        learner: the part of the network that is trained on `data`.
+        data: the images, or the features that a frozen backbone makes of them.
+    """
+
+    training: Training
+    data: ImageDataset
+    recipe: Recipe
+    learner: nn.Module
+
+
+def prepare(settings: Settings, parts: Parts, hardware: Hardware, start: dict[str, Any] | None) -> Prepared:
+    """From parts to a training.
+
+    Args:
+        start: the state to continue from; None for a new training.
+
+    Raises:
+        ConfigError: what was asked for is not possible with this loss, teacher or hardware.
+    """
+    train, device = settings.train, hardware.device
+    loss = build_loss(settings).to(device)
+    model = parts.model.to(device)
+    teacher = parts.teacher.to(device) if parts.teacher else None
+    student = Observed(model, model.network, loss.roles if teacher else ())
+    if teacher:
+        teacher.observe(loss.roles)
+        fit_loss(settings, loss, student, teacher, parts.data, device)
+    hardware.check_sharing(loss, parts.data.unlabelled != "")
+    views = build_views(settings, parts.data)
+    if isinstance(teacher, FrozenTeacher) and train.epochs > 0:
+        cache = cache_folder(settings, "teacher")
+        check_teacher(settings.teacher.name, teacher, settings.softening, parts.data, cache, hardware)
+        _answer_in_advance(settings, teacher, parts.data, views, hardware)
+    # A head on a frozen backbone trains on the backbone's features, as if they were the images.
+    features = None if views else _build_features(settings, model, loss, teacher, parts.data, hardware)
+    learner, data = (model.head, features) if features else (model, parts.data)
+    data = data.near(device)
+    if isinstance(teacher, FrozenTeacher):
+        teacher.stay_near(device)
+    steps_per_epoch = len(batches(data.splits["train"], train.batch_size, hardware.processes))
+    optimizer, scheduler = build_optimizer(settings, learner, loss, steps_per_epoch)
+    if train.compile is True:
+        learner.compile()
+
+    changing = model.head if model.frozen_backbone else model  # with features or without
+    student.model = hardware.distribute(learner)
+    training = Training(student, loss, optimizer, scheduler, hardware, changing)
+    if start := hardware.of_the_first(start):
+        training.restore(start)
+        if training.epoch <= train.epochs:
+            log.info("continues at epoch %d of %d, step %d", training.epoch, train.epochs, training.steps + 1)
+        else:
+            log.info("continues after its last epoch")
+    recipe = Recipe(
+        epochs=train.epochs,
+        batch_size=train.batch_size,
+        seed=settings.seed,
+        teacher=teacher,
+        views=views,
+        mixing=build_mixing(settings, parts.data),
+        select_best=train.select == "best",
+        test_each_epoch=train.test_each_epoch,
+        clip_norm=train.clip_norm,
+    )
+    return Prepared(training, data, recipe, learner)
+
+
+def cache_folder(settings: Settings, kind: str) -> Path:
+    """Where what a frozen network computes is kept: a "teacher"'s answers, a backbone's "features"."""
+    return Path(settings.output_dir) / "cache" / kind
+
+
+def _answer_in_advance(
+    settings: Settings, teacher: FrozenTeacher, data: ImageDataset, views: Views | None, hardware: Hardware
+) -> None:
+    """Let the teacher see the training images once, where every epoch sees the same views of them.
+
+    Raises:
+        ConfigError: the config insists on it, and the answers are larger than it allows.
+    """
+    outputs, max_gb = settings.distillation.outputs, settings.distillation.cache_max_gb
+    if outputs == "online" or settings.train.mixes or (views and views.number is None):
+        return
+    positions = data.splits["train"].sort().values
+    like = teacher.answer(data.images[positions[:2]].to(hardware.device))
+    question = Question(
+        ", ".join(["logits", *teacher.observed]),
+        settings.teacher.name,
+        teacher.classifier,
+        lambda images: teacher.answer(images).pack(),
+        data,
+        positions,
+        views,
+        teacher.observed,
+    )
+    try:
+        teacher.remember(known_outputs(question, cache_folder(settings, "teacher"), max_gb, hardware), like)
+    except TooLargeError as error:
+        if outputs != "auto":
+            expected = "more, or distillation.outputs=online"
+            raise ConfigError("distillation.cache_max_gb", f"{max_gb:g}", expected, str(error)) from error
+        log.info("%s, more than distillation.cache_max_gb=%g: computed anew in each epoch", error, max_gb)
+
+
+def _build_features(
+    settings: Settings,
+    model: Classifier,
+    loss: Loss,
+    teacher: Teacher | None,
+    data: ImageDataset,
+    hardware: Hardware,
+) -> ImageDataset | None:
+    """The data set with a frozen backbone's features for images, on which a head trains; None where the images are
+    needed: by a backbone that learns, by a teacher, by a loss that compares what is before the head, for mixing, or
+    because more comes after the head."""
+    needed = not model.frozen_backbone or (teacher and not teacher.remembers) or settings.train.epochs == 0
+    if needed or settings.train.mixes or loss.roles:
+        return None
+    name, max_gb = settings.model.name, settings.distillation.cache_max_gb
+    if not model.ends_with_head(data.images[data.splits["train"][:2]].to(hardware.device)):
+        log.info("%s: more comes after its head, so its backbone runs in each epoch", name)
+        return None
+    try:
+        return features_of(model, name, data, cache_folder(settings, "features"), max_gb, hardware)
+    except TooLargeError as error:
+        log.info("%s, more than distillation.cache_max_gb=%g: computed anew in each epoch", error, max_gb)
+        return None

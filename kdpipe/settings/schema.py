@@ -1,0 +1,369 @@
+"""A run's settings: typed, frozen, and checked once, where a run begins."""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from kdpipe.settings import identity
+from kdpipe.settings.addresses import epoch_file, names_weights
+from kdpipe.settings.components import loss_class
+from kdpipe.settings.errors import ConfigError, as_typed
+from kdpipe.settings.values import NonNegative, NonNegativeInt, Number, Positive, PositiveInt, model_error
+
+ENSEMBLE = "kdpipe.models.Ensemble"
+Model = TypeVar("Model", bound="Section")
+
+
+class Section(BaseModel):
+    """A part of the settings. Its defaults are those of conf/config.yaml."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """What was set, as plain values."""
+        return self.model_dump(exclude_unset=True, by_alias=True)
+
+
+class Component(Section):
+    """Something that a config names by `_target_`, with its arguments."""
+
+    model_config = ConfigDict(extra="allow")
+
+    target: Annotated[str, Field(alias="_target_", description="the name of a class or a function")]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those that are not fields of the section itself; they go to the constructor."""
+        return {name: value for name, value in (self.model_extra or {}).items() if name != "_partial_"}
+
+
+class LossSettings(Component):
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether it needs a teacher: it compares the student with one, and its weight is not 0."""
+        return loss_class(self.target).uses_teacher and not self.is_off
+
+    @property
+    def is_off(self) -> bool:
+        """Whether alpha leaves the labels alone."""
+        return self.blends and self.arguments["alpha"] == 0
+
+    @property
+    def blends(self) -> bool:
+        """Whether `alpha` weighs the teacher against the labels."""
+        return identity.blends({"_target_": self.target, **self.arguments})
+
+    @property
+    def method(self) -> str:
+        """The name of its function, kd or logit_mse; "" where it comes down to the labels alone."""
+        name = identity.canonical_target(self.target).rpartition(".")[2]
+        if self.is_off or name == "CrossEntropy":
+            return ""
+        own = vars(loss_class(self.target)).get("name")  # not what it inherits
+        return own or re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+class OptimizerSettings(Component):
+    lr: Positive | None = None
+    weight_decay: NonNegative | None = None
+    momentum: NonNegative | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {key: value for key, value in self.plain.items() if key not in ("_target_", "_partial_")}
+
+
+class DatasetSettings(Component):
+    name: Annotated[str, Field(description="a name")]
+    train_fraction: Annotated[float, Field(gt=0, le=1)]
+    val_fraction: Annotated[float, Field(ge=0, lt=1)]
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] | None
+    split_seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
+    unlabelled_root: str | None = None
+
+    @model_validator(mode="after")
+    def _leaves_training_images(self) -> Self:
+        if self.test_fraction is not None and self.val_fraction + self.test_fraction >= 1:
+            problem = f"no training images are left with dataset.val_fraction={self.val_fraction}"
+            raise ConfigError("dataset.test_fraction", self.test_fraction, "a sum below 1", problem)
+        return self
+
+    @property
+    def root(self) -> str:
+        """Where the images are; the data set's name where it has no folder."""
+        return str(self.arguments.get("root", self.name))
+
+
+class NetworkSettings(Component):
+    """A network with the preprocessing that its weights were trained with."""
+
+    name: Annotated[str, Field(description="a name")]
+    image_size: PositiveInt | None  # None, as for mean and std: what its library's weights were trained with
+    mean: list[Number] | None
+    std: list[Positive] | None
+    weights: str | None = None
+    freeze: Literal["none", "backbone"] = "none"
+
+
+class EnsembleSettings(Component):
+    """Several finished runs as one teacher."""
+
+    name: Annotated[str, Field(description="a name")]
+    members: Annotated[list[str], Field(description="a list of runs, [runs:/<run id>,runs:/<run id>]")] = []
+    shares: list[NonNegative] | None = None
+    temperature: Positive = 1
+    weights: str | None = "auto"
+    freeze: Literal["none"] = "none"
+
+    def check(self) -> None:
+        """Raise ConfigError for members that cannot teach together."""
+        runs = "a list of runs, [runs:/<run id>,runs:/<run id>]"
+        if not self.members:
+            raise ConfigError("teacher.members", self.members, runs)
+        for number, member in enumerate(self.members):
+            if not names_weights(member):
+                raise ConfigError("teacher.members", member, runs)
+            if member in self.members[:number]:
+                raise ConfigError("teacher.members", member, "each run once, with its share", "it is listed twice")
+        if self.shares is not None and (len(self.shares) != len(self.members) or not sum(self.shares) > 0):
+            expected = f"a number for each of the {len(self.members)} teacher.members, not all 0"
+            raise ConfigError("teacher.shares", self.shares, expected)
+        if self.weights != "auto":
+            raise ConfigError("teacher.weights", self.weights, "auto", "an ensemble has the weights of its members")
+
+
+def _teacher(value: object) -> object:
+    if not isinstance(value, Mapping):
+        return value
+    model = EnsembleSettings if value.get("_target_") == ENSEMBLE else NetworkSettings
+    return validated(model, value, "teacher")
+
+
+TeacherSettings = Annotated[NetworkSettings | EnsembleSettings, BeforeValidator(_teacher)]
+
+
+class TrainSettings(Section):
+    epochs: NonNegativeInt = 10
+    batch_size: PositiveInt = 100
+    device: Annotated[
+        str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:<number> or mps")
+    ] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: Annotated[Literal["auto"] | bool, Field(description="one of auto, true, false")] = "auto"
+    profile: bool = False
+    threads: PositiveInt | None = None
+    resume: Literal["auto", "never"] = "auto"
+    checkpoint_minutes: Positive | None = 10
+    mixup: Positive | None = None
+    cutmix: Positive | None = None
+    clip_norm: Positive | None = None
+    select: Literal["last", "best"] = "last"
+    keep_epochs: list[PositiveInt] | None = None
+    test_each_epoch: bool = False
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed, so that no two epochs see the same ones."""
+        return self.mixup is not None or self.cutmix is not None
+
+    def missing_epochs(self, over: int, files: Collection[str]) -> str:
+        """A line on the epochs of `keep_epochs` that are over and not among a run's files; "" where none is missing."""
+        missing = [str(epoch) for epoch in self.keep_epochs or () if epoch <= over and epoch_file(epoch) not in files]
+        line = f"train.keep_epochs=[{','.join(missing)}]: this run has not kept them; train.resume=never trains it anew"
+        return line if missing else ""
+
+
+class EvaluationSettings(Section):
+    pictures: bool = True
+    timing_seconds: NonNegative = 2
+
+
+class DistillationSettings(Section):
+    outputs: Literal["auto", "cached", "online", "views"] = "auto"
+    views: PositiveInt = 10
+    cache_max_gb: NonNegative = 10
+
+
+class JobSettings(Section):
+    """What a sweep passes to each of its runs.
+
+    Attributes:
+        id: of the sweep.
+        parent: id of the sweep's own run in MLflow.
+        name: of this run.
+        teacher: the run or file whose weights teach it; "" where none does.
+        number, of: its place among the runs that were missing, counted from 1.
+    """
+
+    id: str
+    parent: str
+    name: str
+    teacher: str
+    number: int
+    of: int
+
+
+class SweepSettings(Section):
+    confirm_seeds: NonNegativeInt = 0
+    rerun: bool = False
+    job: JobSettings | None = None
+
+
+class TrackingSettings(Section):
+    uri: str | None = None
+    experiment: Annotated[str, Field(pattern=r"\S", description="a name")] = "kdpipe"
+
+
+class Settings(Section):
+    """All settings of a run."""
+
+    stage: Literal["student", "teacher"] = "student"
+    seed: NonNegativeInt = 0
+    output_dir: str = "outputs"
+    dataset: DatasetSettings
+    model: NetworkSettings
+    teacher: TeacherSettings
+    loss: LossSettings
+    also: LossSettings | None = None
+    optimizer: OptimizerSettings
+    scheduler: Component
+    augmentation: Component = Component.model_validate({"_target_": "kdpipe.data.augmentation.no_augmentation"})
+    train: TrainSettings = TrainSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    distillation: DistillationSettings = DistillationSettings()
+    sweep: SweepSettings = SweepSettings()
+    chain: list[dict[str, Any]] | None = None
+    tracking: TrackingSettings = TrackingSettings()
+    benchmark: dict[str, Any] | None = None  # what a pair of the benchmark sets for losses that are chosen with it
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_one_network(cls, values: Any) -> Any:
+        model = values.get("model") if isinstance(values, Mapping) else None
+        if isinstance(model, Mapping) and model.get("_target_") == ENSEMBLE:
+            raise ConfigError("model", model.get("name"), "one network; several can teach it, model@teacher=ensemble")
+        return values
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Self:
+        if self.chain is not None:  # the runs of its links have none
+            raise ConfigError("chain", self.chain, problem="a chain is one command: python -m kdpipe -m 'chain=…'")
+        beyond = [epoch for epoch in self.train.keep_epochs or () if epoch > self.train.epochs]
+        if beyond:
+            raise ConfigError("train.keep_epochs", beyond[0], f"epochs up to train.epochs={self.train.epochs}")
+        if self.teacher_learns:
+            self._check_second_student()
+        if self.needs_teacher and isinstance(self.teacher, EnsembleSettings):
+            self.teacher.check()
+        return self
+
+    def _check_second_student(self) -> None:
+        if isinstance(self.teacher, EnsembleSettings):
+            raise ConfigError("model@teacher", self.teacher.name, "one network, as the second student")
+        if self.teacher.freeze != "none":
+            raise ConfigError("teacher.freeze", self.teacher.freeze, "none", "a second student learns")
+        if self.train.select == "best":
+            raise ConfigError("train.select", "best", "last", "two students are best at different epochs")
+
+    def check_weights(self) -> None:
+        """Raise ConfigError for weights that are no run and no existing file. Of a finished run they may be gone."""
+        _check_weights("model.weights", self.model.weights, [None, "imagenet"])
+        if self.needs_teacher and not isinstance(self.teacher, EnsembleSettings):
+            # A second student learns, too: from random weights, unless others are named.
+            choices = ["auto", None, "imagenet"] if self.teacher_learns else ["auto"]
+            _check_weights("teacher.weights", self.teacher.weights, choices)
+
+    @property
+    def losses(self) -> list[LossSettings]:
+        """The loss, and the second one that is added to it."""
+        return [self.loss, *([self.also] if self.also else [])]
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(loss.uses_teacher for loss in self.losses)
+
+    @property
+    def teacher_learns(self) -> bool:
+        """Whether a second student stands in the teacher's place."""
+        return loss_class(self.loss.target).teacher_learns
+
+    @property
+    def run_stage(self) -> str:
+        """teacher, student or distill: what the run is, as its tag has it."""
+        return "distill" if self.needs_teacher else self.stage
+
+    @property
+    def softening(self) -> float | None:
+        """The temperature that softens the teacher's answers; None where there is none, or logits are standardised."""
+        temperature: float | None = identity.temperature_of(identity.flatten(self.plain))
+        return temperature
+
+    @cached_property
+    def effective(self) -> dict[str, Any]:
+        """The flat settings, without those that have no effect on the run."""
+        return identity.effective(self.plain, self.needs_teacher)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The flat settings as MLflow's params, without where the run is logged and which sweep it belongs to."""
+        own = ("tracking.", "sweep.", "chain")
+        return {key: value for key, value in self.effective.items() if not key.startswith(own)}
+
+    @cached_property
+    def identity(self) -> str:
+        """12 hex digits that stand for all that the result depends on; they name the run's folder."""
+        return identity.identity(self.effective)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir) / "runs" / self.identity
+
+    @property
+    def run_name(self) -> str:
+        """A name for people: student_cnn_alone_s0, resnet20_teacher_s0, student_cnn_distill_a0.5_T5_s0; with another
+        method than kd student_cnn_dkd_T4_s0, with two of them student_cnn_kd_a0.5_T5_attention_s0; in a sweep what the
+        run differs in, a0.5_T5_s0."""
+        if self.sweep.job:
+            return self.sweep.job.name
+        methods = [loss for loss in self.losses if loss.method]
+        parts = []
+        for loss in methods:
+            arguments = loss.arguments
+            parts.append("distill" if loss.method == "kd" and len(methods) == 1 else loss.method)
+            if loss.blends:
+                parts.append(f"a{arguments['alpha']:g}")
+            if "temperature" in arguments:
+                parts.append(f"T{arguments['temperature']:g}")
+            if arguments.get("standardize"):
+                parts.append("standardized")
+        if self.run_stage == "teacher":
+            parts.insert(0, "teacher")
+        return "_".join([self.model.name, *(parts or ["alone"]), f"s{self.seed}"])
+
+
+def validated(model: type[Model], values: Mapping[str, Any], prefix: str = "") -> Model:
+    """Settings from plain values.
+
+    Raises:
+        ConfigError: a value that cannot be used.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise model_error(error, model, prefix) from None
+
+
+def _check_weights(key: str, weights: str | None, choices: Sequence[str | None]) -> None:
+    """Raise ConfigError for weights that are none of the choices, no run and no existing file."""
+    if weights in choices or names_weights(weights):
+        return
+    if str(weights).startswith("runs:/"):
+        raise ConfigError(key, weights, "runs:/<run id> or runs:/<run id>/epoch_<number>")
+    if weights is None or not Path(weights).expanduser().is_file():
+        problem = "" if weights in (None, "imagenet", "auto") else "file not found"
+        raise ConfigError(key, weights, f"{', '.join(map(as_typed, choices))}, a file or runs:/<run id>", problem)
