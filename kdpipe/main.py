@@ -163,9 +163,9 @@ def _learn(
         if is_due():
             keep(training.state())
 
-    hooks = Hooks(hooks.on_epoch, on_step, on_checkpoint=lambda: keep(training.state()))
+    keeping = Hooks(hooks.on_epoch, on_step, on_checkpoint=lambda: keep(training.state()))
     try:
-        metrics = fit(training, prepared.data, prepared.recipe, hooks)
+        metrics = fit(training, prepared.data, prepared.recipe, keeping)
         return _examine(settings, parts, prepared, hardware, metrics)
     except Interrupted:
         if hardware.processes == 1:  # several may have been interrupted at different steps
@@ -317,7 +317,10 @@ def job(config: DictConfig) -> float:
     interruption.handle_signals(worker=True)  # where `cli` has not
     logging.raiseExceptions = False  # a log file on a full disk is no reason for tracebacks
     if HydraConfig.get().mode != RunMode.MULTIRUN:
-        return _run_composed(config)
+        try:
+            return _run_composed(config)
+        except Exception as error:  # before Hydra logs it in its own way
+            _fail(error)
     sweep_log = logging.getLogger("kdpipe.sweep")
     place = "run"
     if details := config.sweep.job:  # else of another sweeper than ours
@@ -373,7 +376,8 @@ def cli() -> None:
         _refuse_pickled_config(sys.argv[1:])
         for file in added_configs(sys.argv[1:]):
             check_foreign(file)
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+        start = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+        start(_run_composed if full_error else job)()
     except Interrupted as stopped:
         print(f"kdpipe: interrupted by {stopped}; {_how_to_continue('from there')}", file=sys.stderr)
         raise

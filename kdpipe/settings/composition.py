@@ -37,9 +37,9 @@ def read_settings(config: DictConfig) -> Settings:
         OmegaConfBaseException: a required value that is missing (see `explain`).
     """
     own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    plain = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
-    assert isinstance(plain, dict)
-    plain = {str(key): value for key, value in plain.items()}
+    composed = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
+    assert isinstance(composed, dict)
+    plain = {str(key): value for key, value in composed.items()}
     check_targets(plain)
     for key in SECTIONS:
         if not isinstance(plain.get(key, {}), dict):

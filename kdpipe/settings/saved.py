@@ -41,6 +41,7 @@ def _known(values: Mapping[str, Any], model: type[Section]) -> dict[str, Any]:
     for name, field in model.model_fields.items():
         if name in values:
             value, inner = values[name], field.annotation
-            is_section = isinstance(inner, type) and issubclass(inner, Section) and not issubclass(inner, Component)
-            known[name] = _known(value, inner) if is_section and isinstance(value, Mapping) else value
+            if isinstance(inner, type) and issubclass(inner, Section) and not issubclass(inner, Component):
+                value = _known(value, inner)
+            known[name] = value
     return known
