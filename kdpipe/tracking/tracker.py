@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -357,17 +356,19 @@ def at_most(seconds: float, work: Callable[[], None]) -> bool:
 
 
 def git_tags() -> dict[str, str]:
-    """The commit of the working folder, and whether code was not committed; nothing outside of a repository."""
-    # What is new and no code (outputs, exported models) changes no run.
-    new_code = ["ls-files", "--others", "--exclude-standard", "--", ":/*.py"]
+    """The commit of the working folder, and whether code is uncommitted; empty where Git does not say."""
     try:
-        commit, changed, new = (
-            subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"], new_code)
-        )
-    except (OSError, subprocess.SubprocessError):
+        import git
+    except ImportError:  # which it raises where there is no git executable
         return {}
-    return {"git.commit": commit, "git.dirty": str(bool(changed or new)).lower()}
+    try:
+        with git.Repo(search_parent_directories=True) as repository:
+            # New files other than code (outputs, exported models) change no run.
+            new_code = repository.git.ls_files("--others", "--exclude-standard", "--", ":/*.py")
+            is_dirty = repository.is_dirty() or bool(new_code)
+            return {"git.commit": repository.head.commit.hexsha, "git.dirty": str(is_dirty).lower()}
+    except (git.GitError, OSError, ValueError):  # no repository, or another owner's; ValueError: no commit yet
+        return {}
 
 
 def _origin() -> dict[str, Any]:

@@ -6,7 +6,7 @@ import sys
 from urllib.parse import quote
 
 import pytest
-from hypothesis import assume, example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from kdpipe.runs.store import check_uri, describe_error, server_address, without_password, without_passwords
@@ -45,6 +45,7 @@ def test_passwords_are_hidden_and_the_rest_is_shown(text: str, shown: str) -> No
         assert without_passwords(f"error in '{text} and {text}") == f"error in '{shown} and {shown}"
 
 
+@settings(deadline=None)
 @given(DATABASES, PASSWORDS, HOST_PARTS)
 @example("postgresql", f"a@b:{MARK}/@", "host")
 def test_no_part_of_a_database_password_is_shown(scheme: str, password: str, host: str) -> None:
@@ -54,6 +55,7 @@ def test_no_part_of_a_database_password_is_shown(scheme: str, password: str, hos
     assert without_passwords(f'could not connect to "{uri}" (x)') == f'could not connect to "{shown}" (x)'
 
 
+@settings(deadline=None)
 @given(SCHEMES, PASSWORDS, HOST_PARTS)
 def test_no_part_of_a_server_password_is_shown(scheme: str, password: str, host: str) -> None:
     assume(not re.match(r"\d*[/?#]", password))  # that is a port and a path
@@ -62,12 +64,14 @@ def test_no_part_of_a_server_password_is_shown(scheme: str, password: str, host:
     assert without_password(f"{scheme}://me:{quote(password, safe='')}@{host}/mlflow") == shown
 
 
+@settings(deadline=None)
 @given(st.one_of(DATABASES, SCHEMES), st.sampled_from(["password", "sslpassword", "passwd", "PWD"]), PASSWORDS)
 def test_no_password_in_a_query_is_shown(scheme: str, name: str, password: str) -> None:
     uri = f"{scheme}://host/mlflow?user=me&{name}={quote(password)}&port=1"
     assert without_password(uri) == f"{scheme}://host/mlflow?user=me&{name}=PASSWORD&port=1"
 
 
+@settings(deadline=None)
 @given(st.one_of(DATABASES, SCHEMES, st.just("sqlite")), st.sampled_from(["", "me@"]), HOST_PARTS, st.text(PRINTABLE))
 def test_a_uri_without_a_password_is_shown_as_it_is(scheme: str, user: str, host: str, path: str) -> None:
     if scheme not in ("http", "https"):
