@@ -305,18 +305,44 @@ def test_the_same_images_split_otherwise_are_told_as_they_were_split(empty_store
         assert json.loads(given.dataset.profile) == sizes
 
 
-def test_names_with_quotes_are_found(empty_store: Path, tmp_path: Path) -> None:
+# In each pair a run has the first, and another one, newer, has the second.
+ODD_VALUES = [
+    ("bob's photos", "bobs photos"),
+    ('the "best" photos', "the best photos"),
+    ('bob\'s "best" photos', "bob's 'best' photos"),
+    ("100%", "1000"),
+    ("a_b", "acb"),
+    ("C:\\photos\\", "C:\\\\photos\\\\"),
+    ("a\\'b", "a'b"),
+    ("`photos`", "photos"),
+    ("photos' and tags.`kdpipe.stage` = 'teacher", "photos"),
+    ("--'\"; /*", "--"),
+    ("photos", "Photos"),
+    ("", " "),
+]
+
+
+@pytest.mark.parametrize(("value", "other"), ODD_VALUES)
+def test_runs_are_found_by_any_text(empty_store: Path, tmp_path: Path, value: str, other: str) -> None:
     tracker = Tracker(f"sqlite:///{empty_store}", "quotes", tmp_path)
-    tags = {"kdpipe.identity": "1", "kdpipe.stage": "teacher", "kdpipe.data": "abc"}
-    params = {"dataset.name": "bob's photos", "train.epochs": 1, "model.weights": None}
-    with tracker.run("run", tmp_path, params, tags) as run:
-        pass
-    found = tracker.find_teacher({"dataset.name": "bob's photos"}, "abc")
-    assert found is not None
-    assert found.id == run.id
-    assert tracker.find_teacher({"dataset.name": "bob"}, "abc") is None
-    assert tracker.find_teacher({"dataset.name": "bob's photos"}, "other images") is None
-    assert tracker.find_finished({"kdpipe.identity": "1"}) == found
+    found = {}
+    for text in (value, other):
+        tags = {"kdpipe.identity": text, "kdpipe.stage": "teacher", "kdpipe.data": text, "kdpipe.sweep": text}
+        params = {"dataset.name": text, "train.epochs": 1, "model.weights": None}
+        with tracker.run("run", tmp_path, params, tags) as run:
+            found[text] = run.id
+    for text in (value, other):
+        for record in (
+            tracker.find_finished({"kdpipe.identity": text, "kdpipe.stage": "teacher"}),
+            tracker.find_teacher({"dataset.name": text, "model.weights": None}, text),
+        ):
+            assert record and record.id == found[text]
+    assert tracker.find_teacher({"dataset.name": value}, other) is None
+    assert tracker.find_finished({"kdpipe.identity": value, "kdpipe.stage": other}) is None
+    assert tracker.find_sweep(value) is None
+    parent = tracker.client.create_run(tracker.experiment_id, tags={"kdpipe.stage": "sweep", "kdpipe.sweep": value})
+    sweep = tracker.find_sweep(value)
+    assert sweep and sweep.id == parent.info.run_id
 
 
 def test_a_teacher_is_found_among_any_number_of_experiments(
