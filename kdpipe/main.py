@@ -213,7 +213,7 @@ def learn(
     # A head on a frozen backbone trains on the backbone's features, as if they were the images.
     features = None if views else build_features(config, model, loss, teacher, parts.data, hardware)
     learner, data = (model.head, features) if features else (model, parts.data)
-    data = data.near(device)
+    data = data.moved_to(device)
     if isinstance(teacher, Teacher):
         teacher.stay_near(device)
     steps_per_epoch = len(batches(data.splits["train"], train.batch_size, hardware.processes))

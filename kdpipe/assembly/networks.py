@@ -41,7 +41,7 @@ def build_network(key: str, model: DictConfig, data: ImageDataset, freeze: str) 
 @torch.no_grad()
 def check_output(key: str, model: DictConfig, classifier: Classifier, data: ImageDataset) -> None:
     """Raise ValueError where a network gets from images to no logits: two images tell before training."""
-    images = data.images[:2]
+    images = data.images[torch.arange(2)]
     try:
         logits = classifier.eval()(images)
     except (RuntimeError, AssertionError, ValueError) as error:

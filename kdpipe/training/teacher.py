@@ -6,8 +6,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from kdpipe.data import Rows
-from kdpipe.data.dataset import fits
+from kdpipe.data import PerImageValues
+from kdpipe.data.dataset import fits_on_gpu
 from kdpipe.losses.outputs import Outputs, wide
 from kdpipe.models import Classifier, Ensemble
 from kdpipe.training.observed import Observed
@@ -51,7 +51,7 @@ class Teacher(nn.Module):
         """
         self._observed.remove()
         self._observed = Observed(self.classifier, self.classifier.network, roles, key="teacher")
-        self._known: list[Rows] = []
+        self._known: list[PerImageValues] = []
         self._like: Outputs | None = None
 
     @property
@@ -59,7 +59,7 @@ class Teacher(nn.Module):
         """The roles that it answers with beside logits, each with the submodules that have it."""
         return self._observed.places
 
-    def remember(self, known: Sequence[Rows], like: Outputs | None = None) -> None:
+    def remember(self, known: Sequence[PerImageValues], like: Outputs | None = None) -> None:
         """From now on answer with these, one set for each view of the images, seen in turn.
 
         Args:
@@ -70,8 +70,7 @@ class Teacher(nn.Module):
 
     def stay_near(self, device: torch.device) -> None:
         """Keep what is remembered on a GPU, where it fits."""
-        if device.type == "cuda":
-            self._known = [rows.to(device) if fits(rows.values, device) else rows for rows in self._known]
+        self._known = [rows.to(device) if fits_on_gpu(rows, device) else rows for rows in self._known]
 
     @property
     def remembers(self) -> bool:
