@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tutorial
 
 from kdpipe.assembly import build_data, build_loss, build_network, build_optimizer, use_hardware
-from kdpipe.data import ImageDataset, Rows, split
+from kdpipe.data import ImageDataset, PerImageValues, split
 from kdpipe.data.dataset import Source
 from kdpipe.settings import config as settings
 from kdpipe.system.hardware import Hardware
@@ -77,7 +77,7 @@ class Bench:
             self.what = "random images, for there are no others (--root FOLDER)"
         train = whole.splits["train"][torch.randperm(len(whole.splits["train"]), generator=torch.manual_seed(0))]
         train = train[: arguments.images]
-        self.data = replace(whole, splits={"train": train}).near(self.hardware.device)
+        self.data = replace(whole, splits={"train": train}).moved_to(self.hardware.device)
         self.sections = list(train.chunk(SECTIONS))
 
     def config(self, *overrides: str) -> DictConfig:
@@ -207,15 +207,15 @@ def loops(bench: Bench) -> dict[str, Any]:
     classes = data.num_classes
     everything = torch.arange(len(data.labels), device=data.splits["train"].device)
     # What the answers are does not matter for the time that it takes to look them up.
-    teacher.remember([Rows(everything, torch.randn(len(everything), classes, device=everything.device))])
+    teacher.remember([PerImageValues(everything, torch.randn(len(everything), classes, device=everything.device))])
 
     ours_alone = bench.epoch(bench.model(), data)
     ours_distilling = bench.epoch(bench.model(), data, "kd", teacher)
     limit = bench.limit()
     frozen = bench.model(f"model={TEACHER}", "model.freeze=backbone")
     with torch.no_grad():
-        width = frozen.eval().features(data.images[:2].to(device)).shape[1]
-    features = Rows(everything, torch.randn(len(everything), width, device=everything.device))
+        width = frozen.eval().features(data.images[torch.arange(2)].to(device)).shape[1]
+    features = PerImageValues(everything, torch.randn(len(everything), width, device=everything.device))
     ours_head = bench.epoch(frozen.head, replace(data, images=features))
 
     def ours_pass(positions: Tensor) -> float:

@@ -15,7 +15,7 @@ from bench import Bench, machine
 from omegaconf import DictConfig
 
 from kdpipe.assembly import build_loss, build_network, build_optimizer, fit_loss
-from kdpipe.data import Rows
+from kdpipe.data import PerImageValues
 from kdpipe.losses.base import roles_of
 from kdpipe.settings import config as settings
 from kdpipe.training.loop import Training, train_epoch
@@ -60,7 +60,7 @@ class Method:
         like = teacher.answer(data.images[positions[:2]].to(device))
         section = positions[:SECTION]
         rows = torch.rand(len(section), like.pack().shape[1], device=device)
-        teacher.remember([Rows(section, rows)], like)
+        teacher.remember([PerImageValues(section, rows)], like)
         return teacher
 
     def rate(self) -> float:

@@ -1,7 +1,6 @@
 """Runs from the entrypoint, as a user starts them, on real images."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,8 +14,6 @@ from conftest import KEPT
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from safetensors.torch import load_file
-
-from kdpipe.tracking.tracker import git_tags
 
 DIGITS = ["dataset=digits", "train.threads=1"]
 TEACHER = [*DIGITS, "experiment=teacher", "model=resnet20", "model.depth=8", "train.epochs=2"]
@@ -273,22 +270,6 @@ def test_an_interrupted_run_is_marked_killed(kdpipe: Callable, number: signal.Si
     (run,) = runs()
     assert run.info.status == "KILLED"
     assert run.data.tags["kdpipe.reason"]
-
-
-def test_the_commit_is_noted(kdpipe: Callable, tmp_path: Path) -> None:
-    identity = {f"GIT_{role}_{key}": "x" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}
-    for arguments in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
-        subprocess.run(["git", *arguments], cwd=tmp_path, env=os.environ | identity, check=True)
-    (tmp_path / "exported").mkdir()
-    (tmp_path / "exported" / "config.yaml").touch()  # is new, and no code
-    kdpipe(*STUDENT, "train.epochs=0")
-    (run,) = runs()
-    assert len(run.data.tags["git.commit"]) == 40
-    assert run.data.tags["git.dirty"] == "false"
-    (tmp_path / "loss.py").touch()
-    assert git_tags()["git.dirty"] == "true"
-    subprocess.run(["git", "add", "loss.py"], cwd=tmp_path, check=True)
-    assert git_tags()["git.dirty"] == "true"
 
 
 def test_a_photo_data_set_runs_from_its_folder(kdpipe: Callable, class_folders: Path) -> None:

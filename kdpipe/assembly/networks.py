@@ -39,7 +39,7 @@ def build_network(key: str, settings: NetworkSettings, data: ImageDataset, freez
 @torch.no_grad()
 def _check_output(key: str, settings: NetworkSettings, classifier: Classifier, data: ImageDataset) -> None:
     """Raise ConfigError where two images do not become logits: before training."""
-    images = data.images[:2]
+    images = data.images[torch.arange(2)]
     try:
         logits = classifier.eval()(images)
     except (RuntimeError, AssertionError, ValueError) as error:

@@ -68,7 +68,7 @@ def prepare(settings: Settings, parts: Parts, hardware: Hardware, start: dict[st
     # A head on a frozen backbone trains on the backbone's features, as if they were the images.
     features = None if views else _build_features(settings, model, loss, teacher, parts.data, hardware)
     learner, data = (model.head, features) if features else (model, parts.data)
-    data = data.near(device)
+    data = data.moved_to(device)
     if isinstance(teacher, FrozenTeacher):
         teacher.stay_near(device)
     steps_per_epoch = len(batches(data.splits["train"], train.batch_size, hardware.processes))

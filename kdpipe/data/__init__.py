@@ -1,8 +1,5 @@
-"""Data sets: one file per source, and every source gives the same thing, a `Source`.
+"""Data sets: one file per source; each returns a `Source`, which `split` turns into an `ImageDataset`."""
 
-`split` makes of it the `ImageDataset` that the engine trains and tests on.
-"""
+from kdpipe.data.dataset import ImageDataset, PerImageValues, Source, split
 
-from kdpipe.data.dataset import ImageDataset, Rows, Source, split
-
-__all__ = ["ImageDataset", "Rows", "Source", "split"]
+__all__ = ["ImageDataset", "PerImageValues", "Source", "split"]

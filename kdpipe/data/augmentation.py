@@ -1,8 +1,8 @@
-"""Augmentation: once per view, at the stored size; what comes out is what student and teacher both see.
+"""Augmentation at the stored size, once per view, which student and teacher both see.
 
 An augmentation is called as `augment(images, draws)`: uint8 [N, C, H, W] and float [N, DRAWS] in [0, 1), the random
-numbers of each image. They depend on the seed, the epoch and the image alone (see `Views`), so that any order of images
-gives the same views.
+numbers of each image. They depend on the seed, the epoch and the image only (see `Views`), so that views do not depend
+on the order of the images.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdpipe.settings.values import checked
 from kdpipe.system.randomness import generator
 
 DRAWS = 3  # random numbers for each image: row, column, flip
@@ -20,12 +21,12 @@ Augmentation = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Views:
-    """What an augmentation makes of the images of a data set in each epoch.
+    """The augmented views of a data set's images in each epoch.
 
     Attributes:
         described: the augmentation and its settings, as text.
-        number: None for new views in each epoch. K for the same K views in turn, which do not depend on `seed`: what a
-            teacher says of them serves all seeds.
+        number: None for new views in each epoch; K for the same K views over and over, independent of `seed`, so that
+            all seeds can share a teacher's outputs for them.
     """
 
     augment: Augmentation
@@ -49,15 +50,14 @@ def no_augmentation() -> None:
 
 
 class CropFlip:
-    """Zeros around the image, an eighth of its side; a random crop of the image's own size; a random mirroring.
+    """Pad with zeros by an eighth of the side, crop to the original size at random, flip horizontally at random.
 
     Args:
-        flip: whether to mirror, left to right, half of the images.
+        flip: whether to flip half of the images.
     """
 
+    @checked
     def __init__(self, flip: bool = True) -> None:
-        if not isinstance(flip, bool):
-            raise ValueError(f"augmentation.flip={flip}: true or false is accepted")
         self.flip = flip
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
@@ -71,6 +71,6 @@ class CropFlip:
         if self.flip:
             columns = torch.where(draws[:, 2, None] < 0.5, columns.flip(1), columns)
         image = torch.arange(count, device=images.device)
-        # Indices around a slice put the indexed axes first: [N, H, W, C].
+        # With indices on both sides of a slice, the indexed axes come first: [N, H, W, C].
         views = padded[image[:, None, None], :, rows[:, :, None], columns[:, None, :]]
         return views.permute(0, 3, 1, 2)

@@ -3,12 +3,22 @@
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
+from typing import Annotated, Protocol, Self
 
 import torch
+from pydantic import Field
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from kdpipe.settings.checks import check_number
+from kdpipe.settings.errors import ConfigError
+from kdpipe.settings.values import checked
+
+MAX_SEED = 2**32 - 1  # of NumPy
+
+TrainFraction = Annotated[float, Field(gt=0, le=1)]
+ValFraction = Annotated[float, Field(ge=0, lt=1)]
+TestFraction = Annotated[float, Field(gt=0, lt=1)]
+SplitSeed = Annotated[int, Field(ge=0, le=MAX_SEED, description=f"a whole number from 0 to {MAX_SEED}")]
 
 
 @dataclass(frozen=True)
@@ -20,7 +30,10 @@ class Source:
         labels: int64 [N].
         class_names: what label 0, 1, … mean.
         given: the splits that the source brings itself, "validation" or "test", as positions int64 [n].
-        fingerprint: 16 hex digits that stand for all of the above; computed where it is not given.
+        fingerprint: 16 hex digits that identify all of the above; computed by default.
+
+    Raises:
+        ValueError: a tensor of another type or shape, a label without a class name, splits that overlap.
     """
 
     images: Tensor
@@ -30,9 +43,17 @@ class Source:
     fingerprint: str = ""
 
     def __post_init__(self) -> None:
-        assert self.images.dtype == torch.uint8 and self.images.ndim == 4, "images are uint8 [N, C, H, W]"
-        assert self.labels.dtype == torch.int64 and len(self.labels) == len(self.images), "labels are int64 [N]"
-        assert self.labels.min() >= 0 and self.labels.max() < len(self.class_names), "labels name classes"
+        _check_tensor("images", self.images, torch.uint8, 4)
+        _check_tensor("labels", self.labels, torch.int64, 1, below=len(self.class_names))
+        if len(self.labels) != len(self.images):
+            raise ValueError(f"data source: {len(self.labels)} labels for {len(self.images)} images")
+        for name, positions in self.given.items():
+            if name not in ("validation", "test"):
+                raise ValueError(f"data source: it brings a split {name!r}; expected validation or test")
+            _check_tensor(f"{name} positions", positions, torch.int64, 1, below=len(self.images))
+        brought = torch.cat([*self.given.values(), self.labels[:0]])
+        if len(brought.unique()) < len(brought):
+            raise ValueError("data source: an image is more than once in the validation and test splits it brings")
         if not self.fingerprint:
             digest = hashlib.sha256(json.dumps([list(self.images.shape), self.class_names]).encode())
             digest.update(self.images.contiguous().numpy().data)
@@ -43,9 +64,34 @@ class Source:
             object.__setattr__(self, "fingerprint", digest.hexdigest()[:16])
 
 
+def _check_tensor(name: str, found: object, dtype: torch.dtype, ndim: int, below: int | None = None) -> None:
+    """Raise ValueError unless `found` is a tensor of that type and number of axes, with values from 0 to `below`."""
+    if not isinstance(found, Tensor) or found.dtype != dtype or found.ndim != ndim:
+        what = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        axes = "[N, C, H, W]" if ndim == 4 else "[N]"
+        raise ValueError(f"data source: its {name} are {what}; expected {dtype} {axes}")
+    if below is not None and len(found) and not 0 <= int(found.min()) <= int(found.max()) < below:
+        limits = f"{int(found.min())} to {int(found.max())}"
+        raise ValueError(f"data source: its {name} go from {limits}; expected 0 to {below - 1}")
+
+
+class Images(Protocol):
+    """Images, or what stands for them: [N, …], indexed by positions int64 [n]. A tensor is one."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def __getitem__(self, positions: Tensor, /) -> Tensor: ...
+
+    def to(self, device: torch.device, /) -> Self: ...
+
+
 @dataclass(frozen=True)
-class Rows:
-    """Something known of some images of a data set, by their positions there.
+class PerImageValues:
+    """Values for some images of a data set, such as a teacher's logits, indexed by the images' positions there.
 
     Args:
         positions: int64 [n], sorted.
@@ -55,11 +101,19 @@ class Rows:
     positions: Tensor
     values: Tensor
 
-    def __getitem__(self, positions: Tensor) -> Tensor:
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.values.nbytes)
+
+    def __getitem__(self, positions: Tensor, /) -> Tensor:
         return self.values[torch.searchsorted(self.positions, positions.to(self.positions.device))]
 
-    def to(self, device: torch.device) -> "Rows":
-        return Rows(self.positions.to(device), self.values.to(device))
+    def to(self, device: torch.device, /) -> Self:
+        return type(self)(self.positions.to(device), self.values.to(device))
 
 
 @dataclass(frozen=True)
@@ -70,33 +124,32 @@ class ImageDataset:
     """
 
     name: str
-    images: Tensor  # uint8 [N, C, H, W]; or Joined ones, or Rows of what a frozen backbone makes of them
+    images: Images  # uint8 [N, C, H, W], or a frozen backbone's features of them
     labels: Tensor  # int64 [N]
     class_names: tuple[str, ...]
     splits: dict[str, Tensor]  # positions, int64 [n]
     fingerprint: str
-    unlabelled: str = ""  # fingerprint of those training images that have no label (−1), where there are such
+    unlabelled: str = ""  # fingerprint of the training images that have no label (−1); "" without such images
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    def near(self, device: torch.device) -> "ImageDataset":
-        """The same on a GPU, where it takes less than half of the GPU's free memory."""
-        if device.type != "cuda":
-            return self
-        values = self.images.values if isinstance(self.images, Rows) else self.images
-        if not fits(values, device):
+    def moved_to(self, device: torch.device) -> "ImageDataset":
+        """The data set on a GPU, if it fits there; the same one otherwise."""
+        if not fits_on_gpu(self.images, device):
             return self
         splits = {name: positions.to(device) for name, positions in self.splits.items()}
         return replace(self, images=self.images.to(device), labels=self.labels.to(device), splits=splits)
 
 
-def fits(values: Tensor, device: torch.device) -> bool:
-    """Whether a tensor takes less than half of what is free on a GPU."""
+def fits_on_gpu(images: Images, device: torch.device) -> bool:
+    """Whether the device is a GPU, of whose free memory the images take less than half."""
+    if device.type != "cuda":
+        return False
     free, _ = torch.cuda.mem_get_info(device)
     kept_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return bool(values.nbytes < (free + kept_by_torch) / 2)
+    return bool(images.nbytes < (free + kept_by_torch) / 2)
 
 
 def split(
@@ -107,68 +160,52 @@ def split(
     test_fraction: float | None,
     split_seed: int,
 ) -> ImageDataset:
-    """Split what the source has not split itself, by a seeded shuffle that keeps the classes' shares.
+    """Split what the source has not split itself, at random and stratified by class.
 
     Args:
         train_fraction: share of the training images that is kept.
-        val_fraction, test_fraction: shares of the images outside of the given splits. They are unused where the
-            source brings that split itself; `test_fraction` None says that it has to.
+        val_fraction, test_fraction: shares of the images outside the given splits. They have no effect on a split that
+            the source brings itself; `test_fraction` None requires that it brings a test split.
 
     Raises:
-        ValueError: a fraction out of its range, or too few images for it.
+        ConfigError: a fraction out of its range, or too few images for it.
     """
     check_fractions(train_fraction, val_fraction, test_fraction, split_seed)
     given = {key: positions for key, positions in source.given.items() if len(positions)}
     if test_fraction is None and "test" not in given:
-        raise ValueError(
-            f"dataset.test_fraction=null: {name} has no test images of its own; a number above 0 below 1 is accepted"
-        )
+        problem = f"{name} has no test images of its own"
+        raise ConfigError("test_fraction", None, "a number above 0 below 1", problem)
     outside = torch.ones(len(source.labels), dtype=torch.bool)
     for positions in given.values():
         outside[positions] = False
     train = outside.nonzero().squeeze(1)
     splits = dict(given)
     whole = len(train)
-    for key, fraction in (("test", test_fraction), ("val", val_fraction)):
-        split_name = "validation" if key == "val" else key
-        if split_name not in given and fraction:
-            train, splits[split_name] = _divide(
-                train, source.labels, round(fraction * whole), split_seed, f"dataset.{key}_fraction={fraction}"
-            )
+
+    def divide(key: str, fraction: float, count: int) -> tuple[Tensor, Tensor]:
+        """The training images that stay, and `count` that go; both sorted, each class in both by its share."""
+        classes = source.labels[train].numpy()
+        try:
+            stay, go = train_test_split(train.numpy(), test_size=count, stratify=classes, random_state=split_seed)
+        except ValueError as error:
+            problem = f"{count} of {len(train)} images leave a part without some of the {len(set(classes))} classes"
+            raise ConfigError(key, fraction, "another share, or more images", problem) from error
+        return torch.from_numpy(stay).sort().values, torch.from_numpy(go).sort().values
+
+    if test_fraction and "test" not in given:
+        train, splits["test"] = divide("test_fraction", test_fraction, round(test_fraction * whole))
+    if val_fraction and "validation" not in given:
+        train, splits["validation"] = divide("val_fraction", val_fraction, round(val_fraction * whole))
     if train_fraction < 1:
-        train, _ = _divide(
-            train,
-            source.labels,
-            len(train) - round(train_fraction * len(train)),
-            split_seed,
-            f"dataset.train_fraction={train_fraction}",
-        )
+        train, _ = divide("train_fraction", train_fraction, len(train) - round(train_fraction * len(train)))
     splits["train"] = train
     return ImageDataset(name, source.images, source.labels, source.class_names, splits, source.fingerprint)
 
 
-def check_fractions(train_fraction: object, val_fraction: object, test_fraction: object, split_seed: object) -> None:
-    """Raise ValueError for a fraction outside of its range."""
-    check_number("dataset.train_fraction", train_fraction, above=0, high=1)
-    check_number("dataset.val_fraction", val_fraction, low=0, below=1)
-    check_number("dataset.split_seed", split_seed, low=0, high=2**32 - 1, integer=True)
-    if test_fraction is not None:
-        check_number("dataset.test_fraction", test_fraction, above=0, below=1)
-        if val_fraction + test_fraction >= 1:  # type: ignore[operator]
-            raise ValueError(
-                f"dataset.val_fraction={val_fraction}, dataset.test_fraction={test_fraction}: a sum below 1 is accepted"
-            )
-
-
-def _divide(positions: Tensor, labels: Tensor, count: int, seed: int, setting: str) -> tuple[Tensor, Tensor]:
-    """Those that stay, and `count` that go; both sorted, each class in both by its share."""
-    classes = labels[positions]
-    try:
-        stay, go = train_test_split(positions.numpy(), test_size=count, stratify=classes.numpy(), random_state=seed)
-    except ValueError as error:
-        number = len(classes.unique())
-        raise ValueError(
-            f"{setting}: {count} of {len(positions)} images, with every one of {number} classes on both sides, "
-            f"cannot be; another share or more images are accepted"
-        ) from error
-    return torch.from_numpy(stay).sort().values, torch.from_numpy(go).sort().values
+@checked
+def check_fractions(
+    train_fraction: TrainFraction, val_fraction: ValFraction, test_fraction: TestFraction | None, split_seed: SplitSeed
+) -> None:
+    """Raise ConfigError for a fraction outside its range."""
+    if test_fraction is not None and val_fraction + test_fraction >= 1:
+        raise ConfigError(f"val_fraction={val_fraction}, test_fraction", test_fraction, "a sum below 1")

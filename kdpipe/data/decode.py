@@ -1,4 +1,4 @@
-"""Photos: decoded once, in parallel, to one size, and the decoded array kept, memory-mapped."""
+"""Photos: decoded once, in parallel, to one size; the decoded array is kept on disk and memory-mapped."""
 
 import hashlib
 import io
@@ -6,39 +6,48 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from pydantic import Field
 from torch import Tensor
 
 from kdpipe.data.dataset import Source
-from kdpipe.settings.checks import check_choice, check_number
-from kdpipe.system.disk_cache import META, keep, mapped_array, new_array, read_meta
+from kdpipe.settings.errors import ConfigError, flat
+from kdpipe.system.disk_cache import META, ensure_entry, mapped_array, new_array, read_meta
 from kdpipe.system.progress import progress
 
 log = logging.getLogger("kdpipe")
-# Pillow's own warning comes at 89 million pixels; such an image is refused below.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-SplitOf = Callable[[str], str | None]  # from a file's name to "validation" or "test", if it is in one of them
-# What photos come in. Others that Pillow knows start programs (EPS), read other files, or are no photos.
+ImageSize = Annotated[int, Field(ge=1, le=4096)]  # side of a square in pixels
+OnBadImage = Literal["stop", "skip"]
+SplitOf = Callable[[str], str | None]  # from a file's name to "validation" or "test", or None for training images
+
+# Formats of photos. Others that Pillow knows start programs (EPS), read other files, or are not for photos.
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "MPO")
-MAX_PIXELS = 64_000_000  # 192 MB once decoded, in each thread; cameras and phones stay below, but for a few modes
-MAX_BYTES = 256_000_000  # of a file; so many pixels take 192 MB uncompressed
+MAX_PIXELS = 64_000_000  # 192 MB decoded, in each thread; nearly all cameras and phones stay below
+MAX_BYTES = 256_000_000  # of a file; MAX_PIXELS take 192 MB uncompressed
 LAYOUT = 1  # of the files in a cache entry; another number is another entry
+QUEUED = 1024  # files that wait to be decoded, at most
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A file that ought to be an image: its name within the data set, its label, a stamp that changes with its
-    content (size and time, or a checksum), and how to read it."""
+    """A file that should be an image.
+
+    Attributes:
+        name: within the data set.
+        stamp: changes with the content: size and time, or a checksum.
+        read: gives the content.
+    """
 
     name: str
     label: int
@@ -48,8 +57,8 @@ class ImageFile:
 
 def image_file(path: str, root: Path, label: int) -> ImageFile:
     """An `ImageFile` for a file on disk, below `root`."""
-    status = os.stat(path)  # noqa: PTH116 - there are many files, and a Path of each takes longer than its status
-    # Not the time of modification alone: it can be set, and is by programs that unpack archives.
+    status = os.stat(path)  # noqa: PTH116 - there are many files, and making a Path takes longer than its status
+    # Not the time of modification alone: programs that unpack archives set it.
     stamp = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
     return ImageFile(path.removeprefix(f"{root}{os.sep}").replace(os.sep, "/"), label, stamp, partial(_content, path))
 
@@ -60,13 +69,13 @@ def _content(path: str) -> bytes:
 
 
 def check_bytes(number: int) -> None:
-    """Raise ValueError for a file that is too large to be read whole."""
+    """Raise ValueError for a file that is too large to be read into memory."""
     if number > MAX_BYTES:
-        raise ValueError(f"{number / 1e6:,.0f} MB, up to {MAX_BYTES / 1e6:,.0f} are accepted")
+        raise ValueError(f"{number / 1e6:,.0f} MB; expected at most {MAX_BYTES / 1e6:,.0f} MB")
 
 
 def read_image(content: bytes) -> Image.Image:
-    """An image file's pixels as RGB; of several frames the first.
+    """The pixels of an image file as RGB; of several frames the first.
 
     Raises:
         ValueError: not a readable image, or one that would take too much memory.
@@ -75,18 +84,21 @@ def read_image(content: bytes) -> Image.Image:
         with _opened(content) as image:
             return _rgb(image)
     except UnidentifiedImageError as error:
-        raise ValueError("no known image format" if content else "empty") from error
+        raise ValueError("unknown image format" if content else "empty") from error
     except MemoryError:
         raise
-    except Exception as error:  # decoders raise whatever they like
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+    except Exception as error:  # decoders raise all kinds
+        raise ValueError(flat(error)) from error
 
 
 def _opened(content: bytes) -> Image.Image:
     Image.init()
+    # Pillow warns from 89 million pixels on; we refuse such images below. For the whole process, because
+    # catch_warnings is not thread-safe.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     image = Image.open(io.BytesIO(content), formats=[name for name in PHOTO_FORMATS if name in Image.OPEN])
     if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width}×{image.height} pixels, up to {MAX_PIXELS / 1e6:g} million are accepted")
+        raise ValueError(f"{image.width}×{image.height} pixels; expected at most {MAX_PIXELS / 1e6:g} million")
     return image
 
 
@@ -99,18 +111,17 @@ def decoded_source(
     cache_dir: str,
     split_of: SplitOf = lambda name: None,
 ) -> Source:
-    """The `Source` of `files`, from the cache where they were decoded before.
+    """The `Source` of `files`, from the cache if they were decoded before.
 
     Args:
-        image_size: side in pixels of the stored squares; None keeps the images' size, which must be one for all.
-        on_bad_image: "stop", or "skip" to go on without the files that are no readable image.
+        image_size: side in pixels of the stored squares; None keeps the images' size, which must be the same for all.
+        on_bad_image: "stop", or "skip" to leave out files that are not readable images.
         cache_dir: folder of the decoded arrays.
-        split_of: which files the source has already split off.
+        split_of: the split that the source gives each file.
 
     Raises:
-        ValueError: a bad setting; unreadable files under "stop" (all are named); images of several sizes.
+        ConfigError: unreadable files under "stop" (all are named); images of several sizes.
     """
-    check_settings(image_size, on_bad_image)
     settings = {
         "layout": LAYOUT,
         "image_size": image_size,
@@ -121,11 +132,12 @@ def decoded_source(
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     entry = Path(cache_dir) / key
     is_complete = partial(_is_complete, len(class_names))
-    keep(entry, is_complete, lambda folder: _decode(files, class_names, image_size, on_bad_image, split_of, folder))
+    decode = partial(_decode, files, class_names, image_size, on_bad_image == "skip", split_of)
+    ensure_entry(entry, is_complete, decode)
     kept = json.loads((entry / META).read_text())
     if kept["bad"]:
         bad = len(kept["bad"])
-        log.warning("dataset.on_bad_image=skip: %d of %d files are no readable images, left out", bad, len(files))
+        log.warning("dataset.on_bad_image=skip: %d of %d files are not readable images, left out", bad, len(files))
     return Source(
         images=mapped_array(entry / "images.npy"),
         labels=torch.from_numpy(np.array(np.lib.format.open_memmap(entry / "labels.npy", mode="r"))),
@@ -143,80 +155,87 @@ def _given_splits(names: Sequence[str], split_of: SplitOf) -> dict[str, Tensor]:
     return {name: torch.tensor(positions) for name, positions in splits.items()}
 
 
-def check_settings(image_size: object, on_bad_image: object) -> None:
-    """Raise ValueError for a stored size or a policy that is none."""
-    if image_size is not None:
-        check_number("dataset.image_size", image_size, low=1, high=4096, integer=True)
-    check_choice("dataset.on_bad_image", on_bad_image, ["stop", "skip"])
-
-
 def _decode(
     files: Sequence[ImageFile],
     class_names: tuple[str, ...],
     image_size: int | None,
-    on_bad_image: str,
+    skips: bool,
     split_of: SplitOf,
     folder: Path,
 ) -> None:
     """Write images.npy, labels.npy and meta.json into `folder`."""
-    bad: dict[str, str] = {}
-    if image_size is None:
-        width, height = _first_size(files)
-    else:
-        height = width = image_size
-    other_sizes: list[str] = []
-    shape = (len(files), 3, height, width)
-    images = new_array(folder / "images.npy", shape, np.uint8)
-
-    def decode_one(position: int) -> None:
-        try:
-            pixels = read_image(files[position].read())
-        except MemoryError:
-            raise
-        except Exception as error:  # reading an archive raises other errors
-            bad[files[position].name] = " ".join(str(error).split()) or type(error).__name__
-            return
-        if pixels.size != (width, height) and image_size is None:
-            other_sizes.append(f"{files[position].name} has {pixels.width}×{pixels.height}")
-            return
-        if pixels.size != (width, height):
-            pixels = pixels.resize((width, height), Image.Resampling.BILINEAR)
-        images[position] = np.asarray(pixels).transpose(2, 0, 1)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool, progress("decoding images", len(files)) as bar:
-        for _ in pool.map(decode_one, range(len(files))):
-            bar.advance(1)
-    if other_sizes:
-        raise ValueError(
-            f"dataset.image_size=null: images of one size are accepted, but the first one has {width}×{height} pixels "
-            f"and {min(other_sizes)}; give the side in pixels, such as 128"
-        )
-    if bad and on_bad_image == "stop":
+    width, height = (image_size, image_size) if image_size else _first_size(files)
+    images = new_array(folder / "images.npy", (len(files), 3, height, width), np.uint8)
+    bad = _decode_into(images, files, resizes=image_size is not None)
+    if bad and not skips:
         names = "; ".join(f"{name} ({reason})" for name, reason in sorted(bad.items()))
-        raise ValueError(
-            f"dataset.on_bad_image=stop: {len(bad)} of {len(files)} files are no readable images; "
-            f"remove them or use skip: {names}"
-        )
+        problem = f"{len(bad)} of {len(files)} files are not readable images; remove them, or set skip: {names}"
+        raise ConfigError("on_bad_image", "stop", problem=problem)
     good = [position for position, file in enumerate(files) if file.name not in bad]
     labels = np.array([files[position].label for position in good], dtype=np.int64)
+    kept = [files[position].name for position in good]
     for label, class_name in enumerate(class_names):
         if label not in labels:
-            raise ValueError(f"dataset.root: class {class_name} has no readable image; each class needs one")
+            raise ConfigError("root", expected="at least one", problem=f"class {class_name} has no readable image")
+    if lost := {split_of(file.name) for file in files} - {split_of(name) for name in kept}:
+        problem = f"the {lost.pop() or 'train'} folder has no readable image"
+        raise ConfigError("root", expected="at least one", problem=problem)
     if bad:
-        compact = new_array(folder / "good.npy", (len(good), 3, height, width), np.uint8)
-        for row, position in enumerate(good):
-            compact[row] = images[position]
-        compact.flush()
-        images = compact
-        (folder / "good.npy").replace(folder / "images.npy")
+        images = _compacted(images, good, folder)
     images.flush()
     np.save(folder / "labels.npy", labels)
-    kept = [files[position].name for position in good]
-    if lost := {split_of(file.name) for file in files} - {split_of(name) for name in kept}:
-        raise ValueError(f"dataset.root: the {lost.pop() or 'train'} folder has no readable image; it needs one")
     source = Source(torch.from_numpy(images), torch.from_numpy(labels), class_names, _given_splits(kept, split_of))
     meta = {"about": _about(images.shape), "names": kept, "bad": bad, "fingerprint": source.fingerprint}
     (folder / META).write_text(json.dumps(meta))
+
+
+def _decode_into(images: np.memmap, files: Sequence[ImageFile], resizes: bool) -> Mapping[str, str]:
+    """Decode files into images uint8 [N, 3, H, W].
+
+    Returns:
+        The names of the files that are not readable images, with the reasons; their rows are undefined.
+
+    Raises:
+        ConfigError: an image of another size that is not to be resized.
+    """
+    size = (images.shape[3], images.shape[2])
+    bad: dict[str, str] = {}
+    other_sizes: list[str] = []
+
+    def decode_one(position: int) -> None:
+        file = files[position]
+        try:
+            pixels = read_image(file.read())
+        except MemoryError:
+            raise
+        except Exception as error:  # zipfile raises all kinds
+            bad[file.name] = flat(error)
+            return
+        if pixels.size != size and not resizes:
+            other_sizes.append(f"{file.name} has {pixels.width}×{pixels.height}")
+            return
+        if pixels.size != size:
+            pixels = pixels.resize(size, Image.Resampling.BILINEAR)
+        images[position] = np.asarray(pixels).transpose(2, 0, 1)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool, progress("decoding images", len(files)) as bar:
+        for start in range(0, len(files), QUEUED):
+            for _ in pool.map(decode_one, range(len(files))[start : start + QUEUED]):
+                bar.advance(1)
+    if other_sizes:
+        problem = f"the first image has {size[0]}×{size[1]} pixels, but {min(other_sizes)}"
+        raise ConfigError("image_size", None, "the side in pixels, such as 128", problem)
+    return bad
+
+
+def _compacted(images: np.memmap, good: Sequence[int], folder: Path) -> np.memmap:
+    """The good rows alone, in the file's place."""
+    compact = new_array(folder / "good.npy", (len(good), *images.shape[1:]), np.uint8)
+    for row, position in enumerate(good):
+        compact[row] = images[position]
+    compact.flush()
+    (folder / "good.npy").replace(folder / "images.npy")
+    return compact
 
 
 def _about(shape: tuple[int, ...]) -> str:
@@ -231,20 +250,20 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _first_size(files: Sequence[ImageFile]) -> tuple[int, int]:
-    """The (width, height) of the first readable image: what all others have to have."""
+    """The (width, height) of the first readable image, which all others must share."""
     for file in files:
-        with suppress(Exception):  # decoding tells what is wrong
+        with suppress(Exception):  # decoding reports what is wrong
             return read_image(file.read()).size
     return 1, 1
 
 
 def _is_complete(num_classes: int, entry: Path) -> bool:
-    """Whether an entry can be used: a torn one counts as absent."""
+    """Whether an entry can be used; a damaged one cannot."""
     meta = read_meta(entry)
     names, bad = meta.get("names"), meta.get("bad")
-    try:  # mapped, because a torn header may promise any size
+    try:  # mapped, because a damaged header may promise any size
         images, labels = (np.lib.format.open_memmap(entry / f"{name}.npy", mode="r") for name in ("images", "labels"))
-    except Exception:  # NumPy's reader of headers raises whatever it stumbles over
+    except Exception:  # NumPy's reader of headers raises all kinds
         return False
     return (
         isinstance(names, list)
@@ -260,11 +279,11 @@ def _is_complete(num_classes: int, entry: Path) -> bool:
 
 
 def files_below(root: Path) -> list[str]:
-    """The files below `root`, sorted, without those that operating systems leave behind.
+    """The files below `root`, sorted, without hidden ones and those that operating systems leave behind.
 
     Raises:
-        ValueError: a link to a folder that was read already (such links can make endlessly many files), or a name
-            that is no text.
+        ConfigError: a link to a folder that was read already (such links can make endlessly many files), or a name
+            that is not valid text.
     """
     if not root.is_dir():
         return []
@@ -273,16 +292,17 @@ def files_below(root: Path) -> list[str]:
         "".join(found).encode()
     except UnicodeEncodeError as error:
         wrong = next(path for path in found if any("\ud800" <= letter <= "\udfff" for letter in path))
-        raise ValueError(f"dataset.root: {wrong!a}: a file name in UTF-8 is accepted") from error
+        raise ConfigError("root", expected="file names in UTF-8", problem=f"{wrong!a} is not") from error
     return found
 
 
 def _paths_below(folder: Path | str, seen: set[str]) -> Iterator[str]:
     real = os.path.realpath(folder)
     if real in seen:
-        raise ValueError(f"dataset.root: {folder} leads to a folder that was read already, {real}; remove this link")
+        problem = f"{folder} is a link to a folder that was read already, {real}; remove it"
+        raise ConfigError("root", problem=problem)
     seen.add(real)
-    with os.scandir(folder) as found:  # tells files from folders without a question for each to the file system
+    with os.scandir(folder) as found:  # tells files from folders without asking the file system again
         for item in found:
             if item.name.startswith(".") or item.name in ("Thumbs.db", "desktop.ini"):
                 continue

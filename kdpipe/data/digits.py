@@ -7,7 +7,7 @@ from kdpipe.data.dataset import Source
 
 
 def digits() -> Source:
-    """1,797 images, uint8 [N, 1, 8, 8], 10 classes, no split of their own."""
+    """1,797 images, uint8 [N, 1, 8, 8], 10 classes, no splits of their own."""
     content = load_digits()
     pixels = torch.from_numpy(content.images).unsqueeze(1)  # 0 … 16
     return Source(

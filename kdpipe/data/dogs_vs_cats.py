@@ -1,4 +1,4 @@
-"""Kaggle's Dogs vs. Cats, https://www.kaggle.com/c/dogs-vs-cats/data, as it comes."""
+"""Kaggle's Dogs vs. Cats, https://www.kaggle.com/c/dogs-vs-cats/data, as downloaded."""
 
 import io
 import re
@@ -8,25 +8,34 @@ from pathlib import Path, PureWindowsPath
 from threading import Lock
 
 from kdpipe.data.dataset import Source
-from kdpipe.data.decode import MAX_BYTES, ImageFile, decoded_source, files_below, image_file
+from kdpipe.data.decode import (
+    MAX_BYTES,
+    ImageFile,
+    ImageSize,
+    OnBadImage,
+    decoded_source,
+    files_below,
+    image_file,
+)
+from kdpipe.settings.errors import ConfigError, flat
+from kdpipe.settings.values import checked
 
 CLASS_NAMES = ("cat", "dog")
-MAX_NESTED = 1_000_000_000  # bytes of the train.zip in dogs-vs-cats.zip, which comes into memory; Kaggle's has 0.57e9
+MAX_NESTED = 1_000_000_000  # bytes of the train.zip in dogs-vs-cats.zip, which is read into memory; Kaggle's has 0.57e9
 NAME = re.compile(r"(?:.*/)?(cat|dog)\.\d+\.jpg")
 
 
-def dogs_vs_cats(root: str, image_size: int, on_bad_image: str, cache_dir: str) -> Source:
-    """Photos as uint8 [N, 3, image_size, image_size]; classes cat and dog, no split of their own.
+@checked
+def dogs_vs_cats(root: str, image_size: ImageSize, on_bad_image: OnBadImage, cache_dir: str) -> Source:
+    """Photos as uint8 [N, 3, image_size, image_size]; classes cat and dog, no splits of its own.
 
     Args:
-        root: a folder with `train/cat.0.jpg` … (or with these files themselves), a folder with Kaggle's `train.zip` or
+        root: a folder with `train/cat.0.jpg` … (or these files themselves), a folder with Kaggle's `train.zip` or
             `dogs-vs-cats.zip`, or one of these archives. Kaggle's test images have no labels and are not used.
 
     Raises:
-        ValueError: nothing of that kind at `root`.
+        ConfigError: nothing of that kind at `root`.
     """
-    if image_size is None:
-        raise ValueError("dataset.image_size=null: a whole number is accepted, Kaggle's photos have many sizes")
     path = Path(root)
     archives = [path] if path.is_file() else [path / "train.zip", path / "dogs-vs-cats.zip"]
     files: list[ImageFile] = []
@@ -38,11 +47,9 @@ def dogs_vs_cats(root: str, image_size: int, on_bad_image: str, cache_dir: str) 
         if not files and archive.is_file():
             files = _files_in(archive, root)
     if {file.label for file in files} != {0, 1}:
-        found = "there is nothing" if not path.exists() else "cat.N.jpg and dog.N.jpg were not found"
-        raise ValueError(
-            f"dataset.root={root}: {found}; Kaggle's train folder (train/cat.0.jpg, …), train.zip or dogs-vs-cats.zip "
-            f"is accepted"
-        )
+        problem = "cat.N.jpg and dog.N.jpg not found" if path.exists() else "no such file or folder"
+        kaggle = "Kaggle's train folder (train/cat.0.jpg, …), train.zip or dogs-vs-cats.zip"
+        raise ConfigError("root", root, kaggle, problem)
     return decoded_source(
         sorted(files, key=lambda file: file.name),
         CLASS_NAMES,
@@ -61,12 +68,10 @@ def _files_in(path: Path, root: str) -> list[ImageFile]:
             check_members(archive)
     except MemoryError:
         raise
-    except Exception as error:  # torn archives raise whatever zipfile stumbles over
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"dataset.root={root}: {path} is no readable zip archive ({reason})") from error
+    except Exception as error:  # zipfile raises all kinds for damaged archives
+        raise ConfigError("root", root, problem=f"{path} is not a readable zip archive ({flat(error)})") from error
     lock = Lock()  # an open archive reads one member at a time
-
-    # The checksums in an archive's directory stay as they are when its contents are damaged or mended.
+    # The checksums in an archive's directory stay the same when its contents are damaged or repaired.
     stamp = (path.stat().st_size, path.stat().st_mtime_ns)
 
     def read(member: zipfile.ZipInfo) -> bytes:
@@ -81,23 +86,22 @@ def _files_in(path: Path, root: str) -> list[ImageFile]:
 
 
 def check_members(archive: zipfile.ZipFile) -> None:
-    """Raise ValueError for an archive with a member that no archive of photos has."""
+    """Raise ValueError for an archive with a member that an archive of photos does not have."""
     for member in archive.infolist():
         name = PureWindowsPath(member.orig_filename)  # which knows a slash, a backslash and a drive
         if name.anchor or ".." in name.parts:
-            raise ValueError(f"its member {member.orig_filename} would be unpacked outside of its folder")
+            raise ValueError(f"its member {member.orig_filename} would be unpacked outside its folder")
         if member.flag_bits & 1:
-            raise ValueError(f"its member {member.filename} is encrypted; unpack it, and give the folder")
+            raise ValueError(f"its member {member.filename} is encrypted; unpack it and use the folder")
 
 
 def _content(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) -> bytes:
-    """A member's bytes; no more of them than it says, and only where that is below the limit."""
+    """A member's bytes, at most as many as its header claims, and only if that is below the limit."""
     if member.file_size > limit:
-        raise ValueError(
-            f"{member.filename} has {member.file_size / 1e6:,.0f} MB, up to {limit / 1e6:,.0f} are accepted"
-        )
-    # bz2 and lzma decompress without regard to how much is asked for.
+        megabytes = f"{member.file_size / 1e6:,.0f} MB; expected at most {limit / 1e6:,.0f} MB"
+        raise ValueError(f"{member.filename} has {megabytes}")
+    # bz2 and lzma decompress more than was requested.
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(f"{member.filename} is packed with method {member.compress_type}, deflate is accepted")
+        raise ValueError(f"{member.filename} is packed with method {member.compress_type}; expected deflate")
     with archive.open(member) as opened:
         return opened.read(member.file_size)

@@ -1,4 +1,4 @@
-"""The data sets that torchvision downloads into a folder and checks."""
+"""Data sets that torchvision downloads into a folder and verifies."""
 
 from pathlib import Path
 
@@ -7,33 +7,34 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 
 from kdpipe.data.dataset import Source
+from kdpipe.settings.errors import ConfigError, flat
 
 
 def cifar10(root: str) -> Source:
-    """uint8 [60000, 3, 32, 32], 10 classes, of which 10,000 are for testing (Krizhevsky 2009)."""
+    """uint8 [60000, 3, 32, 32], 10 classes, of which 10,000 are test images (Krizhevsky 2009)."""
     return _both_parts(CIFAR10, root)
 
 
 def cifar100(root: str) -> Source:
-    """uint8 [60000, 3, 32, 32], 100 classes, of which 10,000 are for testing (Krizhevsky 2009)."""
+    """uint8 [60000, 3, 32, 32], 100 classes, of which 10,000 are test images (Krizhevsky 2009)."""
     return _both_parts(CIFAR100, root)
 
 
 def fashion_mnist(root: str) -> Source:
-    """uint8 [70000, 1, 28, 28], 10 classes, of which 10,000 are for testing (Xiao et al. 2017)."""
+    """uint8 [70000, 1, 28, 28], 10 classes, of which 10,000 are test images (Xiao et al. 2017)."""
     return _both_parts(FashionMNIST, root)
 
 
 def _both_parts(dataset: type[CIFAR10 | FashionMNIST], root: str) -> Source:
     try:
         parts = [dataset(root, train=train, download=True) for train in (True, False)]
-    except Exception as error:  # a torn file raises whatever its reader stumbles over
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(
-            f"dataset.root={root}: {dataset.__name__} is not in {Path(root).resolve()}, or torn, and "
-            f"cannot be downloaded ({reason}); put torchvision's files there, or use dataset=image_folder for "
-            f"images of your own"
-        ) from error
+    except Exception as error:  # readers of damaged files raise all kinds
+        problem = (
+            f"{dataset.__name__} is missing from {Path(root).resolve()} or damaged, and cannot be downloaded "
+            f"({flat(error, 300)})"
+        )
+        files = "torchvision's files there, or dataset=image_folder for images of your own"
+        raise ConfigError("root", root, files, problem) from error
     images = np.concatenate([np.asarray(part.data) for part in parts])
     images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
     return Source(

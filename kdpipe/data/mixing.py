@@ -1,6 +1,6 @@
-"""Mixed images: MixUp (Zhang et al. 2018, https://arxiv.org/abs/1710.09412) and CutMix (Yun et al. 2019,
-https://arxiv.org/abs/1905.04899). Consistent teaching lives on them: student and teacher see the same mixed images
-(Beyer et al. 2022, https://arxiv.org/abs/2106.05237)."""
+"""MixUp (Zhang et al. 2018, https://arxiv.org/abs/1710.09412) and CutMix (Yun et al. 2019,
+https://arxiv.org/abs/1905.04899). Student and teacher see the same mixed images ("consistent teaching", Beyer et al.
+2022, https://arxiv.org/abs/2106.05237)."""
 
 import random
 
@@ -12,11 +12,11 @@ from kdpipe.system.randomness import derive_seed
 
 
 class Mixing:
-    """torchvision's MixUp or CutMix of the images of a batch; where both are asked for, each step takes one by chance.
+    """torchvision's MixUp or CutMix of the images of a batch; with both, each step picks one at random.
 
     Args:
-        mixup, cutmix: alpha of Beta(alpha, alpha), which the shares are drawn from; None for neither.
-        seed: the shares depend on it, the epoch and the step alone, so that all arms of a seed see the same.
+        mixup, cutmix: alpha of Beta(alpha, alpha), from which the mixing ratio is drawn; None turns it off.
+        seed: the ratios depend on it, the epoch and the step only, so that all arms of a seed see the same images.
     """
 
     def __init__(self, mixup: float | None, cutmix: float | None, num_classes: int, seed: int) -> None:
@@ -28,11 +28,14 @@ class Mixing:
         ]
 
     def __call__(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """Mixed images, float [N, C, H, W] from 0 to 255, and the classes' shares in them, float [N, classes], of
-        uint8 images [N, C, H, W] and labels int64 [N]."""
+        """Mix uint8 images [N, C, H, W] with labels int64 [N].
+
+        Returns:
+            Images, float [N, C, H, W] from 0 to 255, and soft labels, float [N, classes].
+        """
         seed = derive_seed(self.seed, f"mixing/{epoch}/{step}")
         way = random.Random(seed).choice(self.ways)
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from PyTorch's own numbers, on the CPU
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from PyTorch's global CPU generator
             torch.random.default_generator.manual_seed(seed)
             mixed: tuple[Tensor, Tensor] = way(images.float(), labels)
         return mixed

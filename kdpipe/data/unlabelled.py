@@ -1,23 +1,23 @@
-"""More images to learn from, without labels: of them a student learns what the teacher says alone."""
+"""Additional training images without labels, from which the student learns by the teacher's answers alone."""
 
 import logging
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from kdpipe.data.dataset import ImageDataset
 from kdpipe.data.decode import decoded_source, files_below, image_file
+from kdpipe.settings.errors import ConfigError
 
 log = logging.getLogger("kdpipe")
 
 
 @dataclass(frozen=True)
-class Joined:
-    """Two tensors [n, …] and [m, …] that are indexed as one of [n + m, …], without a copy: they may be mapped."""
+class Concatenated:
+    """Images [n, …] and [m, …] as one sequence of n + m, without copying either: they may be memory-mapped."""
 
     first: Tensor
     second: Tensor
@@ -30,22 +30,20 @@ class Joined:
     def nbytes(self) -> int:
         return int(self.first.nbytes + self.second.nbytes)
 
-    def __getitem__(self, positions: Tensor | slice) -> Tensor:
-        if isinstance(positions, slice):
-            positions = torch.arange(len(self.first) + len(self.second), device=self.first.device)[positions]
+    def __getitem__(self, positions: Tensor, /) -> Tensor:
         is_second = positions >= len(self.first)
         rows = self.first.new_empty([len(positions), *self.first.shape[1:]])
         rows[~is_second] = self.first[positions[~is_second]]
         rows[is_second] = self.second[positions[is_second] - len(self.first)]
         return rows
 
-    def to(self, device: torch.device) -> "Joined":
-        return Joined(self.first.to(device), self.second.to(device))
+    def to(self, device: torch.device, /) -> Self:
+        return type(self)(self.first.to(device), self.second.to(device))
 
 
-def shared(images: Tensor, positions: Tensor, others: Tensor) -> int:
+def count_duplicates(images: Tensor, positions: Tensor, others: Tensor) -> int:
     """How many of the others [m, C, H, W] are, pixel by pixel, among the images [n, C, H, W] at these positions."""
-    middle = images.shape[2] // 2  # a row tells most images apart, and little is read of what is mapped
+    middle = images.shape[2] // 2  # one row tells most images apart, so that little of a memory-mapped array is read
     places: dict[bytes, list[int]] = {}
     for place, row in zip(positions.tolist(), images[:, :, middle][positions].numpy(), strict=True):
         places.setdefault(row.tobytes(), []).append(place)
@@ -62,35 +60,36 @@ def with_unlabelled(data: ImageDataset, root: str, on_bad_image: str, cache_dir:
     They are decoded to the size of the others, and come after them.
 
     Raises:
-        ValueError: no such folder, no readable image in it, or a data set of images that are not square and in colour.
+        ConfigError: no such folder, no readable image in it, or a data set whose images are not square or not RGB.
     """
-    top = Path(root).expanduser()
-    key = f"dataset.unlabelled_root={root}"
-    _, channels, height, width = data.images.shape
+    top, images = Path(root).expanduser(), data.images
+    assert isinstance(images, Tensor)  # as a source gives them
+    _, channels, height, width = images.shape
     if channels != 3 or height != width:
-        raise ValueError(f"{key}: beside square images in colour it is accepted, these are {width}×{height}×{channels}")
-    if not top.is_dir():
-        raise ValueError(f"{key}: there is no such folder; a folder with images is accepted")
+        problem = f"the images with labels are {width}×{height}×{channels}"
+        raise ConfigError("unlabelled_root", root, "a data set of square RGB images", problem)
     try:
         files = [image_file(path, top, label=0) for path in files_below(top)]
         if not files:
-            raise ValueError(f"{key}: there is no file in it; a folder with images is accepted")
-        source = decoded_source(
-            files, ("unlabelled",), image_size=height, on_bad_image=on_bad_image, cache_dir=cache_dir
-        )
-    except ValueError as error:  # readers of images speak of the data set's own
-        raise ValueError(re.sub(r"^dataset\.root\b", key, str(error))) from error
+            problem = "no file in this folder" if top.is_dir() else "no such folder"
+            raise ConfigError("root", problem=problem, expected="a folder with images")
+        names = ("unlabelled",)
+        source = decoded_source(files, names, image_size=height, on_bad_image=on_bad_image, cache_dir=cache_dir)
+    except ConfigError as error:
+        if error.key != "root":
+            raise
+        raise ConfigError("unlabelled_root", root, error.expected, error.problem) from error
     held_out = torch.cat([positions for name, positions in data.splits.items() if name != "train"])
-    if known := shared(data.images, held_out, source.images):
+    if duplicates := count_duplicates(images, held_out, source.images):
         log.warning(
-            "%s: %d of its %d images are validation or test images, too: what is measured on those says little",
-            *(key, known, len(source.images)),
+            "dataset.unlabelled_root=%s: %d of its %d images are also validation or test images, so results on those "
+            "mean little",
+            *(root, duplicates, len(source.images)),
         )
-    labelled = len(data.labels)
-    new = torch.arange(labelled, labelled + len(source.labels))
+    new = torch.arange(len(data.labels), len(data.labels) + len(source.labels))
     return replace(
         data,
-        images=cast(Tensor, Joined(data.images, source.images)),
+        images=Concatenated(images, source.images),
         labels=torch.cat([data.labels, torch.full_like(source.labels, -1)]),
         splits=data.splits | {"train": torch.cat([data.splits["train"], new])},
         unlabelled=source.fingerprint,

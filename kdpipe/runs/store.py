@@ -1,4 +1,4 @@
-"""Which MLflow store a run goes to, and whether it can be reached: known before mlflow, slow to import, is."""
+"""Which MLflow store a run goes to, and whether it can be reached, without importing mlflow, which is slow."""
 
 import logging
 import os
@@ -9,35 +9,87 @@ import urllib.error
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
+
+from kdpipe.settings.errors import ConfigError, flat
 
 log = logging.getLogger("kdpipe")
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
-# Not mssql: what stands in the place of its host may be the name of a data source or of an instance.
+# Not mssql: its URL may have the name of a data source or of an instance in place of the host.
 PORTS = {"postgresql": 5432, "mysql": 3306}
-PATIENCE = 300  # seconds that a sweep and its runs wait for a store that was there when the sweep began
-SECONDS = 5  # that a connection, and then an answer, may take
+PATIENCE = 300  # seconds that a sweep and its runs wait for a store that was up when the sweep began
+TIMEOUT = 5  # seconds to connect, and again to answer
+SECRET = re.compile(r"passw|pwd|odbc_connect", re.IGNORECASE)  # in the name of a query parameter
 
 
 def store_uri(configured: str | None, output_dir: Path) -> str:
-    """Which store: what is configured, else MLFLOW_TRACKING_URI, else a sqlite file in the output folder."""
+    """The configured store, else MLFLOW_TRACKING_URI, else a sqlite file in the output folder."""
     return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output_dir.resolve() / 'mlflow.db'}"
 
 
-def without_password(text: str) -> str:
-    """A store's URI, or a text with URIs, to be shown."""
-    text = re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:PASSWORD@", text)
-    return re.sub(r"([?&]password=)[^&\s]*", r"\1PASSWORD", text)
+def without_password(uri: str) -> str:
+    """A store's URI with PASSWORD in place of passwords, also of those in query parameters.
+
+    SQLAlchemy's `hide_password` and urllib end a password at the first @ or /, and show the rest where it is not
+    percent-encoded. Here it goes on to the last @.
+    """
+    shown = uri
+    for start, end in _secrets(uri):
+        shown = shown[:start] + "\0" * (end - start) + shown[end:]
+    return re.sub("\0+", "PASSWORD", shown)
 
 
-def reason_of(error: Exception) -> str:
-    """What a store's error says first; SQLAlchemy goes on for many lines."""
-    return without_password(str(error).strip().split("\n")[0])[:300] or type(error).__name__
+def _secrets(uri: str) -> list[tuple[int, int]]:
+    """Where a URI has passwords."""
+    found = []
+    if (match := re.match(r"[\w+.-]+://[^:/]*:(.*)@", uri, re.DOTALL)) and not _is_address(uri):
+        found.append(match.span(1))
+    for parameter in re.finditer(r"[?&]([^=&]*)=([^&]*)", uri):
+        if SECRET.search(unquote(parameter[1])):
+            found.append(parameter.span(2))
+    return found
+
+
+def _is_address(uri: str) -> bool:
+    """Whether this is http://HOST:PORT/… or http://USER@HOST/…, where a later @ is part of the path."""
+    try:
+        parts = _split(uri)
+    except ValueError:  # the port is not a number: it is the start of a password
+        return False
+    return parts.scheme in ("http", "https") and ":" not in parts.netloc.rpartition("@")[0]
+
+
+def _split(uri: str) -> SplitResult:
+    """`urlsplit`, with a check of the port, which that leaves until it is asked for."""
+    parts = urlsplit(uri)
+    if parts.port == 0:
+        raise ValueError("no port has the number 0")
+    return parts
+
+
+def without_passwords(text: str) -> str:
+    """A text, such as a driver's error message, with PASSWORD in place of the passwords in its URLs."""
+    return re.sub(r"[\w+.-]+://\S+", lambda uri: without_password(uri[0]), text)
+
+
+def describe_error(error: Exception) -> str:
+    """A store's error on one line, without passwords and without the SQL that SQLAlchemy appends."""
+    return flat(without_passwords(str(error)).split("\n[SQL:")[0], 300) or type(error).__name__
+
+
+def server_address(uri: str) -> str:
+    """A tracking server's URI without name and password, as MLflow's client and browsers call it.
+
+    Raises:
+        ValueError: the URI cannot be parsed.
+    """
+    parts = _split(uri)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2].lower()}{parts.path.rstrip('/')}"
 
 
 def wait_for_store(uri: str, seconds: float) -> None:
-    """`check_uri` for a store that was there before: it may be back within some time."""
+    """`check_uri`, tried again for some time: the store was up before and may come back."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -49,73 +101,85 @@ def wait_for_store(uri: str, seconds: float) -> None:
             time.sleep(min(15.0, seconds))
 
 
-def shown(uri: str) -> str:
-    """The store in an error."""
-    return f"tracking.uri={without_password(uri)}"
-
-
 def check_uri(uri: str) -> None:
-    """Raise ValueError, within seconds, for a URI of no known kind and for a store that would not take a run."""
+    """Check that a store answers.
+
+    Raises:
+        ConfigError: within seconds, for an unknown kind of URI or a store that would not take a run.
+    """
     scheme = uri.split(":", 1)[0].split("+")[0] if ":" in uri else ""
     if scheme in ("http", "https"):
-        check_server(uri)
+        _check_server(uri)
     elif scheme not in DATABASES:
-        raise ValueError(f"{shown(uri)}: sqlite:///FILE, postgresql://… or http://HOST:PORT is accepted")
+        raise uri_error(uri, expected="sqlite:///FILE, postgresql://… or http://HOST:PORT")
     elif scheme != "sqlite":
-        check_database(uri)
+        _check_database(uri)
 
 
-def check_server(uri: str) -> None:
-    """Raise ValueError where no tracking server answers, where it refuses the name that it is called by, and where its
-    database does not answer."""
+def uri_error(uri: str, problem: str = "", expected: str = "") -> ConfigError:
+    """What is wrong with a store, without its password."""
+    return ConfigError("tracking.uri", without_password(uri), expected, without_passwords(problem))
+
+
+def _check_server(uri: str) -> None:
+    """Check that a tracking server answers, accepts the name it is called by, and reaches its database."""
     try:
-        parts = urlsplit(uri)
-        # As MLflow's client calls it, in lower case; a password need not be right to get an answer.
-        host = parts.netloc.rpartition("@")[2].lower()
-        status, said = ask(f"{parts.scheme}://{host}{parts.path.rstrip('/')}")
+        address = server_address(uri)
+    except ValueError as error:
+        raise uri_error(uri, expected=_form("http://USER:PASSWORD@HOST:PORT")) from error
+    try:
+        # The password need not be right to get an answer.
+        status, answer = _ask(address)
     except (OSError, ValueError, HTTPException) as error:
         reason = getattr(error, "reason", error)
-        raise ValueError(
-            f"{shown(uri)}: no tracking server answers there ({reason}); "
-            "start it and its database, or use sqlite:///FILE"
+        raise uri_error(
+            uri, f"no tracking server answers there ({reason}); start it and its database, or use sqlite:///FILE"
         ) from error
-    if status == 403 and "Invalid Host header" in said:
-        raise ValueError(
-            f"{shown(uri)}: the server there refuses to be called {parts.hostname}; one of its own names is "
-            f"accepted, and this one with make server ALLOWED_HOSTS={parts.hostname}"
+    if status == 403 and "Invalid Host header" in answer:
+        name = urlsplit(address).hostname
+        raise uri_error(
+            uri,
+            f"the server there refuses to be called {name}; use one of its own names, or start it with "
+            f"make server ALLOWED_HOSTS={name}",
         )
     if status >= 500:
-        raise ValueError(f"{shown(uri)}: the server there answers {status}, its database may not: {said}")
+        raise uri_error(uri, f"the server there answers {status}, its database may be down: {answer}")
 
 
-def ask(server: str) -> tuple[int, str]:
-    """The status of a tracking server's answer, and the start of what it says where that is an error."""
+def _ask(address: str) -> tuple[int, str]:
+    """The status of a tracking server's answer and, of an error, the start of its text."""
     # Not /health: that answers to any name, and without the database.
-    url = f"{server}/api/2.0/mlflow/experiments/get?experiment_id=0"
+    url = f"{address}/api/2.0/mlflow/experiments/get?experiment_id=0"
     try:
-        with urllib.request.urlopen(url, timeout=SECONDS) as answer:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
             return answer.status, ""
     except urllib.error.HTTPError as error:
-        return error.code, " ".join(error.read(500).decode(errors="replace").split())
+        return error.code, flat(error.read(500).decode(errors="replace"))
 
 
-def check_database(uri: str) -> None:
-    """Raise ValueError where nothing listens at a database's host and port: MLflow would try again for minutes."""
+def _check_database(uri: str) -> None:
+    """Check that something listens at a database's host and port: MLflow would retry for minutes."""
     from sqlalchemy.engine import make_url  # slow to import, too
     from sqlalchemy.exc import ArgumentError
 
+    form = _form(f"{uri.split(':')[0]}://USER:PASSWORD@HOST:PORT/DATABASE")
     try:
         url = make_url(uri)
     except (ValueError, ArgumentError) as error:
-        accepted = f"{uri.split(':')[0]}://USER:PASSWORD@HOST:PORT/DATABASE"
-        raise ValueError(f"{shown(uri)}: {accepted} is accepted") from error
+        raise uri_error(uri, expected=form) from error
+    if uri.partition("?")[0].count("@") > 1:  # SQLAlchemy takes what follows the first one for the host
+        raise uri_error(uri, expected=form)
     port = url.port or PORTS.get(url.get_backend_name())
     elsewhere = url.query.keys() & {"host", "hostaddr", "unix_socket"}
     if not url.host or not port or elsewhere:
         return
     try:
-        socket.create_connection((url.host, port), timeout=SECONDS).close()
+        socket.create_connection((url.host, port), timeout=TIMEOUT).close()
     except OSError as error:
-        raise ValueError(
-            f"{shown(uri)}: no database answers at {url.host}:{port} ({error}); start it, or use sqlite:///FILE"
+        raise uri_error(
+            uri, f"no database answers at {url.host}:{port} ({error}); start it, or use sqlite:///FILE"
         ) from error
+
+
+def _form(example: str) -> str:
+    return f"{example}, with special characters in the password percent-encoded (@ as %40)"

@@ -21,7 +21,7 @@ log = logging.getLogger("kdpipe")
 META = "meta.json"  # what an entry holds, written last
 
 
-def keep(entry: Path, is_whole: Callable[[Path], bool], make: Callable[[Path], None]) -> None:
+def ensure_entry(entry: Path, is_whole: Callable[[Path], bool], make: Callable[[Path], None]) -> None:
     """Have `make` write the folder `entry` unless it is there and whole. Processes that need the same entry at once
     do the work once."""
     if is_whole(entry):

@@ -25,7 +25,7 @@ from kdpipe.runs.journal import (
     read_rows,
     sync_command,
 )
-from kdpipe.runs.store import check_uri, reason_of
+from kdpipe.runs.store import check_uri, describe_error
 
 log = logging.getLogger("kdpipe")
 
@@ -139,11 +139,11 @@ class Delivery:
             return self._done
 
     def why_not(self) -> str:
-        return f" ({reason_of(self._refusal)})" if self._refusal else ""
+        return f" ({describe_error(self._refusal)})" if self._refusal else ""
 
     def raise_refusal(self) -> None:
         if self._refusal:
-            raise ValueError(f"MLflow refuses this run's data: {reason_of(self._refusal)}") from self._refusal
+            raise ValueError(f"MLflow refuses this run's data: {describe_error(self._refusal)}") from self._refusal
 
     def _run(self) -> None:
         silent = False
@@ -166,7 +166,7 @@ class Delivery:
                     log.warning(
                         "%s does not take metrics now (%s): training goes on, they are kept and told later",
                         self._journal.store,
-                        reason_of(error),
+                        describe_error(error),
                     )
                 silent = True
                 with self._state:
@@ -320,8 +320,8 @@ class Stores:
             if is_final(error):  # such as a run that was deleted there: the folder keeps it, and may go on in a new one
                 journal.delivered = True
                 journal.write()
-                return f"{journal.store} refuses what this run has, for good ({reason_of(error)})"
-            self._problems[uri] = reason_of(error)
+                return f"{journal.store} refuses what this run has, for good ({describe_error(error)})"
+            self._problems[uri] = describe_error(error)
         return f"{journal.store} does not take what this run has ({self._problems[uri]})"
 
 

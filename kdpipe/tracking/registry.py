@@ -18,7 +18,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 from numpy.typing import NDArray
 
-from kdpipe.runs.store import without_password
+from kdpipe.runs.store import describe_error, without_password
 from kdpipe.tracking.runs import RunStore
 
 FOLDER = "exported"  # among the run's artifacts
@@ -64,7 +64,7 @@ def check_registry(store: RunStore, name: str, alias: str) -> None:
         store.client.get_registered_model(name)
     except MlflowException as error:
         if error.error_code != ABSENT:
-            raise ValueError(f"--register {name}: {reason_of(error)}") from error
+            raise ValueError(f"--register {name}: {describe_error(error)}") from error
 
 
 def register(
@@ -102,7 +102,7 @@ def register(
         )
         client.set_registered_model_alias(name, alias, version.version)
     except Exception as error:  # those of requests and of stores of artifacts come through, too
-        raise ValueError(f"--register {name}: {store.name} did not take the model ({reason_of(error)})") from error
+        raise ValueError(f"--register {name}: {store.name} did not take the model ({describe_error(error)})") from error
     return Registered(name, str(version.version), alias, store.uri, example.shape[1:])
 
 
@@ -135,7 +135,3 @@ def save(file: Path, folder: Path, example: NDArray[np.uint8]) -> None:
 
 def digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
-
-
-def reason_of(error: Exception) -> str:
-    return " ".join(without_password(str(error)).split())[:300]

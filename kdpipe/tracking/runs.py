@@ -1,7 +1,6 @@
 """A store's runs by their ids, whatever experiment they are of."""
 
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from mlflow.exceptions import MlflowException
 
 from kdpipe.runs.journal import FINISHED, now
 from kdpipe.runs.names import ONE_THREAD, TIMED_ON, epoch_file
-from kdpipe.runs.store import reason_of, without_password
+from kdpipe.runs.store import describe_error, server_address, uri_error, without_password
 from kdpipe.tracking.sqlite import store_lock
 
 log = logging.getLogger("kdpipe")
@@ -61,7 +60,7 @@ class RunStore:
             with store_lock(uri):
                 self.client = self._opened()
         except Exception as error:  # MLflow lets the errors of SQLAlchemy, of drivers and of requests through
-            raise ValueError(f"tracking.uri={self.name}: this store cannot be opened ({reason_of(error)})") from error
+            raise uri_error(uri, f"this store cannot be opened ({describe_error(error)})") from error
 
     def _opened(self) -> mlflow.MlflowClient:
         client = mlflow.MlflowClient(tracking_uri=self.uri)
@@ -163,7 +162,7 @@ class RunStore:
         """The UI: the server's, or the one that `make ui` starts."""
         if not self.uri.startswith("http"):
             return "http://127.0.0.1:5000"
-        return re.sub("(?<=://)[^/@]*@", "", self.uri.rstrip("/"))  # a browser asks for name and password
+        return server_address(self.uri)  # a browser asks for name and password
 
 
 def record_of(run: mlflow.entities.Run) -> RunRecord:

@@ -5,12 +5,11 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
@@ -41,6 +40,7 @@ from kdpipe.tracking.sqlite import set_aside_half_made, store_lock
 
 MAX_PARAM_LENGTH = 6000  # MLflow's own limit
 PAGE = 1000
+IS_FINISHED = "attributes.status = 'FINISHED'"
 
 T = TypeVar("T")
 
@@ -252,20 +252,17 @@ class Tracker(RunStore):
 
     def find_finished(self, tags: Mapping[str, str]) -> RunRecord | None:
         """The newest finished run of this experiment with these tags."""
-        conditions = [f"tags.`{key}` = {_quoted(value)}" for key, value in tags.items()]
-        return next(iter(self._search([self.experiment_id], conditions, limit=1)), None)
+        return next(self._search([self.experiment_id], tags, only_first=True), None)
 
     def find_sweep(self, sweep_id: str) -> RunRecord | None:
         """The parent run of a sweep, finished or not."""
-        conditions = ["tags.`kdpipe.stage` = 'sweep'", f"tags.`kdpipe.sweep` = {_quoted(sweep_id)}"]
-        return next(iter(self._search([self.experiment_id], conditions, finished=False, limit=1)), None)
+        tags = {"kdpipe.stage": "sweep", "kdpipe.sweep": sweep_id}
+        return next(self._search([self.experiment_id], tags, where=(), only_first=True), None)
 
     def find_teacher(self, params: Mapping[str, object], images: str) -> RunRecord | None:
-        """The newest finished teacher run with these params on the images of this fingerprint, in any experiment."""
+        """The newest finished teacher run, in any experiment, with these params and images with this fingerprint."""
         experiments = [found.experiment_id for found in self._experiments()]
-        conditions = ["tags.`kdpipe.stage` = 'teacher'", f"tags.`kdpipe.data` = '{images}'"]
-        conditions += [f"params.`{key}` = {_quoted(value)}" for key, value in params.items()]
-        for record in self._search(experiments, conditions):
+        for record in self._search(experiments, {"kdpipe.stage": "teacher", "kdpipe.data": images}, params):
             never_trained = record.params["train.epochs"] == "0" and record.params["model.weights"] == "None"
             if not never_trained:
                 return record
@@ -273,7 +270,7 @@ class Tracker(RunStore):
 
     def finished_runs(self) -> list[RunRecord]:
         """All finished runs that kdpipe wrote to this experiment, newest first."""
-        return list(self._search([self.experiment_id], ["tags.`kdpipe.identity` != ''"]))
+        return list(self._search([self.experiment_id], where=(IS_FINISHED, "tags.`kdpipe.identity` != ''")))
 
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
         """A metric of each epoch."""
@@ -302,21 +299,33 @@ class Tracker(RunStore):
         return f"{self.ui}/#/compare-runs?{urlencode(query, quote_via=quote)}"
 
     def _search(
-        self, experiments: list[str], conditions: list[str], finished: bool = True, limit: int | None = None
+        self,
+        experiments: list[str],
+        tags: Mapping[str, str] = MappingProxyType({}),
+        params: Mapping[str, object] = MappingProxyType({}),
+        where: Sequence[str] = (IS_FINISHED,),
+        only_first: bool = False,
     ) -> Iterator[RunRecord]:
-        if finished:
-            conditions = [*conditions, "attributes.status = 'FINISHED'"]
+        """The runs with these tags and params that meet all conditions in `where`, newest first.
+
+        MLflow's filters have no escapes, so a value that cannot be quoted is compared here.
+        """
+        wanted = {("tags", key): value for key, value in tags.items()}
+        wanted |= {("params", key): str(value)[:MAX_PARAM_LENGTH] for key, value in params.items()}
+        quoted = [f"{kind}.`{key}` = {text}" for (kind, key), value in wanted.items() if (text := _quoted(value))]
 
         def page(token: str | None) -> PagedList[mlflow.entities.Run]:
             return self.client.search_runs(
                 experiments,
-                " and ".join(conditions),
-                max_results=limit or PAGE,
+                " and ".join([*where, *quoted]),
+                max_results=1 if only_first and len(quoted) == len(wanted) else PAGE,
                 order_by=["attributes.end_time DESC"],
                 page_token=token,
             )
 
-        return map(record_of, islice(_pages(page), limit))
+        for record in map(record_of, _pages(page)):
+            if all(getattr(record, kind).get(key) == value for (kind, key), value in wanted.items()):
+                yield record
 
     def _names(self) -> str:
         return ", ".join(found.name for found in self._experiments()) or "none"
@@ -357,17 +366,19 @@ def at_most(seconds: float, work: Callable[[], None]) -> bool:
 
 
 def git_tags() -> dict[str, str]:
-    """The commit of the working folder, and whether code was not committed; nothing outside of a repository."""
-    # What is new and no code (outputs, exported models) changes no run.
-    new_code = ["ls-files", "--others", "--exclude-standard", "--", ":/*.py"]
+    """The commit of the working folder, and whether code is uncommitted; empty where Git does not say."""
     try:
-        commit, changed, new = (
-            subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"], new_code)
-        )
-    except (OSError, subprocess.SubprocessError):
+        import git
+    except ImportError:  # which it raises where there is no git executable
         return {}
-    return {"git.commit": commit, "git.dirty": str(bool(changed or new)).lower()}
+    try:
+        with git.Repo(search_parent_directories=True) as repository:
+            # New files other than code (outputs, exported models) change no run.
+            new_code = repository.git.ls_files("--others", "--exclude-standard", "--", ":/*.py")
+            is_dirty = repository.is_dirty() or bool(new_code)
+            return {"git.commit": repository.head.commit.hexsha, "git.dirty": str(is_dirty).lower()}
+    except (git.GitError, OSError, ValueError):  # no repository, or another owner's; ValueError: no commit yet
+        return {}
 
 
 def _origin() -> dict[str, Any]:
@@ -375,9 +386,11 @@ def _origin() -> dict[str, Any]:
     return {"mlflow.user": user, "mlflow.source.name": "kdpipe", "mlflow.source.type": "LOCAL"}
 
 
-def _quoted(value: object) -> str:
-    quote = '"' if "'" in str(value) else "'"
-    return f"{quote}{value}{quote}"
+def _quoted(value: str) -> str | None:
+    """A value in a filter; None where MLflow cannot parse it with either quote mark."""
+    if "\\" in value or ("'" in value and '"' in value):
+        return None
+    return f'"{value}"' if "'" in value else f"'{value}'"
 
 
 def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:

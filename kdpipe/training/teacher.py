@@ -6,8 +6,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from kdpipe.data import Rows
-from kdpipe.data.dataset import fits
+from kdpipe.data import PerImageValues
+from kdpipe.data.dataset import fits_on_gpu
 from kdpipe.losses.outputs import Outputs
 from kdpipe.models import Classifier, Ensemble
 from kdpipe.training.observed import Observed
@@ -77,7 +77,7 @@ class FrozenTeacher(Teacher):
     def observe(self, roles: Sequence[str]) -> None:
         """As of any teacher; the answers that it remembers are forgotten."""
         super().observe(roles)
-        self._known: list[Rows] = []
+        self._known: list[PerImageValues] = []
         self._like: Outputs | None = None
 
     @property
@@ -85,7 +85,7 @@ class FrozenTeacher(Teacher):
         """The roles that it answers with, each with the names of its submodules."""
         return self._observed.places
 
-    def remember(self, known: Sequence[Rows], like: Outputs | None = None) -> None:
+    def remember(self, known: Sequence[PerImageValues], like: Outputs | None = None) -> None:
         """Answer with these from now on, one set for each view of the images; epochs take one after the other.
 
         Args:
@@ -96,8 +96,7 @@ class FrozenTeacher(Teacher):
 
     def stay_near(self, device: torch.device) -> None:
         """Keep the answers on a GPU, where they fit."""
-        if device.type == "cuda":
-            self._known = [rows.to(device) if fits(rows.values, device) else rows for rows in self._known]
+        self._known = [rows.to(device) if fits_on_gpu(rows, device) else rows for rows in self._known]
 
     @property
     def remembers(self) -> bool:

@@ -8,18 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kdpipe import __version__
-from kdpipe.data import ImageDataset, Rows
+from kdpipe.data import ImageDataset, PerImageValues
 from kdpipe.data.augmentation import Views
 from kdpipe.models import Classifier, Ensemble
 from kdpipe.models.weights import weights_digest
-from kdpipe.system.disk_cache import META, keep, mapped_array, new_array, read_meta
+from kdpipe.system.disk_cache import META, ensure_entry, mapped_array, new_array, read_meta
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.progress import progress
 
@@ -82,7 +81,7 @@ class Question:
 
 def known_outputs(
     question: Question, folder: Path, max_gb: float, hardware: Hardware, level: int = logging.INFO
-) -> list[Rows]:
+) -> list[PerImageValues]:
     """The answers for each view, from an entry of `folder`; where it is missing or damaged the network runs over the
     images once. Processes that need the same entry at once do that work once.
 
@@ -107,10 +106,10 @@ def known_outputs(
         work_out(question, shape, folder, hardware)
         told = f"worked out in {time.perf_counter() - started:.1f} s and kept"
 
-    keep(entry, partial(is_whole, shape=shape), make)
+    ensure_entry(entry, partial(is_whole, shape=shape), make)
     log.log(level, "%s: %s", question.about(), told)
     outputs = mapped_array(entry / ARRAY)
-    return [Rows(question.positions, view) for view in outputs]
+    return [PerImageValues(question.positions, view) for view in outputs]
 
 
 def features_of(
@@ -127,7 +126,7 @@ def features_of(
     (features,) = known_outputs(
         Question("features", name, model, model.features, data, positions), folder, max_gb, hardware
     )
-    return replace(data, images=cast(Tensor, features))
+    return replace(data, images=features)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Crops and mirrorings: what a view is, and what it depends on."""
+"""Random crops and flips: what a view is, and what it depends on."""
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kdpipe.data.augmentation import DRAWS, CropFlip, Views
+from kdpipe.settings.errors import as_typed
 
 ALMOST_ONE = 1 - 2**-24  # the largest number that torch.rand gives
 
@@ -69,7 +70,7 @@ unit = st.floats(0, ALMOST_ONE, width=32)
     st.lists(st.tuples(unit, unit, unit), min_size=1, max_size=3),
     st.booleans(),
 )
-def test_views_are_those_of_a_slow_and_plain_version(channels, height, width, draws, flip):
+def test_views_match_a_slow_reference_implementation(channels, height, width, draws, flip):
     images = np.random.default_rng(height).integers(0, 256, (len(draws), channels, height, width), np.uint8)
     numbers = np.array(draws, dtype=np.float32)
     result = CropFlip(flip)(torch.from_numpy(images), torch.from_numpy(numbers))
@@ -78,12 +79,12 @@ def test_views_are_those_of_a_slow_and_plain_version(channels, height, width, dr
     assert np.array_equal(result, expected)
 
 
-def test_every_view_is_a_crop_of_the_padded_image_or_its_mirror_image(photos: Tensor):
+def test_every_view_is_a_crop_of_the_padded_image_flipped_or_not(photos: Tensor):
     for image, view in zip(photos, views(photos), strict=True):
         assert view.numpy().tobytes() in all_crops(image, mirrored=False) | all_crops(image, mirrored=True)
 
 
-def test_every_crop_comes_about_and_no_other(photos: Tensor):
+def test_all_crops_occur_and_no_others(photos: Tensor):
     copies = photos[:1].expand(4000, -1, -1, -1)
     seen = {view.tobytes() for view in views(copies).numpy()}
     straight, mirrored = all_crops(photos[0], mirrored=False), all_crops(photos[0], mirrored=True)
@@ -99,7 +100,7 @@ def test_views_have_the_shape_and_type_of_their_images(photo, size):
     assert result.dtype == torch.uint8
 
 
-def test_the_images_themselves_are_left_as_they_are(photos: Tensor):
+def test_the_images_are_not_modified(photos: Tensor):
     before = photos.clone()
     views(photos)
     assert torch.equal(photos, before)
@@ -115,13 +116,13 @@ def test_the_border_is_an_eighth_of_the_side_at_most(draw, corner):
     assert black_rows[0] == black_columns[0] == (corner == "top left")
 
 
-def test_without_flip_no_image_is_mirrored(photos: Tensor):
+def test_without_flip_no_image_is_flipped(photos: Tensor):
     for epoch in range(1, 6):
         for image, view in zip(photos, views(photos, epoch=epoch, flip=False), strict=True):
             assert view.numpy().tobytes() in all_crops(image, mirrored=False)
 
 
-def test_half_of_the_images_are_mirrored(photos: Tensor):
+def test_half_of_the_images_are_flipped(photos: Tensor):
     copies = photos[:1].expand(2000, -1, -1, -1)
     mirrored = all_crops(photos[0], mirrored=True)
     share = np.mean([view.tobytes() in mirrored for view in views(copies).numpy()])
@@ -169,11 +170,11 @@ def test_the_draws_of_an_image_do_not_depend_on_how_many_images_follow():
 
 @pytest.mark.parametrize("flip", [1, 0, "yes", None])
 def test_flip_is_true_or_false(flip):
-    with pytest.raises(ValueError, match=rf"augmentation\.flip={flip}: true or false is accepted"):
+    with pytest.raises(ValueError, match=f"^flip={as_typed(flip)}: expected true or false$"):
         CropFlip(flip)
 
 
-def test_so_many_views_are_seen_in_turn_by_all_seeds_alike() -> None:
+def test_a_fixed_number_of_views_repeats_and_is_the_same_for_all_seeds() -> None:
     first, second, third, fourth = (epoch_draws(0, epoch, 20, number=3) for epoch in (1, 2, 3, 4))
     assert torch.equal(first, fourth)
     assert not torch.equal(first, second) and not torch.equal(second, third)

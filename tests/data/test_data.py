@@ -1,8 +1,9 @@
-"""Splits, and the data sets that come with a library or out of torchvision's own files."""
+"""Splits, and the data sets of scikit-learn and torchvision."""
 
 import gzip
 import hashlib
 import pickle
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from kdpipe.assembly import build_data
 from kdpipe.data import ImageDataset, Source, split
 from kdpipe.data.digits import digits
 from kdpipe.data.downloaded import cifar10, cifar100, fashion_mnist
+from kdpipe.settings.errors import ConfigError
 
 
 def points(*images_per_class: int, **given: list[int]) -> Source:
@@ -125,13 +127,13 @@ def test_a_given_split_is_kept_whatever_its_fraction_says():
     assert len(data.splits["train"]) == 95
 
 
-def test_a_given_split_without_images_counts_as_none():
+def test_an_empty_given_split_is_ignored():
     data = divided(points(50, 50, test=[]))
     assert len(data.splits["test"]) == 10
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "written", "accepted"),
+    ("key", "value", "written", "expected"),
     [
         ("train_fraction", 0, "0", "a number above 0 to 1"),
         ("train_fraction", -0.5, "-0.5", "a number above 0 to 1"),
@@ -142,46 +144,77 @@ def test_a_given_split_without_images_counts_as_none():
         ("val_fraction", 1.0, "1.0", "a number from 0 below 1"),
         ("val_fraction", None, "null", "a number from 0 below 1"),
         ("val_fraction", "0.1", "0.1", "a number from 0 below 1"),
-        ("test_fraction", 0, "0", "a number above 0 below 1"),
-        ("test_fraction", 1, "1", "a number above 0 below 1"),
-        ("test_fraction", float("inf"), "inf", "a number above 0 below 1"),
-        ("split_seed", -1, "-1", "a whole number from 0"),
-        ("split_seed", 0.5, "0.5", "a whole number from 0"),
-        ("split_seed", 2**32, "4294967296", "a whole number from 0"),
+        ("test_fraction", 0, "0", "a number above 0 below 1 or null"),
+        ("test_fraction", 1, "1", "a number above 0 below 1 or null"),
+        ("test_fraction", float("inf"), "inf", "a number above 0 below 1 or null"),
+        ("split_seed", -1, "-1", "a whole number from 0 to 4294967295"),
+        ("split_seed", 0.5, "0.5", "a whole number from 0 to 4294967295"),
+        ("split_seed", 2**32, "4294967296", "a whole number from 0 to 4294967295"),
     ],
 )
-def test_a_setting_out_of_its_range_is_named_with_what_is_accepted(key, value, written, accepted):
-    with pytest.raises(ValueError) as error:
+def test_a_setting_out_of_range_is_an_error_with_the_expected_range(key, value, written, expected):
+    with pytest.raises(ConfigError) as error:
         divided(points(50, 50), **{key: value})
-    assert str(error.value).startswith(f"dataset.{key}={written}: {accepted}")
-    assert str(error.value).endswith("is accepted")
+    assert str(error.value) == f"{key}={written}: expected {expected}"
 
 
-def test_fractions_that_leave_nothing_to_train_on_are_refused():
-    message = r"dataset\.val_fraction=0\.5, dataset\.test_fraction=0\.5: a sum below 1 is accepted"
-    with pytest.raises(ValueError, match=message):
+def test_fractions_that_leave_no_training_images_are_an_error():
+    with pytest.raises(ConfigError, match=r"^val_fraction=0\.5, test_fraction=0\.5: expected a sum below 1$"):
         divided(points(50, 50), val_fraction=0.5, test_fraction=0.5)
 
 
-def test_no_test_fraction_is_refused_where_the_source_has_no_test_images():
-    with pytest.raises(ValueError, match=r"dataset\.test_fraction=null: points has no test images of its own"):
+def test_a_source_without_test_images_needs_a_test_fraction():
+    with pytest.raises(
+        ConfigError, match=r"^test_fraction=null: points has no test images of its own; expected a number"
+    ):
         divided(points(50, 50), test_fraction=None)
 
 
 @pytest.mark.parametrize(
     ("sizes", "changes", "setting"),
     [
-        ((50, 1), {}, "dataset.test_fraction=0.1"),
-        ((5, 5), {"test_fraction": 0.01}, "dataset.test_fraction=0.01"),
-        ((30, 30, 30), {"val_fraction": 0.02}, "dataset.val_fraction=0.02"),
-        ((50, 50), {"train_fraction": 0.01}, "dataset.train_fraction=0.01"),
+        ((50, 1), {}, "test_fraction=0.1: 5 of 51 images"),
+        ((5, 5), {"test_fraction": 0.01}, "test_fraction=0.01: 0 of 10 images"),
+        ((30, 30, 30), {"val_fraction": 0.02}, "val_fraction=0.02: 2 of 81 images"),
+        ((50, 50), {"train_fraction": 0.01}, "train_fraction=0.01: 69 of 70 images"),
     ],
 )
-def test_too_few_images_for_a_share_are_refused_by_the_setting_that_asks(sizes, changes, setting):
-    with pytest.raises(ValueError) as error:
+def test_too_few_images_for_a_fraction_are_an_error_that_names_it(sizes, changes, setting):
+    with pytest.raises(ConfigError) as error:
         divided(points(*sizes), **changes)
-    assert str(error.value).startswith(f"{setting}: ")
-    assert "another share or more images are accepted" in str(error.value)
+    assert str(error.value).startswith(setting)
+    assert str(error.value).endswith("; expected another share, or more images")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (
+            {"images": torch.zeros(10, 1, 1, 1)},
+            "its images are torch.float32 [10, 1, 1, 1]; expected torch.uint8 [N, C, H, W]",
+        ),
+        (
+            {"images": torch.zeros(10, 1, 1, dtype=torch.uint8)},
+            "its images are torch.uint8 [10, 1, 1]; expected torch.uint8 [N",
+        ),
+        ({"images": np.zeros((10, 1, 1, 1), np.uint8)}, "its images are ndarray; expected torch.uint8 [N, C, H, W]"),
+        ({"labels": torch.zeros(10)}, "its labels are torch.float32 [10]; expected torch.int64 [N]"),
+        ({"labels": torch.zeros(9, dtype=torch.int64)}, "9 labels for 10 images"),
+        ({"labels": torch.arange(10)}, "its labels go from 0 to 9; expected 0 to 1"),
+        ({"labels": torch.arange(10) % 3 - 1}, "its labels go from -1 to 1; expected 0 to 1"),
+        ({"given": {"testing": torch.arange(3)}}, "it brings a split 'testing'; expected validation or test"),
+        ({"given": {"test": [1, 2]}}, "its test positions are list; expected torch.int64 [N]"),
+        ({"given": {"test": torch.tensor([10])}}, "its test positions go from 10 to 10; expected 0 to 9"),
+        (
+            {"given": {"test": torch.tensor([1, 2]), "validation": torch.tensor([2])}},
+            "an image is more than once in the validation and test splits it brings",
+        ),
+    ],
+)
+def test_a_source_that_is_wrong_is_an_error_in_one_line(change, problem):
+    with pytest.raises(ValueError, match=f"^{re.escape(f'data source: {problem}')}") as error:
+        replace(points(5, 5), fingerprint="", **change)
+    assert "\n" not in str(error.value)
 
 
 def test_the_fingerprint_stands_for_pixels_labels_and_class_names():
@@ -279,13 +312,13 @@ def test_fashion_mnist_is_unpacked_from_its_gz_files(tmp_path: Path, grey_photos
 
 
 @pytest.mark.parametrize("bytes_left", [0, 3, 2000])
-def test_a_torn_file_of_fashion_mnist_is_an_error_that_names_the_folder(tmp_path: Path, grey_photos, bytes_left):
+def test_a_damaged_file_of_fashion_mnist_is_an_error_that_names_the_folder(tmp_path: Path, grey_photos, bytes_left):
     # torchvision checks the sums of the .gz files only: an unpacking that was interrupted passes for done.
     torn = write_fashion_mnist(tmp_path, grey_photos) / "train-images-idx3-ubyte"
     torn.write_bytes(torn.read_bytes()[:bytes_left])
     with pytest.raises(ValueError) as error:
         fashion_mnist(str(tmp_path))
-    assert str(error.value).startswith(f"dataset.root={tmp_path}: ")
+    assert str(error.value).startswith(f"root={tmp_path}: ")
 
 
 @pytest.mark.parametrize(
@@ -327,14 +360,14 @@ def test_cifar_is_read_from_its_pickled_batches(tmp_path: Path, photo, monkeypat
 
 @pytest.mark.parametrize("load", [cifar10, cifar100, fashion_mnist])
 @pytest.mark.usefixtures("no_network")
-def test_a_refused_download_is_one_line_that_names_the_root_and_the_way_out(tmp_path: Path, load):
+def test_a_failed_download_is_one_line_that_names_the_root_and_the_alternative(tmp_path: Path, load):
     root = tmp_path / "nothing here"
 
     with pytest.raises(ValueError) as error:
         load(str(root))
 
     message = str(error.value)
-    assert message.startswith(f"dataset.root={root}: ")
+    assert message.startswith(f"root={root}: ")
     assert "cannot be downloaded" in message
     assert "dataset=image_folder" in message
     assert "\n" not in message

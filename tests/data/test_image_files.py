@@ -210,9 +210,9 @@ def test_images_of_several_sizes_are_refused_without_an_image_size(class_folders
     with pytest.raises(ValueError) as error:
         load(class_folders)
     message = str(error.value)
-    assert message.startswith("dataset.image_size=null: ")
-    assert "the first one has 32×32 pixels" in message
-    assert "temple/03.jpg has 40×24" in message
+    assert message.startswith(
+        "image_size=null: the first image has 32×32 pixels, but temple/03.jpg has 40×24; expected"
+    )
 
 
 def test_images_of_several_sizes_become_squares_of_the_image_size(class_folders: Path, photo, load):
@@ -270,7 +270,7 @@ def test_every_file_that_is_no_image_is_named_and_nothing_is_kept(class_folders,
     with pytest.raises(ValueError) as error:
         load(class_folders, image_size)
     message = str(error.value)
-    assert message.startswith("dataset.on_bad_image=stop: 4 of 41 files are no readable images")
+    assert message.startswith("on_bad_image=stop: 4 of 41 files are not readable images; remove them, or set skip: ")
     assert [name for name in bad if f" {name} (" in message] == bad
     assert message.count(".jpg (") + message.count(".csv (") == 4
     assert "\n" not in message
@@ -301,7 +301,7 @@ def test_skip_leaves_bad_files_out_and_the_rest_is_right(class_folders, load, ca
     bad = spoil(class_folders)
     with caplog.at_level(logging.WARNING, "kdpipe"):
         skipped = load(class_folders, image_size, on_bad_image="skip")
-    assert "4 of 41 files are no readable images, left out" in caplog.text
+    assert "dataset.on_bad_image=skip: 4 of 41 files are not readable images, left out" in caplog.text
 
     for name in bad:
         (class_folders / name).unlink()
@@ -332,23 +332,23 @@ def test_the_number_of_skipped_files_is_said_each_time(class_folders: Path, load
 def test_what_was_skipped_once_still_stops_a_run_that_does_not_skip(class_folders: Path, load):
     spoil(class_folders)
     load(class_folders, on_bad_image="skip")
-    with pytest.raises(ValueError, match="4 of 41 files are no readable images"):
+    with pytest.raises(ValueError, match="4 of 41 files are not readable images"):
         load(class_folders, on_bad_image="stop")
 
 
 def test_a_class_that_has_only_bad_files_is_refused_although_they_are_skipped(class_folders: Path, load):
     for path in (class_folders / "temple").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"dataset\.root.*: class temple has no readable image"):
+    with pytest.raises(ValueError, match=r"^root: class temple has no readable image; expected at least one$"):
         load(class_folders, on_bad_image="skip")
 
 
 @pytest.mark.parametrize(
     ("image_size", "on_bad_image", "message"),
     [
-        (0, "stop", r"dataset\.image_size=0: a whole number from 1 to 4096 is accepted"),
-        (16.5, "stop", r"dataset\.image_size=16\.5: a whole number"),
-        (None, "ignore", r"dataset\.on_bad_image=ignore: one of stop, skip is accepted"),
+        (0, "stop", r"^image_size=0: expected a whole number from 1 to 4096 or null$"),
+        (16.5, "stop", r"^image_size=16\.5: expected a whole number from 1 to 4096 or null$"),
+        (None, "ignore", r"^on_bad_image=ignore: expected one of stop, skip$"),
     ],
 )
 def test_settings_out_of_their_range_are_refused(class_folders: Path, load, image_size, on_bad_image, message):
@@ -358,7 +358,7 @@ def test_settings_out_of_their_range_are_refused(class_folders: Path, load, imag
 
 def test_an_empty_class_folder_is_refused(class_folders: Path, load):
     (class_folders / "zebra").mkdir()
-    with pytest.raises(ValueError, match=r"dataset\.root=.*: the class folder .*zebra is empty"):
+    with pytest.raises(ValueError, match=r"^root=.*: the class folder .*zebra is empty"):
         load(class_folders)
 
 
@@ -367,7 +367,7 @@ def test_a_class_that_the_training_images_lack_is_refused(split_folders: Path, l
     (split_folders / "train" / "temple").rename(split_folders / "train" / "zebra")
     for other in {"val", "test"} - {part}:
         shutil.rmtree(split_folders / other)
-    with pytest.raises(ValueError, match=rf"dataset\.root=.*{part} has the class temple, but .*train has not"):
+    with pytest.raises(ValueError, match=rf"^root=.*{part} has a class temple, but .*train does not"):
         load(split_folders)
 
 
@@ -378,7 +378,7 @@ def test_a_class_without_test_images_is_fine(split_folders: Path, load):
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path, load):
-    with pytest.raises(ValueError, match=r"dataset\.root=.*nowhere: there is no such folder"):
+    with pytest.raises(ValueError, match=r"^root=.*nowhere: no such folder; expected a folder with class folders"):
         load(tmp_path / "nowhere")
 
 
@@ -386,7 +386,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path, load):
 def test_fewer_than_two_classes_are_refused(class_folders: Path, load, classes):
     for class_name in ("flower", "temple")[classes:]:
         shutil.rmtree(class_folders / class_name)
-    with pytest.raises(ValueError, match=rf"two or more class folders are accepted, .* has {classes}"):
+    with pytest.raises(ValueError, match=rf"^root=.* has {classes}; expected two or more class folders"):
         load(class_folders)
 
 
@@ -645,7 +645,7 @@ def test_a_broken_archive_is_named(kaggle: Path, tmp_path: Path, load_kaggle, fo
     cut(archive)
     with pytest.raises(ValueError) as error:
         load_kaggle(root)
-    assert str(error.value).startswith(f"dataset.root={root}: {archive} is no readable zip archive")
+    assert str(error.value).startswith(f"root={root}: {archive} is not a readable zip archive")
 
 
 def test_a_train_zip_that_is_broken_within_the_whole_archive_is_named(kaggle: Path, tmp_path: Path, load_kaggle):
@@ -655,7 +655,7 @@ def test_a_train_zip_that_is_broken_within_the_whole_archive_is_named(kaggle: Pa
     whole.write_bytes(content)
     with pytest.raises(ValueError) as error:
         load_kaggle(whole)
-    assert str(error.value).startswith(f"dataset.root={whole}: {whole} is no readable zip archive")
+    assert str(error.value).startswith(f"root={whole}: {whole} is not a readable zip archive")
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["stored", "deflated"])
@@ -671,7 +671,7 @@ def test_a_damaged_member_of_an_archive_is_named_or_skipped(kaggle, tmp_path, lo
 
     with caplog.at_level(logging.WARNING, "kdpipe"):
         skipped = load_kaggle(archive, on_bad_image="skip")
-    assert "1 of 12 files are no readable images" in caplog.text
+    assert "1 of 12 files are not readable images" in caplog.text
     (kaggle / "train" / "dog.3.jpg").unlink()
     assert same(skipped, load_kaggle(kaggle))
 
@@ -684,7 +684,7 @@ def test_an_archive_with_a_password_is_an_error_that_names_it_or_its_files(kaggl
         pieces = content.split(header)
         content = header.join([pieces[0], *(piece[: flags - 4] + b"\x01" + piece[flags - 3 :] for piece in pieces[1:])])
     archive.write_bytes(content)
-    with pytest.raises(ValueError, match=r"dataset\..*(train\.zip|train/cat\.0\.jpg)"):
+    with pytest.raises(ValueError, match=r"(train\.zip|train/cat\.0\.jpg)"):
         load_kaggle(archive)
 
 
@@ -724,18 +724,18 @@ def test_a_folder_without_cats_or_without_dogs_is_refused(kaggle: Path, load_kag
     for path in (kaggle / "train").iterdir():
         if path.name.split(".")[0] != leftover:
             path.unlink()
-    message = r"dataset\.root=.*: cat\.N\.jpg and dog\.N\.jpg were not found; Kaggle's train folder .* is accepted"
+    message = r"^root=.*: cat\.N\.jpg and dog\.N\.jpg not found; expected Kaggle's train folder"
     with pytest.raises(ValueError, match=message):
         load_kaggle(kaggle)
 
 
 def test_nothing_at_the_root_is_said(tmp_path: Path, load_kaggle):
-    with pytest.raises(ValueError, match=r"dataset\.root=.*nowhere: there is nothing; Kaggle's train folder"):
+    with pytest.raises(ValueError, match=r"^root=.*nowhere: no such file or folder; expected Kaggle's train folder"):
         load_kaggle(tmp_path / "nowhere")
 
 
 def test_kaggles_photos_need_an_image_size(kaggle: Path, load_kaggle):
-    with pytest.raises(ValueError, match=r"dataset\.image_size=null: a whole number is accepted"):
+    with pytest.raises(ValueError, match=r"^image_size=null: expected a whole number from 1 to 4096$"):
         load_kaggle(kaggle, image_size=None)
 
 
@@ -797,8 +797,8 @@ def test_an_archive_that_reaches_out_of_its_folder_is_refused(kaggle, tmp_path, 
     with pytest.raises(ValueError) as error:
         load_kaggle(archive)
     assert str(error.value) == (
-        f"dataset.root={archive}: {archive} is no readable zip archive "
-        f"(its member {name} would be unpacked outside of its folder)"
+        f"root={archive}: {archive} is not a readable zip archive "
+        f"(its member {name} would be unpacked outside its folder)"
     )
 
 
@@ -821,7 +821,7 @@ def peak() -> Iterator[Callable[[], int]]:
 def test_a_member_is_not_read_where_it_says_that_it_is_too_large(kaggle, tmp_path, load_kaggle):
     archive = zip_of(kaggle, tmp_path / "train.zip")
     claim_size(archive, "train/dog.3.jpg", MAX_BYTES + 1)
-    with pytest.raises(ValueError, match=r"1 of 12 files .*dog\.3\.jpg \(.* has 256 MB, up to 256 are accepted\)"):
+    with pytest.raises(ValueError, match=r"1 of 12 files .*dog\.3\.jpg \(.* has 256 MB; expected at most 256 MB\)"):
         load_kaggle(archive)
     assert len(load_kaggle(archive, on_bad_image="skip").images) == 11
 
@@ -839,7 +839,7 @@ def test_a_member_gives_no_more_than_it_says(kaggle, tmp_path, load_kaggle, peak
 def test_a_nested_archive_that_is_too_large_is_not_read(kaggle, tmp_path, load_kaggle):
     whole = arrange("dogs-vs-cats.zip itself", kaggle, tmp_path / "download")
     claim_size(whole, "train.zip", MAX_NESTED + 1)
-    with pytest.raises(ValueError, match=r"train\.zip has 1,000 MB, up to 1,000 are accepted"):
+    with pytest.raises(ValueError, match=r"train\.zip has 1,000 MB; expected at most 1,000 MB"):
         load_kaggle(whole)
 
 
@@ -852,7 +852,7 @@ def test_packing_whose_size_cannot_be_limited_is_refused(kaggle, tmp_path, load_
 def test_an_image_of_too_many_pixels_is_not_decoded(class_folders: Path, load):
     # 65 million black pixels are 8 kB of PNG.
     Image.new("1", (13_000, 5_000)).save(class_folders / "temple" / "00.png")
-    with pytest.raises(ValueError, match=r"00\.png \(13000×5000 pixels, up to 64 million are accepted\)"):
+    with pytest.raises(ValueError, match=r"00\.png \(13000×5000 pixels; expected at most 64 million\)"):
         load(class_folders)
     assert len(load(class_folders, on_bad_image="skip").images) == 40
 
@@ -868,7 +868,7 @@ def test_a_bomb_that_pillow_refuses_itself_is_a_bad_image_too(class_folders: Pat
 def test_a_large_file_is_not_read(class_folders: Path, load, peak):
     with (class_folders / "temple" / "00.tif").open("wb") as file:
         file.truncate(MAX_BYTES + 1_000_000)  # takes no space on disk
-    with pytest.raises(ValueError, match=r"temple/00\.tif \(257 MB, up to 256 are accepted\)"):
+    with pytest.raises(ValueError, match=r"temple/00\.tif \(257 MB; expected at most 256 MB\)"):
         load(class_folders)
     assert peak() < 20_000_000
 
@@ -876,7 +876,7 @@ def test_a_large_file_is_not_read(class_folders: Path, load, peak):
 @pytest.mark.parametrize("format_name", ["EPS", "ICO", "TGA", "PCX"])
 def test_what_no_photo_comes_in_is_no_image(class_folders: Path, photo, load, format_name):
     photo(0, 0).save(class_folders / "temple" / "00.img", format_name)
-    with pytest.raises(ValueError, match=r"1 of 41 files .* temple/00\.img \(no known image format\)"):
+    with pytest.raises(ValueError, match=r"1 of 41 files .* temple/00\.img \(unknown image format\)"):
         load(class_folders)
 
 
@@ -904,13 +904,13 @@ def test_a_linked_class_folder_is_read(class_folders: Path, tmp_path: Path, load
 
 def test_links_that_go_round_in_circles_are_named(class_folders: Path, load):
     (class_folders / "temple" / "again").symlink_to(class_folders / "temple")
-    with pytest.raises(ValueError, match=r"dataset\.root: .*temple/again leads to a folder that was read already"):
+    with pytest.raises(ValueError, match=r"^root: .*temple/again is a link to a folder that was read already"):
         load(class_folders)
 
 
 def test_a_name_that_is_no_text_is_refused(class_folders: Path, load):
     (class_folders / "temple").rename(class_folders / os.fsdecode(b"temp\xffle"))
-    with pytest.raises(ValueError, match=r"temp\\udcffle.*a file name in UTF-8 is accepted") as error:
+    with pytest.raises(ValueError, match=r"^root: .*temp\\udcffle.* is not; expected file names in UTF-8") as error:
         load(class_folders)
     assert str(error.value).encode()
 

@@ -1,4 +1,4 @@
-"""More images without labels: the teacher's answers are all that counts there."""
+"""Additional images without labels: only the teacher's answers count for them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from kdpipe.data import ImageDataset, Source, split
-from kdpipe.data.unlabelled import Joined, with_unlabelled
+from kdpipe.data.unlabelled import Concatenated, with_unlabelled
 from kdpipe.losses import KD, cross_entropy
 from kdpipe.training.teacher import Teacher
 
@@ -33,16 +33,15 @@ def more(tmp_path: Path, photo: Callable) -> Path:
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.data())
-def test_joined_tensors_are_indexed_as_one(first: int, second: int, data: st.DataObject) -> None:
+def test_concatenated_tensors_are_indexed_as_one(first: int, second: int, data: st.DataObject) -> None:
     both = torch.arange(2 * (first + second)).view(-1, 2)
-    joined = Joined(both[:first], both[first:])
+    joined = Concatenated(both[:first], both[first:])
     positions = torch.tensor(data.draw(st.lists(st.integers(0, first + second - 1))), dtype=torch.int64)
     assert torch.equal(joined[positions], both[positions])
-    assert torch.equal(joined[:2], both[:2])
     assert joined.shape == both.shape and joined.nbytes == both.nbytes
 
 
-def test_the_images_join_the_training_images_without_a_label(more: Path, tmp_path: Path) -> None:
+def test_unlabelled_images_are_added_to_the_training_images(more: Path, tmp_path: Path) -> None:
     data = some_photos()
     joined = with_unlabelled(data, str(more), "stop", str(tmp_path / "cache"))
     assert joined.images.shape == (52, 3, 8, 8)
@@ -52,24 +51,24 @@ def test_the_images_join_the_training_images_without_a_label(more: Path, tmp_pat
     assert joined.fingerprint == data.fingerprint and joined.unlabelled
 
 
-def test_test_images_among_them_are_told(more: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_test_images_among_them_are_reported(more: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = some_photos()
     with_unlabelled(data, str(more), "stop", str(tmp_path / "cache"))
     assert "validation or test images" not in caplog.text
     for name, position in (("test", data.splits["test"][3]), ("train", data.splits["train"][3])):
         Image.fromarray(data.images[position].permute(1, 2, 0).numpy()).save(more / f"{name}.png")
     with_unlabelled(data, str(more), "stop", str(tmp_path / "cache"))
-    assert "1 of its 14 images are validation or test images, too" in caplog.text
+    assert "1 of its 14 images are also validation or test images" in caplog.text
 
 
-def test_cross_entropy_is_averaged_over_the_images_that_have_a_label() -> None:
+def test_cross_entropy_is_averaged_over_labelled_images() -> None:
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([2, -1, 0, -1])
     torch.testing.assert_close(cross_entropy(logits, labels), cross_entropy(logits[[0, 2]], labels[[0, 2]]))
     assert cross_entropy(logits, torch.full((4,), -1)).item() == 0
 
 
-def test_a_student_learns_from_all_and_is_measured_on_those_with_a_label(more: Path, tmp_path: Path) -> None:
+def test_a_student_trains_on_all_images_and_is_evaluated_on_labelled_ones(more: Path, tmp_path: Path) -> None:
     data = with_unlabelled(some_photos(), str(more), "stop", str(tmp_path / "cache"))
     model, teacher = classifier(), Teacher(classifier())
     optimizer = torch.optim.SGD(model.parameters(), lr=0)
@@ -84,7 +83,7 @@ PHOTOS = ["dataset=image_folder", "dataset.root=photos", "dataset.val_fraction=0
 SHORT = [*PHOTOS, "train.epochs=1", "train.batch_size=10", "train.threads=1", "model=resnet20"]
 
 
-def test_a_run_with_them_is_another_one_and_the_student_alone_the_same(
+def test_unlabelled_images_change_a_distilled_run_but_not_the_baseline(
     kdpipe: Callable, class_folders: Path, more: Path
 ) -> None:
     with_more = [*SHORT, f"dataset.unlabelled_root={more}"]
@@ -102,13 +101,13 @@ def test_a_run_with_them_is_another_one_and_the_student_alone_the_same(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda root: "elsewhere", "dataset.unlabelled_root=elsewhere: there is no such folder"),
-        (lambda root: root / "deeper" / "empty", "there is no file in it; a folder with images is accepted"),
+        (lambda root: "elsewhere", "unlabelled_root=elsewhere: no such folder; expected a folder with images"),
+        (lambda root: root / "deeper" / "empty", "empty: no file in this folder; expected a folder with images"),
         (lambda root: root, "99.jpg (empty)"),
     ],
     ids=["no folder", "empty", "no image"],
 )
-def test_bad_folders_are_refused_in_a_line(
+def test_bad_folders_are_one_line_errors(
     kdpipe: Callable, class_folders: Path, more: Path, change: Callable, said: str
 ) -> None:
     (more / "deeper/empty").mkdir()
@@ -119,8 +118,10 @@ def test_bad_folders_are_refused_in_a_line(
     assert len(done.errors.splitlines()) == 1
 
 
-def test_grey_images_have_no_place_for_them(more: Path, tmp_path: Path) -> None:
+def test_grey_images_cannot_be_combined_with_them(more: Path, tmp_path: Path) -> None:
     from conftest import some_digits
 
-    with pytest.raises(ValueError, match=r"square images in colour .* 8×8×1"):
+    with pytest.raises(
+        ValueError, match=r"^unlabelled_root=.*: the images with labels are 8×8×1; expected .* square RGB images"
+    ):
         with_unlabelled(some_digits(), str(more), "stop", str(tmp_path / "cache"))

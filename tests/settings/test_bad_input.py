@@ -55,7 +55,7 @@ from kdpipe.settings.hydra_errors import one_line
         (["dataset=dogs_vs_cats", "dataset.root="], ["dataset.root=: a folder is accepted"]),
         (["dataset=image_folder", "dataset.root=Bücher"], ["Bücher", "in quotes"]),
         (["dataset=image_folder"], ["dataset.root: a value is needed"]),
-        (["dataset=image_folder", "dataset.root=nowhere"], ["dataset.root=nowhere", "there is no such folder"]),
+        (["dataset=image_folder", "dataset.root=nowhere"], ["dataset.root=nowhere", "no such folder"]),
         (["dataset=dogs_vs_cats", "dataset.root=nowhere"], ["dataset.root=nowhere", "train.zip"]),
         (["tracking.uri=outputs"], ["tracking.uri=outputs", "sqlite:///FILE"]),
         (["tracking.uri=http://127.0.0.1:9"], ["tracking.uri=http://127.0.0.1:9", "no tracking server answers"]),

@@ -41,7 +41,7 @@ LEAKS = [
     "torchvision.models._utils.OrderedDict",
     "torch.nn.modules.module.OrderedDict",
     "kdpipe.models.weights.load_file",
-    "kdpipe.data.decode.keep",
+    "kdpipe.data.decode.ensure_entry",
     "kdpipe.data.decode._decode",
     "kdpipe.losses.KD.forward",
     "timm.models.load_checkpoint",

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kdpipe import cache
-from kdpipe.system.disk_cache import keep, mapped_array, new_array
+from kdpipe.system.disk_cache import ensure_entry, mapped_array, new_array
 
 
 def is_there(entry: Path) -> bool:
@@ -36,7 +36,7 @@ def test_an_entry_is_made_once_whoever_asks(tmp_path: Path) -> None:
         write(folder)
 
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: keep(tmp_path / "entry", is_there, make), range(8)))
+        list(pool.map(lambda _: ensure_entry(tmp_path / "entry", is_there, make), range(8)))
     assert len(made) == 1 and is_there(tmp_path / "entry")
 
 
@@ -46,13 +46,13 @@ def test_what_breaks_off_leaves_nothing(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        keep(tmp_path / "entry", is_there, make)
+        ensure_entry(tmp_path / "entry", is_there, make)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / "entry.unfinished").mkdir()
-    keep(tmp_path / "entry", is_there, write)
+    ensure_entry(tmp_path / "entry", is_there, write)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["entry"]
 
 
@@ -61,7 +61,7 @@ def test_a_full_disk_is_an_error_with_the_size_and_leaves_nothing(small_disk: Pa
         new_array(folder / "array.npy", (2, 1_000_000), np.uint8)
 
     with pytest.raises(OSError, match=r"No space left on device, 0\.002 GB are needed") as caught:
-        keep(small_disk / "entry", is_there, make)
+        ensure_entry(small_disk / "entry", is_there, make)
     assert caught.value.filename.endswith("array.npy")
     assert not [path for path in small_disk.iterdir() if path.is_dir()]
 
@@ -85,11 +85,11 @@ def test_a_run_on_a_full_disk_ends_in_one_line(
 
 
 def test_a_read_only_folder_serves_what_is_there_and_refuses_the_rest(small_disk: Path) -> None:
-    keep(small_disk / "entry", is_there, write)
+    ensure_entry(small_disk / "entry", is_there, write)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    keep(small_disk / "entry", is_there, write)
+    ensure_entry(small_disk / "entry", is_there, write)
     with pytest.raises(OSError, match="Read-only file system") as caught:
-        keep(small_disk / "another", is_there, write)
+        ensure_entry(small_disk / "another", is_there, write)
     assert str(small_disk) in caught.value.filename
 
 
@@ -138,6 +138,6 @@ def test_what_is_being_made_is_not_cleaned_away(tmp_path: Path) -> None:
         told.append(cache.clean(tmp_path))
         assert is_there(folder)
 
-    keep(tmp_path / "teacher" / "entry", is_there, make)
+    ensure_entry(tmp_path / "teacher" / "entry", is_there, make)
     assert "left alone, because they are being made: teacher/entry" in told[0]
     assert is_there(tmp_path / "teacher" / "entry")

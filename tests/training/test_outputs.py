@@ -12,7 +12,7 @@ import torch
 from conftest import fit_for_test
 from torch import Tensor, nn
 
-from kdpipe.data import ImageDataset, Rows, split
+from kdpipe.data import ImageDataset, PerImageValues, split
 from kdpipe.data.augmentation import CropFlip, Views
 from kdpipe.data.digits import digits
 from kdpipe.losses import KD, CrossEntropy
@@ -229,5 +229,5 @@ def test_whether_a_network_ends_with_its_head(build: Callable[[], nn.Module], en
 
 
 def test_rows_are_found_by_position() -> None:
-    rows = Rows(torch.tensor([2, 5, 9]), torch.tensor([20, 50, 90]))
+    rows = PerImageValues(torch.tensor([2, 5, 9]), torch.tensor([20, 50, 90]))
     assert rows[torch.tensor([9, 2, 2])].tolist() == [90, 20, 20]
