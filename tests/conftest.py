@@ -19,8 +19,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch import nn
@@ -32,11 +30,13 @@ from kdpipe.data.digits import digits
 from kdpipe.data.mixing import Mixing
 from kdpipe.models import Classifier
 from kdpipe.models.resnet import ResNet
-from kdpipe.settings import config as settings
+from kdpipe.settings.composition import compose_settings, register_resolvers
+from kdpipe.settings.schema import Settings
 from kdpipe.system.hardware import Hardware
-from kdpipe.training.loop import Training, fit
+from kdpipe.training.loop import Hooks, Recipe, fit
 from kdpipe.training.observed import Observed
 from kdpipe.training.schedules import constant
+from kdpipe.training.state import Training
 from kdpipe.training.teacher import Teacher
 
 # Of the servers that tests start: their queue of jobs would be six processes each.
@@ -47,7 +47,7 @@ SHARED_DATA = Path(os.environ.get("KDPIPE_DATA") or Path(__file__).parents[2] / 
 KEPT = {"config.yaml", "model.safetensors", "predictions.csv", "classes.csv"}  # of such a run
 IN_A_HURRY = ["evaluation.pictures=false", "evaluation.timing_seconds=0"]
 
-settings.register_resolvers()
+register_resolvers()
 
 
 def pytest_configure() -> None:
@@ -100,14 +100,9 @@ def class_folders(tmp_path: Path, photo: Callable[..., Image.Image]) -> Path:
 
 
 @pytest.fixture
-def composed() -> Callable[..., DictConfig]:
-    """The config that a command line composes, without Hydra's own part."""
-
-    def compose_config(*overrides: str) -> DictConfig:
-        with initialize_config_dir(str(settings.CONF), version_base="1.3"):
-            return compose("config", list(overrides))
-
-    return compose_config
+def composed() -> Callable[..., Settings]:
+    """The settings that a command line composes."""
+    return lambda *overrides: compose_settings(overrides)
 
 
 @pytest.fixture(scope="session")
@@ -417,24 +412,15 @@ def fit_for_test(
     mixing: Mixing | None = None,
 ) -> list[dict[str, float]]:
     """The metrics of each epoch of a training on the CPU, without those that depend on the clock."""
-    told: list[dict[str, float]] = []
-    fit(
-        Training(Observed(learner), loss, optimizer, constant(optimizer, epochs, 1), Hardware(torch.device("cpu"))),
-        data,
-        teacher=teacher,
-        views=views,
-        mixing=mixing,
-        epochs=epochs,
-        batch_size=50,
-        seed=seed,
-        select_best=False,
-        test_each_epoch=False,
-        clip_norm=clip_norm,
-        on_epoch=lambda epoch, metrics: told.append(
-            {name: value for name, value in metrics.items() if "second" not in name}
-        ),
-    )
-    return told
+    logged: list[dict[str, float]] = []
+    hardware, schedule = Hardware(torch.device("cpu")), constant(optimizer, epochs, 1)
+    recipe = Recipe(epochs, batch_size=50, seed=seed, teacher=teacher, views=views, mixing=mixing, clip_norm=clip_norm)
+
+    def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
+        logged.append({name: value for name, value in metrics.items() if "second" not in name})
+
+    fit(Training(Observed(learner), loss, optimizer, schedule, hardware), data, recipe, Hooks(on_epoch))
+    return logged
 
 
 def some_digits() -> ImageDataset:

@@ -42,6 +42,7 @@ class Parts:
 
 def check_components(settings: Settings) -> None:
     """Raise ConfigError for a value that a component does not take, or that goes with no other: before data is read."""
+    settings.check_weights()
     loss = build_loss(settings)
     check_outputs(settings)
     train = settings.train

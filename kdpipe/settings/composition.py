@@ -45,9 +45,7 @@ def read_settings(config: DictConfig) -> Settings:
         if not isinstance(plain.get(key, {}), dict):
             hint = "model@teacher=… chooses the teacher" if key == "teacher" else f"{key}.<key>=… sets a value in it"
             raise ConfigError(key, plain[key], problem=f"this is a section; {hint}")
-    settings = validated(Settings, plain)
-    settings.check_weights()
-    return settings
+    return validated(Settings, plain)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.errors import InstantiationException
-
 from kdpipe.settings.hydra_errors import one_line
 
 
