@@ -27,14 +27,18 @@ def _read(described: str) -> ImageDataset:
             raise ConfigError("dataset.root", settings.arguments["root"] or "", "a folder")
         root = str(Path(settings.root).expanduser())
         settings = validated(DatasetSettings, {**settings.plain, "root": root})
-    data = split(
-        build("dataset", settings),
-        settings.name,
-        train_fraction=settings.train_fraction,
-        val_fraction=settings.val_fraction,
-        test_fraction=settings.test_fraction,
-        split_seed=settings.split_seed,
-    )
+    source = build("dataset", settings)
+    try:
+        data = split(
+            source,
+            settings.name,
+            train_fraction=settings.train_fraction,
+            val_fraction=settings.val_fraction,
+            test_fraction=settings.test_fraction,
+            split_seed=settings.split_seed,
+        )
+    except ConfigError as error:
+        raise error.under("dataset") from error
     sizes = ", ".join(f"{len(positions):,} {name}" for name, positions in data.splits.items())
     _, channels, height, width = data.images.shape
     classes = ", ".join(data.class_names[:10]) + (", …" if data.num_classes > 10 else "")

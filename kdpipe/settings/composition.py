@@ -98,8 +98,11 @@ def _softening(*, _root_: DictConfig) -> float:
 
 def explain(error: BaseException) -> str:
     """`one_line` for errors of Hydra's and OmegaConf's as well, which are about the command line."""
-    while isinstance(error, OmegaConfBaseException) and isinstance(error.__cause__, ValueError):
-        error = error.__cause__  # of a resolver, `${identity:}`
+    cause: BaseException | None = error
+    while isinstance(error, ConfigCompositionException | OmegaConfBaseException) and cause:
+        cause = cause.__cause__ or cause.__context__
+        if isinstance(cause, ConfigError):  # of a resolver, `${identity:}`
+            return str(cause)
     first = first_line(error, None)
     if isinstance(error, MissingConfigException):
         return _unknown_option(error, first)

@@ -62,7 +62,7 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     """`did you mean …?`, with up to three near misses; "" where there are none. The last part of a dotted key also
     counts by itself (loss.alfa, alpha)."""
     known = list(known)
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.7)
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.65)
     near += [key for key in known if key.rpartition(".")[2] == word.rpartition(".")[2] and key not in near]
     return f"did you mean {' or '.join(near[:3])}?" if near else ""
 

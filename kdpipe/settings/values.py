@@ -69,20 +69,19 @@ def model_error(error: ValidationError, model: type[BaseModel], prefix: str = ""
         return cause
     annotation: Any = model
     path: list[str] = []
-    for number, part in enumerate(first["loc"]):
+    for part in first["loc"]:
         fields = _fields(annotation)
-        if not isinstance(part, str) or (fields is not None and part not in fields and path and number > 1):
-            break
-        path.append(part)
         if fields is None or part not in fields:
             break
-        annotation = fields[part]
+        path.append(str(part))
+        annotation = fields[str(part)]
     key = ".".join([*([prefix] if prefix else []), *path])
     if first["type"] == "missing":
         return ConfigError(key, problem="a value is required")
     if first["type"] == "extra_forbidden":
-        known = [".".join([*path[:-1], name]) for name in _fields(annotation) or ()]
-        return ConfigError(key, problem=" ".join(filter(None, ["there is no such key;", suggestion(key, known)])))
+        known = [".".join([*path, name]) for name in _fields(annotation) or ()]
+        key = ".".join(filter(None, [key, str(first["loc"][-1])]))
+        return ConfigError(key, problem="; ".join(filter(None, ["no such key", suggestion(key, known)])))
     return ConfigError(key, first["input"], _expected(annotation, first["loc"][len(path) :]))
 
 

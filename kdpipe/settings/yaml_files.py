@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kdpipe.settings.components import ALLOW, check_targets, is_allowed, leaves
-from kdpipe.settings.errors import ConfigError, flat
+from kdpipe.settings.errors import MISSING, ConfigError, flat
 
 # Ours have 1 kB and 50 values; aliases of YAML (*name) can make billions out of that.
 MAX_YAML_BYTES = 1_000_000
@@ -65,18 +65,18 @@ def check_foreign(file: Path) -> None:
             or not isinstance(own, Mapping)
             or re.search(r"@_?(global_\.)?hydra\b", str(content.get("defaults")))
         ):
-            _refuse_hydra("hydra")
+            _refuse_hydra("hydra", MISSING)
         for key, value in leaves(own, "hydra"):
             if not key.startswith(HYDRA_SETTINGS) or key.startswith(COMMANDS) or "\n" in f"{key}{value}":
-                _refuse_hydra(key)
+                _refuse_hydra(key, value)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error.key}", error.value, error.expected, error.problem) from error
 
 
-def _refuse_hydra(key: str) -> None:
+def _refuse_hydra(key: str, value: object) -> None:
     if not is_allowed(key):
         allow = f"{ALLOW}={key} allows it, if you trust what it does"
-        raise ConfigError(key, expected=f"of Hydra's settings only {', '.join(HYDRA_SETTINGS)}; {allow}")
+        raise ConfigError(key, value, f"of Hydra's settings only {', '.join(HYDRA_SETTINGS)}; {allow}")
 
 
 def _count(node: yaml.Node | None, known: dict[int, float]) -> float:

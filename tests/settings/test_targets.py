@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import ConfigCompositionException
-from hydra.utils import instantiate
 
-from kdpipe.settings import config as settings
-from kdpipe.settings.components import ALLOW, check_yaml, find_target
+from kdpipe.assembly.building import build
+from kdpipe.settings.components import ALLOW, find_target
+from kdpipe.settings.composition import CONF
+from kdpipe.settings.schema import Settings
+from kdpipe.settings.yaml_files import read_yaml
 
 STUDENT = ("dataset=digits", "loss.alpha=0", "train.epochs=0")
 OUTSIDE = [
@@ -108,7 +108,7 @@ def test_timm_s_networks_are_accepted() -> None:
 def test_a_target_of_others_is_refused_before_it_is_imported(kdpipe: Callable, trap: Path, where: str) -> None:
     outcome = kdpipe(*STUDENT, f"{where}=trap.run")
     assert outcome.status == 1
-    assert f"{where.lstrip('+')}=trap.run: a target in kdpipe.data, " in outcome.errors
+    assert f"{where.lstrip('+')}=trap.run: expected a target in kdpipe.data, " in outcome.errors
     assert "KDPIPE_ALLOW_TARGETS=trap.run allows this one, if you trust what it does" in outcome.errors
     assert outcome.errors.count("\n") == 1
     assert not trap.exists()
@@ -179,17 +179,10 @@ def test_a_downloaded_experiment_chooses_no_commands(
     assert not Path(".profile").exists()
 
 
-def test_a_line_break_would_be_a_command_of_a_slurm_script(kdpipe: Callable) -> None:
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    outcome = kdpipe("-m", *STUDENT, "hydra/launcher=submitit_slurm", "hydra.launcher.comment='a\ntouch sprung'")
-    assert outcome.status == 1
-    assert "hydra.launcher.comment=a touch sprung: text of one line is accepted" in outcome.errors
-
-
 def test_a_sweep_with_one_such_cell_trains_none(kdpipe: Callable, trap: Path) -> None:
     outcome = kdpipe("-m", *STUDENT, "augmentation._target_=kdpipe.data.augmentation.no_augmentation,trap.run")
     assert outcome.status == 1
-    assert "augmentation._target_=trap.run: a target in " in outcome.errors
+    assert "augmentation._target_=trap.run: expected a target in " in outcome.errors
     assert not trap.exists()
     assert not list(Path("outputs").glob("runs/*/model.safetensors"))
 
@@ -198,7 +191,7 @@ def test_a_pickled_config_is_not_opened(kdpipe: Callable) -> None:
     for argument in ("--experimental-rerun=theirs.pickle", "--exp=theirs.pickle"):
         outcome = kdpipe(argument)
         assert outcome.status == 1
-        assert f"{argument}: a pickled config can run code" in outcome.errors
+        assert f"{argument}: expected the command that made it: a pickled config can run code" in outcome.errors
 
 
 @pytest.mark.parametrize("allowed", ["trap", "other, trap.run"])
@@ -229,9 +222,10 @@ def test_an_allowed_module_does_not_bring_what_it_imports(trap: Path, monkeypatc
             find_target("loss._target_", target)
 
 
-def test_targets_inside_of_targets_are_built(composed: Callable) -> None:
-    config = composed("+model.parts=[{_target_:torch.nn.Linear,in_features:2,out_features:3}]")
-    (part,) = instantiate(config.model.parts)
+def test_targets_inside_of_targets_are_built(composed: Callable[..., Settings]) -> None:
+    choice = "model._target_=torch.nn.ModuleList"
+    settings = composed(choice, "+model.modules=[{_target_:torch.nn.Linear,in_features:2,out_features:3}]")
+    (part,) = build("model", settings.model)
     assert part.weight.shape == (3, 2)
 
 
@@ -248,18 +242,18 @@ BOMB = "\n".join(["a0: &a0 [1, 1]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"seed: [1, 2", "theirs.yaml, line 1: this cannot be read as YAML"),
-        (b"seed: 1\n  stage: x", "theirs.yaml, line 2: this cannot be read as YAML"),
-        (b"seed: ${", "theirs.yaml: keys and values that OmegaConf knows are accepted"),
+        (b"seed: [1, 2", "theirs.yaml, line 1: not readable as YAML"),
+        (b"seed: 1\n  stage: x", "theirs.yaml, line 2: not readable as YAML"),
+        (b"seed: ${", "theirs.yaml: expected keys and values that OmegaConf knows"),
         (b"seed: !!python/object/apply:os.system [touch sprung]", "theirs.yaml"),
-        (b"\xff\xfe\x00", "theirs.yaml: text in UTF-8 is accepted"),
-        (b"seed: " + b"[" * 50_000, "theirs.yaml: this is nested too deeply"),
-        (BOMB.encode(), "theirs.yaml: up to 10,000 values are accepted"),
-        (b"a: &a [*a]", "theirs.yaml: up to 10,000 values are accepted"),
-        (b"a: &a {<<: *a}", "theirs.yaml: up to 10,000 values are accepted"),
-        (b"a: '" + b"x" * 1_000_001 + b"'", "theirs.yaml: a config of up to 1 MB is accepted"),
-        (b"- 1\n- 2", "theirs.yaml: keys with values are accepted"),
-        (b"just text", "theirs.yaml: keys with values are accepted"),
+        (b"\xff\xfe\x00", "theirs.yaml: expected text in UTF-8"),
+        (b"seed: " + b"[" * 50_000, "theirs.yaml: nested too deeply"),
+        (BOMB.encode(), "theirs.yaml: expected up to 10,000 values"),
+        (b"a: &a [*a]", "theirs.yaml: expected up to 10,000 values"),
+        (b"a: &a {<<: *a}", "theirs.yaml: expected up to 10,000 values"),
+        (b"a: '" + b"x" * 1_000_001 + b"'", "theirs.yaml: expected a config of up to 1 MB"),
+        (b"- 1\n- 2", "theirs.yaml: expected keys with values"),
+        (b"just text", "theirs.yaml: expected keys with values"),
     ],
     ids=[
         "cut",
@@ -289,15 +283,7 @@ def test_a_config_file_that_is_none_is_named(
     assert not Path("sprung").exists()
 
 
-@pytest.mark.parametrize("file", sorted(settings.CONF.rglob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(CONF.rglob("*.yaml")), ids=lambda file: file.stem)
 def test_our_own_configs_are_far_from_the_limits(file: Path) -> None:
-    check_yaml(file)
+    read_yaml(file)
     assert file.stat().st_size < 10_000
-
-
-def test_composing_outside_of_a_command_is_checked_too() -> None:
-    with (
-        initialize_config_dir(str(settings.CONF), version_base="1.3"),
-        pytest.raises((ValueError, ConfigCompositionException), match=r"os\.system"),
-    ):
-        compose("config", ["loss._target_=os.system"])
