@@ -33,9 +33,8 @@ from kdpipe.data.dogs_vs_cats import dogs_vs_cats
 from kdpipe.models.weights import read_weights
 from kdpipe.runs.claim import worker_of_ours
 from kdpipe.runs.journal import Journal, read_rows, write_rows
-from kdpipe.settings.components import check_config, check_yaml
-from kdpipe.settings.config import CONF
-from kdpipe.settings.hydra_errors import one_line
+from kdpipe.settings.composition import CONF, explain
+from kdpipe.settings.yaml_files import check_foreign
 from kdpipe.training.checkpoint import digest, load_checkpoint, save_checkpoint
 from kdpipe.training.teacher_answers import is_whole
 
@@ -88,7 +87,7 @@ def fuzz(read: Read, whole: Sequence[bytes], cases: int) -> None:
         try:
             read(content)
         except (ValueError, OSError) as error:
-            said = one_line(error)
+            said = explain(error)
             assert said and "\n" not in said and "HYDRA_FULL_ERROR" not in said, said
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
@@ -282,8 +281,7 @@ def configs(photo: Callable[..., Image.Image], folder: Path) -> tuple[Read, list
 
     def read(content: bytes) -> None:
         file.write_bytes(content)
-        check_yaml(file)
-        check_config(OmegaConf.load(file))
+        check_foreign(file)
 
     return read, [path.read_bytes() for path in sorted(CONF.rglob("*.yaml")) if path.parents[1].name != "hydra"]
 
@@ -313,7 +311,7 @@ CASES = [pytest.param(200, id="200"), pytest.param(10_000, id="10000", marks=pyt
 
 @pytest.mark.parametrize("cases", CASES)
 @pytest.mark.parametrize("name", FORMATS)
-def test_any_file_is_taken_or_refused_in_one_line(name: str, cases: int, photo: Callable[..., Image.Image]) -> None:
+def test_any_file_is_taken_or_refused_in_explain(name: str, cases: int, photo: Callable[..., Image.Image]) -> None:
     # In memory where it can be: each case that makes a cache entry anew waits for the disk.
     with TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         read, whole = FORMATS[name](photo, Path(folder))

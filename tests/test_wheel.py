@@ -20,7 +20,7 @@ def test_a_wheel_in_an_empty_folder_runs(tmp_path: Path, empty_store: Path) -> N
     empty.mkdir()
     environment = os.environ | {"PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1"}
     environment.pop("MLFLOW_TRACKING_URI", None)
-    where = [sys.executable, "-c", "import kdpipe.settings.config; print(kdpipe.settings.config.CONF)"]
+    where = [sys.executable, "-c", "from kdpipe.settings.composition import CONF; print(CONF)"]
     found = subprocess.run(where, cwd=empty, env=environment, check=True, capture_output=True, text=True).stdout
     assert found.strip() == str(installed / "kdpipe" / "conf")
     for file in ("compare/published.csv", "conf/experiment/benchmark/vgg13_vgg8.yaml"):

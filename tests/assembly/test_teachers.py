@@ -15,23 +15,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from scipy.special import softmax
 from torch import Tensor, nn
 
-from kdpipe.assembly import check_values, read_model
+from kdpipe.assembly.parts import check_components
 from kdpipe.compare.__main__ import arguments_of
 from kdpipe.compare.__main__ import run as compare
 from kdpipe.data import ImageDataset, split
 from kdpipe.data.digits import digits
 from kdpipe.losses import KD
-from kdpipe.main import save_earlier_epochs
+from kdpipe.main import _save_earlier_epochs
 from kdpipe.models import Classifier, Ensemble
 from kdpipe.models.resnet import ResNet
-from kdpipe.settings import config as kdpipe_config
+from kdpipe.settings.saved import read_network_settings
+from kdpipe.settings.schema import Settings
 from kdpipe.system.hardware import Hardware
-from kdpipe.training.teacher import Teacher
+from kdpipe.training.teacher import FrozenTeacher
 from kdpipe.training.teacher_answers import Question
 
 SMALL = ["dataset=digits", "dataset.train_fraction=0.2", "train.threads=1"]
@@ -165,7 +165,7 @@ def some_digits() -> ImageDataset:
 
 def test_whatever_its_answer_depends_on_gives_another_entry_of_the_cache(some_digits: ImageDataset) -> None:
     def key(*networks: Classifier, shares: tuple[float, ...] = (1, 1), temperature: float = 4) -> str:
-        teacher = Teacher(Ensemble(networks, shares, temperature))
+        teacher = FrozenTeacher(Ensemble(networks, shares, temperature))
         positions = some_digits.splits["train"]
         question = Question("logits", "ensemble", teacher.classifier, teacher.classifier, some_digits, positions)
         return question.key(Hardware(torch.device("cpu")))
@@ -188,7 +188,7 @@ def test_it_is_frozen_and_each_member_sees_raw_images(some_digits: ImageDataset)
     networks = [network(0, image_size=8), network(1, image_size=16, mean=0.2)]
     images = some_digits.images[:5]
     expected = soft_targets([one.eval()(images).detach().numpy() for one in networks], [0.7, 0.3], 4)
-    teacher = Teacher(Ensemble(networks, [0.7, 0.3], 4)).train()
+    teacher = FrozenTeacher(Ensemble(networks, [0.7, 0.3], 4)).train()
     said = teacher.answer(images).logits
     assert not said.requires_grad and not any(module.training for module in teacher.classifier.modules())
     np.testing.assert_allclose(softmax(said.numpy() / 4, axis=1), expected, rtol=1e-4)
@@ -266,14 +266,14 @@ def test_a_teacher_that_saw_other_images_is_found_among_several(kdpipe: Callable
     assert "the teacher was trained with dataset.val_fraction=0.1 instead of 0.15" in said
 
 
-def test_the_loss_s_temperature_is_the_teacher_s_and_no_setting_of_its_own(composed: Callable[..., DictConfig]) -> None:
+def test_the_loss_s_temperature_is_the_teacher_s_and_no_setting_of_its_own(composed: Callable[..., Settings]) -> None:
     ensemble = ["model@teacher=ensemble", "teacher.members=[runs:/a]"]
     config = composed(*ensemble, "loss.temperature=3")
     assert config.teacher.temperature == 3
-    assert "teacher.temperature" not in kdpipe_config.logged_params(config)
+    assert "teacher.temperature" not in config.params
     other = composed(*ensemble, "loss.temperature=3", "teacher.temperature=100")
-    assert kdpipe_config.logged_params(other)["teacher.temperature"] == 100
-    assert kdpipe_config.run_identity(other) != kdpipe_config.run_identity(config)
+    assert other.params["teacher.temperature"] == 100
+    assert other.identity != config.identity
     assert composed(*ensemble, "loss=cross_entropy", "loss@also=kd", "also.temperature=7").teacher.temperature == 7
     assert composed(*ensemble, "loss=cross_entropy").teacher.temperature == 1
 
@@ -281,23 +281,35 @@ def test_the_loss_s_temperature_is_the_teacher_s_and_no_setting_of_its_own(compo
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["teacher.members=[]"], "teacher.members=[]: a list of runs, [runs:/<run id>,runs:/<run id>], is accepted"),
-        (["teacher.members=runs:/a"], "teacher.members=runs:/a: a list of runs"),
-        (["teacher.members=[a.pth]"], "teacher.members=a.pth: a list of runs"),
-        (["teacher.members=[runs:/a,runs:/a]"], "teacher.members=runs:/a: it is there twice"),
-        (["teacher.members=[runs:/a,runs:/b]"], "teacher.members=runs:/a: there is no such run in sqlite"),
-        (["teacher.members=[runs:/a]", "teacher.shares=[1,2]"], "teacher.shares=[1, 2]: a number for each of the 1 "),
-        (["teacher.members=[runs:/a]", "teacher.shares=[0]"], "teacher.shares=[0]: a number for each of the 1 "),
-        (["teacher.members=[runs:/a]", "teacher.shares=[-1]"], "teacher.shares=-1: a number from 0 is accepted"),
-        (["teacher.members=[runs:/a]", "teacher.shares=1"], "teacher.shares=1: a list of numbers is accepted"),
-        (["teacher.members=[runs:/a]", "teacher.temperature=0"], "teacher.temperature=0: a number above 0"),
-        (["teacher.members=[runs:/a]", "loss.temperature=0"], "loss.temperature=0: a number above 0"),
+        (["teacher.members=[]"], "teacher.members=[]: expected a list of runs, [runs:/<run id>,runs:/<run id>]"),
+        (["teacher.members=runs:/a"], "teacher.members=runs:/a: expected a list of runs"),
+        (["teacher.members=[a.pth]"], "teacher.members=a.pth: expected a list of runs"),
+        (["teacher.members=[runs:/a,runs:/a]"], "teacher.members=runs:/a: it is listed twice"),
+        (["teacher.members=[runs:/a,runs:/b]"], "teacher.members=runs:/a: no such run in sqlite"),
+        (
+            ["teacher.members=[runs:/a]", "teacher.shares=[1,2]"],
+            "teacher.shares=[1,2]: expected a number for each",
+        ),
+        (
+            ["teacher.members=[runs:/a]", "teacher.shares=[0]"],
+            "teacher.shares=[0]: expected a number for each",
+        ),
+        (["teacher.members=[runs:/a]", "teacher.shares=[-1]"], "teacher.shares=-1: expected a number from 0"),
+        (
+            ["teacher.members=[runs:/a]", "teacher.shares=1"],
+            "teacher.shares=1: expected a list of numbers from 0",
+        ),
+        (["teacher.members=[runs:/a]", "teacher.temperature=0"], "teacher.temperature=0: expected a number above 0"),
+        (["teacher.members=[runs:/a]", "loss.temperature=0"], "loss.temperature=0: expected a number above 0"),
         (["teacher.members=[runs:/a]", "teacher.weights=runs:/a"], "teacher.weights=runs:/a: an ensemble has its"),
-        (["model=ensemble"], "model=ensemble: one network is trained; model@teacher=ensemble is accepted"),
-        (["teacher.weights=runs:/a/../b"], "teacher.weights=runs:/a/../b: runs:/<run id> or runs:/<run id>/epoch_"),
-        (["train.keep_epochs=1"], "train.keep_epochs=1: a list of numbers is accepted"),
-        (["train.keep_epochs=[0]"], "train.keep_epochs=0: a whole number from 1 is accepted"),
-        (["train.keep_epochs=[1,2]"], "train.keep_epochs=2: epochs up to train.epochs=1 are accepted"),
+        (["model=ensemble"], "model=ensemble: expected one network; several can teach it, model@teacher=ensemble"),
+        (
+            ["teacher.weights=runs:/a/../b"],
+            "teacher.weights=runs:/a/../b: expected runs:/<run id> or",
+        ),
+        (["train.keep_epochs=1"], "train.keep_epochs=1: expected a list of whole numbers from 1 or null"),
+        (["train.keep_epochs=[0]"], "train.keep_epochs=0: expected a whole number from 1"),
+        (["train.keep_epochs=[1,2]"], "train.keep_epochs=2: expected epochs up to train.epochs=1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -308,13 +320,15 @@ def test_a_bad_value_ends_in_one_line(kdpipe: Callable, overrides: list[str], sa
 
 
 def test_a_loss_that_asks_for_more_than_logits_is_refused(
-    composed: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
+    composed: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = composed(*ENSEMBLE, "teacher.members=[runs:/a]")
-    check_values(config)
+    check_components(config)
     monkeypatch.setattr(KD, "roles", ("stages", "embedding"))
-    with pytest.raises(ValueError, match=r"^model@teacher=ensemble: it answers with logits alone.*stages, embedding;"):
-        check_values(config)
+    with pytest.raises(
+        ValueError, match=r"^model@teacher=ensemble: an ensemble answers with logits alone.*stages, embedding;"
+    ):
+        check_components(config)
 
 
 def test_runs_that_cannot_teach_are_refused_in_one_line(kdpipe: Callable, trained: list[Run]) -> None:
@@ -335,10 +349,10 @@ def test_runs_that_cannot_teach_are_refused_in_one_line(kdpipe: Callable, traine
     file = artifacts(second)["config.yaml"]
     config = yaml.safe_load(file.read_text())
     for changed, said in (
-        ({"_target_": "os.system"}, "model._target_=os.system: a target in kdpipe.data"),
+        ({"_target_": "os.system"}, "model._target_=os.system: expected a target in kdpipe.data"),
         ({"depth": 13}, "model.depth=13: "),
-        ({"depth": 20}, "weights of resnet32 with 10 classes are accepted; "),
-        ({"image_size": 0}, "model.image_size=0: a whole number from 1"),
+        ({"depth": 20}, "expected weights of resnet32 with 10 classes"),
+        ({"image_size": 0}, "image_size=0: expected a whole number from 1"),
     ):
         file.write_text(yaml.safe_dump({**config, "model": config["model"] | changed}))
         assert f"teacher.members=runs:/{second.info.run_id}: {said}" in refusal(first, second)
@@ -360,18 +374,18 @@ def test_a_run_of_other_classes_is_refused(kdpipe: Callable, class_folders: Path
 def test_what_is_no_composed_config_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(ValueError, match=r"config\.yaml"):
-        read_model(tmp_path / "config.yaml")
+        read_network_settings(tmp_path / "config.yaml")
 
 
-def test_a_config_with_interpolations_is_refused(tmp_path: Path, composed: Callable[..., DictConfig]) -> None:
-    model = OmegaConf.to_container(composed("model=resnet20").model)
+def test_a_config_with_interpolations_is_refused(tmp_path: Path, composed: Callable[..., Settings]) -> None:
+    model = composed("model=resnet20").model.plain
     for name, is_accepted in (("resnet20", True), ("${oc.env:HOME}", False)):
         (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {**model, "name": name}}))
         if is_accepted:
-            assert read_model(tmp_path / "config.yaml").name == name
+            assert read_network_settings(tmp_path / "config.yaml").name == name
         else:
-            with pytest.raises(ValueError, match="the composed config of a run is accepted"):
-                read_model(tmp_path / "config.yaml")
+            with pytest.raises(ValueError, match="expected the config of a run"):
+                read_network_settings(tmp_path / "config.yaml")
 
 
 def same(first: Path, second: Path) -> bool:
@@ -469,13 +483,13 @@ def test_a_run_that_is_killed_has_its_epochs_when_it_goes_on(start: Callable[...
 
 
 def test_epochs_that_are_asked_for_too_late_are_named(
-    tmp_path: Path, composed: Callable[..., DictConfig], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, composed: Callable[..., Settings], caplog: pytest.LogCaptureFixture
 ) -> None:
     for epoch in (1, 3):
         (tmp_path / f"epoch_{epoch}.safetensors").write_bytes(b"weights")
     saved: list[str] = []
     current: Any = SimpleNamespace(folder=tmp_path, save=lambda file: saved.append(file.name))
-    save_earlier_epochs(composed("train.keep_epochs=[1,2,3,4]"), current, epoch=3)
+    _save_earlier_epochs(composed("train.keep_epochs=[1,2,3,4]"), current, epoch=3)
     # Epoch 3 is in progress: what is there of it was written by a process whose checkpoint is lost.
     assert saved == [file.name for file in tmp_path.iterdir()] == ["epoch_1.safetensors"]
     assert [record.getMessage() for record in caplog.records] == [

@@ -19,7 +19,7 @@ from conftest import free_port, in_a_hurry
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from kdpipe.assembly import hardware
+from kdpipe.assembly import devices
 
 SMALL = ["dataset=digits", "dataset.train_fraction=0.2", "train.threads=1", "train.epochs=1"]
 TEACHER = [*SMALL, "experiment=teacher", "model=resnet20", "model.depth=8"]
@@ -365,12 +365,12 @@ def test_the_threads_are_divided_between_processes(kdpipe: Callable, teacher: Ru
 def test_each_process_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     for _ in range(2):  # as two processes would
-        monkeypatch.setattr(hardware, "_own_gpu", [])
-        taken.append((hardware.own_gpu(2, tmp_path), hardware._own_gpu))
+        monkeypatch.setattr(devices, "_own_gpu", [])
+        taken.append((devices.own_gpu(2, tmp_path), devices._own_gpu))
     assert [number for number, _ in taken] == [0, 1]
-    assert hardware.own_gpu(2, tmp_path) == 1  # and keeps it for its next run
-    monkeypatch.setattr(hardware, "_own_gpu", [])
-    assert hardware.own_gpu(2, tmp_path) == os.getpid() % 2  # more processes than GPUs
+    assert devices.own_gpu(2, tmp_path) == 1  # and keeps it for its next run
+    monkeypatch.setattr(devices, "_own_gpu", [])
+    assert devices.own_gpu(2, tmp_path) == os.getpid() % 2  # more processes than GPUs
 
 
 @pytest.fixture

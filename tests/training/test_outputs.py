@@ -20,7 +20,7 @@ from kdpipe.models import Classifier
 from kdpipe.models.resnet import ResNet
 from kdpipe.models.torchvision import classifier as torchvision_classifier
 from kdpipe.system.hardware import Hardware
-from kdpipe.training.teacher import Teacher
+from kdpipe.training.teacher import FrozenTeacher
 from kdpipe.training.teacher_answers import Question, TooLargeError, features_of, is_whole, known_outputs
 
 CPU = Hardware(torch.device("cpu"))
@@ -40,11 +40,11 @@ def crops(number: int | None, seed: int = 0) -> Views:
     return Views(CropFlip(), "crop_flip", len(some_digits().labels), seed, number)
 
 
-def logits_of(teacher: Teacher, data: ImageDataset, views: Views | None = None) -> Question:
+def logits_of(teacher: FrozenTeacher, data: ImageDataset, views: Views | None = None) -> Question:
     return Question("logits", "resnet8", teacher.classifier, teacher.classifier, data, data.splits["train"], views)
 
 
-def taught(folder: Path, teacher: Teacher, data: ImageDataset, views: Views | None = None) -> Teacher:
+def taught(folder: Path, teacher: FrozenTeacher, data: ImageDataset, views: Views | None = None) -> FrozenTeacher:
     teacher.remember(known_outputs(logits_of(teacher, data, views), folder, 10, CPU))
     return teacher
 
@@ -61,7 +61,11 @@ class Runs:
 
 
 def train_on(
-    learner: nn.Module, data: ImageDataset, loss: nn.Module, teacher: Teacher | None = None, views: Views | None = None
+    learner: nn.Module,
+    data: ImageDataset,
+    loss: nn.Module,
+    teacher: FrozenTeacher | None = None,
+    views: Views | None = None,
 ) -> list[dict[str, float]]:
     """The metrics of three epochs."""
     optimizer = torch.optim.SGD([weight for weight in learner.parameters() if weight.requires_grad], lr=0.05)
@@ -71,27 +75,27 @@ def train_on(
 def test_cached_answers_are_those_of_the_network(tmp_path: Path) -> None:
     data = some_digits()
     some = data.splits["train"][torch.randperm(len(data.splits["train"]))[:50]]
-    online, cached = Teacher(network()), taught(tmp_path, Teacher(network()), data)
+    online, cached = FrozenTeacher(network()), taught(tmp_path, FrozenTeacher(network()), data)
     torch.testing.assert_close(cached(data.images[some], some, 1).logits, online(data.images[some], some, 1).logits)
 
 
 def test_cached_and_online_training_give_the_same_losses(tmp_path: Path) -> None:
     data = some_digits()
-    cached = train_on(network(1), data, KD(0.5, 4), taught(tmp_path, Teacher(network()), data))
-    online = train_on(network(1), data, KD(0.5, 4), Teacher(network()))
+    cached = train_on(network(1), data, KD(0.5, 4), taught(tmp_path, FrozenTeacher(network()), data))
+    online = train_on(network(1), data, KD(0.5, 4), FrozenTeacher(network()))
     assert cached == [pytest.approx(epoch, rel=1e-4) for epoch in online]
 
 
 def test_views_from_the_cache_and_online_give_the_same_losses(tmp_path: Path) -> None:
     data, views = some_digits(), crops(2)
-    cached = train_on(network(1), data, KD(0.5, 4), taught(tmp_path, Teacher(network()), data, views), views)
-    online = train_on(network(1), data, KD(0.5, 4), Teacher(network()), views)
+    cached = train_on(network(1), data, KD(0.5, 4), taught(tmp_path, FrozenTeacher(network()), data, views), views)
+    online = train_on(network(1), data, KD(0.5, 4), FrozenTeacher(network()), views)
     assert cached == [pytest.approx(epoch, rel=1e-4) for epoch in online]
 
 
 def test_each_view_has_its_own_answer(tmp_path: Path) -> None:
     data, views = some_digits(), crops(2)
-    teacher = taught(tmp_path, Teacher(network()), data, views)
+    teacher = taught(tmp_path, FrozenTeacher(network()), data, views)
     some = data.splits["train"][:20]
     first, second, third = (teacher(data.images[some], some, epoch).logits for epoch in (1, 2, 3))
     assert torch.equal(first, third) and not torch.allclose(first, second)
@@ -101,7 +105,7 @@ def test_the_network_looks_at_the_training_images_once_in_all(tmp_path: Path) ->
     data = some_digits()
     seen = []
     for _ in range(3):
-        teacher = Teacher(network())
+        teacher = FrozenTeacher(network())
         runs = Runs(teacher.classifier)
         taught(tmp_path, teacher, data)(data.images[data.splits["train"]], data.splits["train"], 1)
         seen.append(runs.images - 2)  # two tell the answers' shape
@@ -112,7 +116,7 @@ def test_whatever_an_answer_depends_on_gives_another_entry() -> None:
     data = some_digits()
 
     def question(data: ImageDataset = data, views: Views | None = None, **teacher: float) -> Question:
-        return logits_of(Teacher(network(**teacher)), data, views)
+        return logits_of(FrozenTeacher(network(**teacher)), data, views)
 
     questions = [
         question(),
@@ -138,9 +142,9 @@ def test_whatever_an_answer_depends_on_gives_another_entry() -> None:
 def test_an_entry_of_another_version_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = some_digits()
     monkeypatch.setattr("kdpipe.training.teacher_answers.__version__", "0.0.1")
-    taught(tmp_path, Teacher(network()), data)
+    taught(tmp_path, FrozenTeacher(network()), data)
     monkeypatch.undo()
-    taught(tmp_path, Teacher(network()), data)
+    taught(tmp_path, FrozenTeacher(network()), data)
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 2
 
 
@@ -150,7 +154,7 @@ def test_a_damaged_entry_is_noticed_and_worked_out_again(
 ) -> None:
     data = some_digits()
     positions = data.splits["train"]
-    right = taught(tmp_path, Teacher(network()), data)(data.images, positions, 1).logits.clone()
+    right = taught(tmp_path, FrozenTeacher(network()), data)(data.images, positions, 1).logits.clone()
     (file,) = tmp_path.glob("*/outputs.npy")
     content, meta, shape = file.read_bytes(), file.with_name("meta.json"), np.load(file).shape
     if damage == "no meta":
@@ -168,7 +172,7 @@ def test_a_damaged_entry_is_noticed_and_worked_out_again(
         )
     assert not is_whole(file.parent, shape)
     with caplog.at_level(logging.WARNING, "kdpipe"):
-        again = taught(tmp_path, Teacher(network()), data)(data.images, positions, 1).logits
+        again = taught(tmp_path, FrozenTeacher(network()), data)(data.images, positions, 1).logits
     assert torch.equal(right, again)
     assert is_whole(file.parent, shape)
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -177,14 +181,14 @@ def test_a_damaged_entry_is_noticed_and_worked_out_again(
 
 def test_the_entry_says_what_it_is(tmp_path: Path) -> None:
     data = some_digits()
-    taught(tmp_path, Teacher(network()), data, crops(2))
+    taught(tmp_path, FrozenTeacher(network()), data, crops(2))
     (meta,) = tmp_path.glob("*/meta.json")
     count = len(data.splits["train"])
     assert json.loads(meta.read_text())["about"] == f"logits of resnet8 for {count} images of digits, 2 views"
 
 
 def test_what_would_be_too_large_is_not_worked_out(tmp_path: Path) -> None:
-    teacher, data = Teacher(network()), some_digits()
+    teacher, data = FrozenTeacher(network()), some_digits()
     runs = Runs(teacher.classifier)
     gigabytes = len(data.splits["train"]) * 10 * 4 / 1e9
     with pytest.raises(TooLargeError, match="would take"):

@@ -3,16 +3,17 @@
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import DictConfig
 
-from kdpipe.settings.checks import as_typed
-from kdpipe.settings.config import CONF
+from kdpipe.assembly.building import build as build_component
+from kdpipe.settings.composition import CONF
+from kdpipe.settings.errors import as_typed
+from kdpipe.settings.schema import Settings
 from kdpipe.training.schedules import constant, cosine, multistep
 
 Build = Callable[..., torch.optim.lr_scheduler.LRScheduler]
@@ -128,20 +129,22 @@ def test_a_bad_gamma_is_refused(gamma: object) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (CONF / "scheduler").glob("*.yaml")))
-def test_every_yaml_builds_without_a_warning(name: str, composed: Callable[..., DictConfig]) -> None:
+def test_every_yaml_builds_without_a_warning(name: str, composed: Callable[..., Settings]) -> None:
     config = composed(f"scheduler={name}")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        seen = rates(instantiate(config.scheduler), config.train.epochs, 3)
+        seen = rates(partial(build_component, "scheduler", config.scheduler), config.train.epochs, 3)
     assert max(seen) == pytest.approx(1)
 
 
-def test_the_command_lines_values_reach_the_schedule(composed: Callable[..., DictConfig]) -> None:
+def test_the_command_lines_values_reach_the_schedule(composed: Callable[..., Settings]) -> None:
     config = composed("scheduler=multistep", "scheduler.milestones=[2]", "scheduler.gamma=0.5")
-    assert rates(instantiate(config.scheduler), 3, 2) == pytest.approx([1, 1, 1, 1, 0.5, 0.5, 0.5])
+    assert rates(partial(build_component, "scheduler", config.scheduler), 3, 2) == pytest.approx(
+        [1, 1, 1, 1, 0.5, 0.5, 0.5]
+    )
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (CONF / "scheduler").glob("*.yaml")))
-def test_only_evaluating_works_with_every_schedule(name: str, composed: Callable[..., DictConfig]) -> None:
+def test_only_evaluating_works_with_every_schedule(name: str, composed: Callable[..., Settings]) -> None:
     config = composed(f"scheduler={name}", "train.epochs=0")
-    assert len(rates(instantiate(config.scheduler), config.train.epochs, 3)) == 1
+    assert len(rates(partial(build_component, "scheduler", config.scheduler), config.train.epochs, 3)) == 1

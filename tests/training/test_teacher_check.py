@@ -18,7 +18,7 @@ from kdpipe.losses import CrossEntropy
 from kdpipe.models import Classifier
 from kdpipe.models.resnet import ResNet
 from kdpipe.system.hardware import Hardware
-from kdpipe.training.teacher import Teacher
+from kdpipe.training.teacher import FrozenTeacher
 from kdpipe.training.teacher_check import check_teacher, evenly_spaced, mean_entropy, no_better_than_chance, warn_once
 
 CPU = Hardware(torch.device("cpu"))
@@ -55,7 +55,7 @@ class Told:
     ) -> tuple[str, list[str]]:
         self.caplog.clear()
         with self.caplog.at_level(logging.INFO, "kdpipe"):
-            check_teacher("resnet8", Teacher(classifier), temperature, data, self.folder, CPU)
+            check_teacher("resnet8", FrozenTeacher(classifier), temperature, data, self.folder, CPU)
         said, *warnings = self.caplog.records
         assert said.levelno == logging.INFO and {record.levelno for record in warnings} <= {logging.WARNING}
         return said.getMessage(), [record.getMessage() for record in warnings]

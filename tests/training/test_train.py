@@ -14,7 +14,7 @@ from kdpipe.losses.outputs import Outputs
 from kdpipe.models import Classifier
 from kdpipe.models.resnet import ResNet
 from kdpipe.training.loop import batches
-from kdpipe.training.teacher import Teacher
+from kdpipe.training.teacher import FrozenTeacher
 
 
 class Kept(nn.Module):
@@ -46,7 +46,7 @@ class Seen(CropFlip):
         return self.views[-1]
 
 
-def trained(loss: nn.Module, teacher: Teacher | None, seed: int = 0) -> tuple[Kept, Seen]:
+def trained(loss: nn.Module, teacher: FrozenTeacher | None, seed: int = 0) -> tuple[Kept, Seen]:
     torch.manual_seed(0)
     model, kept, seen = classifier(), Kept(loss), Seen()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -57,7 +57,7 @@ def trained(loss: nn.Module, teacher: Teacher | None, seed: int = 0) -> tuple[Ke
 
 def test_the_arms_of_one_seed_share_batches_and_views_teacher_or_not() -> None:
     alone, alone_seen = trained(CrossEntropy(), None)
-    taught, taught_seen = trained(KD(0.5, 4), Teacher(classifier()))
+    taught, taught_seen = trained(KD(0.5, 4), FrozenTeacher(classifier()))
     assert alone.epochs == taught.epochs
     assert all(torch.equal(one, other) for one, other in zip(alone.indices, taught.indices, strict=True))
     assert all(torch.equal(one, other) for one, other in zip(alone_seen.views, taught_seen.views, strict=True))
@@ -73,7 +73,7 @@ def test_each_epoch_sees_each_training_image_once_in_another_order() -> None:
 
 
 def test_a_teacher_stays_as_it_is() -> None:
-    teacher = Teacher(classifier())
+    teacher = FrozenTeacher(classifier())
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     trained(KD(1.0, 4), teacher)
     teacher.train()
