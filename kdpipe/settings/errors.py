@@ -49,7 +49,7 @@ def as_typed(value: object) -> str:
         return "null" if value is None else str(value).lower()
     if isinstance(value, list | tuple):
         return f"[{','.join(map(as_typed, value))}]"
-    return str(value)
+    return f"{value:g}" if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def one_of(choices: Iterable[object]) -> str:

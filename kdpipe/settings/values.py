@@ -87,7 +87,7 @@ def model_error(error: ValidationError, model: type[BaseModel], prefix: str = ""
 
 def _fields(annotation: Any) -> dict[str, Any] | None:
     """The annotations of a model's fields by the names that configs use; None for anything else."""
-    for option in (annotation, *get_args(annotation)):
+    for option in _options(annotation):
         if isinstance(option, type) and issubclass(option, BaseModel):
             return {
                 field.alias or name: Annotated[field.annotation, field] for name, field in option.model_fields.items()
@@ -97,11 +97,17 @@ def _fields(annotation: Any) -> dict[str, Any] | None:
 
 def _expected(annotation: Any, inner: Sequence[object] = ()) -> str:
     """What was expected, in words; of an item of a list what the items are."""
-    if inner and isinstance(inner[0], int):
-        for option in (annotation, *get_args(annotation)):
-            if _is_list(option):
-                return expected(get_args(option)[0])
-    return expected(annotation)
+    items = [get_args(option)[0] for option in _options(annotation) if _is_list(option)]
+    return expected(items[0] if items and inner and isinstance(inner[0], int) else annotation)
+
+
+def _options(annotation: Any) -> list[Any]:
+    """The types that an annotation allows."""
+    if get_origin(annotation) is Annotated:
+        return _options(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [inner for option in get_args(annotation) for inner in _options(option)]
+    return [annotation]
 
 
 def _is_list(annotation: Any) -> bool:

@@ -301,7 +301,7 @@ def test_the_loss_s_temperature_is_the_teacher_s_and_no_setting_of_its_own(compo
         ),
         (["teacher.members=[runs:/a]", "teacher.temperature=0"], "teacher.temperature=0: expected a number above 0"),
         (["teacher.members=[runs:/a]", "loss.temperature=0"], "loss.temperature=0: expected a number above 0"),
-        (["teacher.members=[runs:/a]", "teacher.weights=runs:/a"], "teacher.weights=runs:/a: an ensemble has its"),
+        (["teacher.members=[runs:/a]", "teacher.weights=runs:/a"], "teacher.weights=runs:/a: an ensemble has the"),
         (["model=ensemble"], "model=ensemble: expected one network; several can teach it, model@teacher=ensemble"),
         (
             ["teacher.weights=runs:/a/../b"],
@@ -445,7 +445,7 @@ def test_a_finished_run_without_the_wanted_epochs_says_so(kdpipe: Callable) -> N
     kdpipe(*FIRST, "train.keep_epochs=[2]")
     asked = [*FIRST, "train.keep_epochs=[1,2]"]
     outcome = kdpipe(*asked)
-    assert "this run is finished already" in outcome.output
+    assert "this run is already finished" in outcome.output
     assert "train.keep_epochs=[1]: this run has not kept them; train.resume=never trains it anew" in outcome.output
     sweep = kdpipe("-m", *asked, "seed=0,1")
     assert sweep.output.count("resnet20") and "s0: train.keep_epochs=[1]: this run has not kept them" in sweep.output
@@ -473,7 +473,7 @@ def test_a_run_that_is_killed_has_its_epochs_when_it_goes_on(start: Callable[...
     before = file.read_bytes()
     again = kdpipe(*asked)
     assert again.status == 0, again.errors
-    assert "goes on at epoch" in again.output and "has not kept" not in again.output
+    assert "continues at epoch" in again.output and "has not kept" not in again.output
     assert file.read_bytes() == before
     kept = artifacts(runs()[0])
     assert kdpipe(*asked, "output_dir=whole").status == 0
