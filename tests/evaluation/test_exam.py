@@ -11,8 +11,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from kdpipe.assembly.finished_runs import open_data, open_run
-from kdpipe.cost import arguments_of
-from kdpipe.cost import run as measure_cost
+from kdpipe.cost import cost_arguments, measure_cost
 from kdpipe.data import ImageDataset
 from kdpipe.evaluation.exam import FILES, Exam, _most_differing, by_class, finite, oddities, predictions, write_files
 from kdpipe.evaluation.figures import confusion, to_png
@@ -122,7 +121,7 @@ def test_a_run_s_end(kdpipe: Callable, tmp_path: Path) -> None:
     assert sum(right) / len(lines) == pytest.approx(metrics["test/accuracy"])
     assert sum(agree) / len(lines) == pytest.approx(metrics["teacher/agreement"])
 
-    said = measure_cost(arguments_of([run.info.run_id, "--seconds", "0.2"]))
+    said = measure_cost(cost_arguments([run.info.run_id, "--seconds", "0.2"]))
     assert "resnet20" in said and "student_cnn" in said and f"logged to run {run.info.run_id}" in said
     after = client.get_run(run.info.run_id)
     assert after.info.status == "FINISHED" and after.info.end_time == run.info.end_time
@@ -138,7 +137,7 @@ def test_the_times_of_a_student_whose_teacher_is_gone_are_not_logged_beside_olde
 
     monkeypatch.setattr("kdpipe.assembly.finished_runs.open_teacher", gone)
     before = MlflowClient(taught.uri).get_run(taught.student).data
-    told = measure_cost(arguments_of([taught.student, "--uri", taught.uri, "--seconds", "0.1"]))
+    told = measure_cost(cost_arguments([taught.student, "--uri", taught.uri, "--seconds", "0.1"]))
     assert "student_cnn" in told and "resnet20" not in told
     assert "without its teacher, which cannot be opened: teacher.weights=teacher.pt: there is no such file" in told
     assert told.endswith("; not logged")
@@ -150,15 +149,15 @@ def test_the_times_of_a_student_whose_teacher_is_gone_are_not_logged_beside_olde
     ("words", "said"),
     [
         (["nothing"], "runs:/nothing: there is no such run in "),
-        (["nothing", "--seconds", "0"], "--seconds=0.0: a number above 0 is accepted"),
-        (["nothing", "--threads", "0"], "--threads=0: a whole number from 1 "),
+        (["nothing", "--seconds", "0"], "--seconds 0.0: expected a number above 0"),
+        (["nothing", "--threads", "0"], "--threads 0: expected a whole number from 1 "),
         (["nothing", "--device", "cuda:99"], "--device=cuda:99: one of "),
-        (["nothing", "--uri", "sqlite:///nowhere.db"], "nowhere.db: there is no such MLflow store"),
+        (["nothing", "--uri", "sqlite:///nowhere.db"], "nowhere.db: MLflow store not found"),
     ],
 )
 def test_what_is_no_run_is_said_in_a_line(kdpipe: Callable, words: list[str], said: str) -> None:
     with pytest.raises(ValueError) as error:
-        measure_cost(arguments_of(words))
+        measure_cost(cost_arguments(words))
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
