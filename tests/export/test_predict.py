@@ -96,7 +96,7 @@ def test_files_that_are_not_images_are_listed_and_the_others_are_classified(
     assert [line[0] for line in lines(given)] == ["temple.jpg", "flower.png"]
     errors = given.errors.splitlines()
     for name, reason in (
-        ("text.jpg", "no known image format"),
+        ("text.jpg", "unknown image format"),
         ("empty.png", "empty"),
         ("torn.jpg", ""),
         ("none.jpg", "No such file or directory"),
