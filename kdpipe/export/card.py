@@ -10,11 +10,11 @@ import yaml
 
 from kdpipe import __version__
 from kdpipe.assembly.finished_runs import FinishedRun
-from kdpipe.export.formats import INT8, ONNX, PROGRAM, WEIGHTS
+from kdpipe.export.formats import INT8, ONNX, PROGRAM
 from kdpipe.export.measurements import Measurement, table_of
 from kdpipe.export.sources import Sources, fitted_temperature, run_settings
 from kdpipe.export.writers import strip_folders
-from kdpipe.runs.names import UNLABELLED_IMAGES
+from kdpipe.runs.names import UNLABELLED_IMAGES, WEIGHTS
 from kdpipe.system.tables import markdown_table
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
@@ -54,45 +54,32 @@ def model_card(
         legend: of the measurements.
         license: of the weights; None if unknown.
     """
-    run, data, config = sources.run, sources.data, run_settings(sources.run)
-    channels, height, width = run.image_shape
-    earlier_epoch = re.search(r"/epoch_(\d+)$", run.address)
+    run, config = sources.run, run_settings(sources.run)
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
     return environment.from_string(TEMPLATE.read_text()).render(
-        address=run.address,
-        channels=channels,
         class_accuracy=class_accuracies(sources.class_accuracy),
-        class_names=data.class_names,
-        dataset=data.name,
-        earlier_epoch=earlier_epoch and earlier_epoch[1],
-        files=files,
-        fingerprint=data.fingerprint,
-        descriptions=DESCRIPTIONS,
+        data=sources.data,
+        files={name: DESCRIPTIONS[name] for name in files if name in DESCRIPTIONS},
         front_matter=front_matter(sources, files, license),
-        frozen_backbone=config["model"].get("freeze") == "backbone",
-        height=height,
         initial_weights=initial_weights(config["model"].get("weights")),
-        int8=INT8,
         legend=legend,
         license=license,
         measurements=markdown_table(*table_of(measurements)),
         methods=methods(config),
         metrics=metrics_table(run, config),
-        network=run.name,
+        model=config["model"],
         onnx=next((name for name in (ONNX, INT8) if name in files), None),
-        only_program=set(files) == {PROGRAM},
-        run=run.record,
-        second_student=config["teacher"].get("name"),
+        record=run.record,
+        run=run,
+        second_student=config["teacher"]["name"],
         settings=yaml.safe_dump(strip_folders(training_settings(run, config)), sort_keys=False, allow_unicode=True),
-        splits=", ".join(f"{len(positions):,} {name}" for name, positions in data.splits.items()),
         teacher=teacher_facts(sources, config, measurements),
         temperature=fitted_temperature(run),
         train=config["train"],
         unlabelled=unlabelled_facts(run, config),
         version=__version__,
-        width=width,
     )
 
 
@@ -126,14 +113,10 @@ def teacher_facts(
     if not tags.get("kdpipe.teacher_run"):
         return None
     weights = f"runs:/{tags['kdpipe.teacher_run']}" if teacher["weights"] == "auto" else str(teacher["weights"])
-    if is_ensemble_config(teacher):
+    if teacher.get("members"):
         weights = ", ".join(teacher["members"])
     accuracy = measurements[0].accuracy if sources.teacher else None
     return {"name": teacher["name"], "weights": strip_folders(weights), "accuracy": accuracy}
-
-
-def is_ensemble_config(teacher: Mapping[str, Any]) -> bool:
-    return bool(teacher.get("members"))
 
 
 def unlabelled_facts(run: FinishedRun, config: Mapping[str, Any]) -> dict[str, str] | None:
@@ -163,7 +146,7 @@ def training_settings(run: FinishedRun, config: Mapping[str, Any]) -> dict[str, 
     if (augmentation := config.get("augmentation")) and not augmentation["_target_"].endswith(".no_augmentation"):
         settings["augmentation"] = augmentation
     is_distilled = run.record.tags.get("kdpipe.stage") == "distill"
-    if is_distilled and is_ensemble_config(config["teacher"]):  # for the shares of its members
+    if is_distilled and config["teacher"].get("members"):  # for the shares of its members
         settings["teacher"] = config["teacher"]
     if is_distilled and (distillation := config.get("distillation")) and distillation["outputs"] == "views":
         settings["distillation"] = {key: distillation[key] for key in ("outputs", "views")}

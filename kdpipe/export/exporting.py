@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from kdpipe import __version__
 from kdpipe.data import ImageDataset
 from kdpipe.export.card import model_card
-from kdpipe.export.formats import CARD, CONFIG, FORMATS, INT8, ONNX, PROGRAM, WEIGHTS
+from kdpipe.export.formats import CARD, FORMATS, INT8, ONNX, PROGRAM
 from kdpipe.export.measurements import Measurement, legend, time_measurements
 from kdpipe.export.predictor import (
     BATCH,
@@ -32,6 +32,7 @@ from kdpipe.export.sources import Sources, fitted_temperature
 from kdpipe.export.verification import check_accuracy, check_logits, largest_difference, subsample, top1_accuracy
 from kdpipe.export.writers import portable_config, quiet, trace_classifier, write_onnx, write_program, write_weights
 from kdpipe.models import Classifier, Ensemble, size_mb
+from kdpipe.runs.names import CONFIG, WEIGHTS
 from kdpipe.settings.errors import flat
 from kdpipe.system.hardware import prepare
 from kdpipe.system.progress import progress

@@ -16,9 +16,10 @@ from torch import nn
 from kdpipe import __version__
 from kdpipe.assembly import build_network, read_config
 from kdpipe.assembly.finished_runs import FinishedRun, blank, open_run
-from kdpipe.export.formats import CONFIG, INT8, ONNX, PROGRAM, WEIGHTS
+from kdpipe.export.formats import INT8, ONNX, PROGRAM
 from kdpipe.export.sources import fitted_temperature
 from kdpipe.models.weights import check_class_names, load_state, read_weights
+from kdpipe.runs.names import CONFIG, WEIGHTS
 from kdpipe.settings.errors import flat
 from kdpipe.tracking import RunStore
 
