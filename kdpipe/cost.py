@@ -41,11 +41,11 @@ def measure_cost(arguments: argparse.Namespace) -> str:
     # These imports take seconds, so they come after the quick checks.
     import torch
 
-    from kdpipe.system.hardware import Hardware, check_there, prepare
+    from kdpipe.system.hardware import Hardware, check_available, prepare_device
 
-    check_there("--device", arguments.device)
+    check_available("--device", arguments.device)
     device = torch.device(arguments.device)
-    prepare(device)
+    prepare_device(device)
 
     from kdpipe.assembly.finished_runs import open_run, teacher_if_there
     from kdpipe.evaluation.costs import BATCH, cost

@@ -43,10 +43,10 @@ from kdpipe.settings import config as settings
 from kdpipe.settings.components import guard_hydra, refuse_pickled_config
 from kdpipe.settings.hydra_errors import one_line
 from kdpipe.system import interruption
-from kdpipe.system.files import write_whole
+from kdpipe.system.files import write_atomically
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.interruption import Interrupted, InterruptedJobError
-from kdpipe.system.profiling import traced, traces
+from kdpipe.system.profiling import profile_files, step_profiler
 from kdpipe.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint, save_weights
 from kdpipe.training.loop import Training, batches, fit, named
 from kdpipe.training.observed import Observed
@@ -99,7 +99,7 @@ def find_finished(config: DictConfig, parts: Parts, tracker: Any, hardware: Hard
     hardware.check_agreement([parts.tags, parts.teacher_source])
     folder = Path(HydraConfig.get().runtime.output_dir)
     asks = hardware.rank == 0 and config.train.resume == "auto" and not is_unfinished(folder, parts.tags)
-    return hardware.of_the_first(tracker.find_finished(parts.tags) if asks else None)
+    return hardware.broadcast(tracker.find_finished(parts.tags) if asks else None)
 
 
 def lead(config: DictConfig, parts: Parts, tracker: Any, folder: Path, hardware: Hardware) -> float:
@@ -124,13 +124,13 @@ def lead(config: DictConfig, parts: Parts, tracker: Any, folder: Path, hardware:
                 save_weights(parts.model.network, folder / epoch_file(epoch), parts.data.class_names)
                 current.save(folder / epoch_file(epoch))
 
-        with traced(folder, config.train.profile, hardware.device) as on_step:
+        with step_profiler(folder, config.train.profile, hardware.device) as on_step:
             metrics, exam = learn(
                 config, parts, hardware, start["training"] if start else None, on_epoch, keep, on_step
             )
         metrics |= cost_of(config, parts, hardware)
         save_weights(parts.model.network, folder / WEIGHTS, parts.data.class_names)
-        files = [folder / WEIGHTS, *traces(folder)]
+        files = [folder / WEIGHTS, *profile_files(folder)]
         files += write_files(exam, parts.data, folder, config.evaluation.pictures)
         for oddity in oddities(exam, parts.data.class_names):
             log.warning(oddity)
@@ -224,7 +224,7 @@ def learn(
     changing = model.head if model.frozen_backbone else model  # with features or without
     student.model = hardware.distribute(learner)
     training = Training(student, loss, optimizer, scheduler, hardware, changing)
-    if start := hardware.of_the_first(start):
+    if start := hardware.broadcast(start):
         training.restore(start)
         if training.epoch <= train.epochs:
             log.info("goes on at epoch %d of %d, step %d", training.epoch, train.epochs, training.steps + 1)
@@ -300,7 +300,7 @@ def describe_inputs(config: DictConfig, current: Any, tracker: Any, data: ImageD
     """Keep the composed config and say what the run is fed."""
     composed = {key: value for key, value in settings.settings_of(config).items() if key not in ("tracking", "sweep")}
     file = current.folder / CONFIG
-    write_whole(file, OmegaConf.to_yaml(OmegaConf.create(composed)).encode())
+    write_atomically(file, OmegaConf.to_yaml(OmegaConf.create(composed)).encode())
     current.save(file)
     sizes = {name: len(positions) for name, positions in data.splits.items()}
     if data.unlabelled:

@@ -10,14 +10,14 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 from torch import distributed
 
-from kdpipe.system.hardware import Hardware, check_there, devices, prepare
+from kdpipe.system.hardware import Hardware, check_available, devices, prepare_device
 
 _own_gpu: list[FileLock] = []  # held until the process ends
 
 
 def check_device(config: DictConfig) -> None:
     """Raise ValueError for a device that this machine does not have."""
-    check_there("train.device", str(config.train.device), "auto")
+    check_available("train.device", str(config.train.device), "auto")
 
 
 def use_hardware(config: DictConfig) -> Hardware:
@@ -34,7 +34,7 @@ def use_hardware(config: DictConfig) -> Hardware:
     if name == "auto" and config.sweep.job and gpus > 1:
         name = devices()[own_gpu(gpus, Path(config.output_dir) / "runs")]
     device = torch.device({"auto": devices()[0], "cuda": "cuda:0"}.get(name, name))
-    prepare(device)
+    prepare_device(device)
     return Hardware(device, precision)
 
 
@@ -49,7 +49,7 @@ def _shared_hardware(train: DictConfig, precision: str) -> Hardware:
         accepted = f"{processes} processes share it, from {processes} is accepted"
         raise ValueError(f"train.batch_size={train.batch_size}: {accepted}")
     device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if has_gpu else "cpu")
-    prepare(device)
+    prepare_device(device)
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if has_gpu else "gloo")
     return Hardware(device, precision, distributed.get_rank(), processes)

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kdpipe.models import Classifier, Ensemble, size_mb
 from kdpipe.runs.names import ONE_THREAD
 from kdpipe.system.hardware import Hardware
-from kdpipe.system.timing import median_ratio, percentile_95, threads, time_in_turn
+from kdpipe.system.timing import median_ratio, percentile_95, threads, time_interleaved
 
 BATCH = 64  # images, for the throughput
 # Rounds that are made whatever they take: a percentile wants more of them than a median.
@@ -83,18 +83,18 @@ def time_networks(networks: Networks, images: Tensor, hardware: Hardware, second
     numbers = set(wanted.values())
     for number in numbers:
         with threads(number):
-            measured = _time_in_turn(networks, images, hardware.device, seconds / len(numbers))
+            measured = _time_interleaved(networks, images, hardware.device, seconds / len(numbers))
         for suffix in (suffix for suffix in wanted if wanted[suffix] == number):
             found |= {f"{name}{suffix}": value for name, value in measured.items()}
     return found
 
 
-def _time_in_turn(networks: Networks, images: Tensor, device: torch.device, seconds: float) -> dict[str, float]:
+def _time_interleaved(networks: Networks, images: Tensor, device: torch.device, seconds: float) -> dict[str, float]:
     found: dict[str, float] = {}
     for size, what in ((1, "latency"), (BATCH, "throughput")):
         batch = images[torch.arange(size) % len(images)].to(device)
         works = {name: partial(_timed, network, batch) for name, network in networks.items()}
-        taken = time_in_turn(works, seconds / 2, LEAST[size])
+        taken = time_interleaved(works, seconds / 2, LEAST[size])
         for name, times in taken.items():
             if size == 1:
                 found[f"{name}/latency_ms"] = 1000 * median(times)

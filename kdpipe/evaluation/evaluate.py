@@ -38,9 +38,9 @@ def answers(model: nn.Module, data: ImageDataset, split: str, hardware: Hardware
     model is in evaluation mode meanwhile."""
     was_training = model.training
     model.eval()
-    mine = hardware.share(data.splits[split])
+    mine = hardware.shard(data.splits[split])
     with progress(f"evaluating on {split}", len(mine)) as bar:
-        for batch in mine.split(hardware.batch_without_gradients):
+        for batch in mine.split(hardware.inference_batch_size):
             with torch.inference_mode(), hardware.autocast():
                 logits = model(data.images[batch].to(hardware.device)).float()
             yield batch, logits

@@ -24,7 +24,7 @@ from kdpipe.evaluation.metrics import (
     scaling_temperature,
 )
 from kdpipe.runs.names import CLASSES, CONFUSION, DIFFERING, PREDICTIONS, RELIABILITY
-from kdpipe.system.files import write_whole
+from kdpipe.system.files import write_atomically
 from kdpipe.system.hardware import Hardware
 from kdpipe.training.teacher import Teacher
 from kdpipe.training.teacher_answers import Question, known_outputs
@@ -129,7 +129,7 @@ def write_files(exam: Exam, data: ImageDataset, folder: Path, draws: bool) -> li
     if draws:
         contents |= draw(exam, data)
     for name, content in contents.items():
-        write_whole(folder / name, content)
+        write_atomically(folder / name, content)
     return [folder / name for name in contents]
 
 

@@ -34,7 +34,7 @@ from kdpipe.export.writers import portable_config, quiet, trace_classifier, writ
 from kdpipe.models import Classifier, Ensemble, size_mb
 from kdpipe.runs.names import CONFIG, WEIGHTS
 from kdpipe.settings.errors import flat
-from kdpipe.system.hardware import prepare
+from kdpipe.system.hardware import prepare_device
 from kdpipe.system.progress import progress
 
 NAMES = {ONNX: "student ONNX", INT8: "student int8", PROGRAM: "student torch.export"}  # in the table
@@ -119,7 +119,7 @@ def export_run(
         seconds: of timing, in all.
         license: of the weights; None if unknown.
     """
-    prepare(torch.device("cpu"))
+    prepare_device(torch.device("cpu"))
     files = [name for key, names in FORMATS.items() if key in formats for name in names]
     export = Export(sources, folder, files, notes=list(sources.notes))
     reference = reference_for(sources, images)

@@ -16,7 +16,7 @@ from kdpipe.evaluation.costs import BATCH
 from kdpipe.evaluation.report import BUSY, was_busy
 from kdpipe.export.predictor import Forward
 from kdpipe.runs.names import ONE_THREAD
-from kdpipe.system.timing import median_ratio, percentile_95, threads, time_in_turn
+from kdpipe.system.timing import median_ratio, percentile_95, threads, time_interleaved
 
 LEAST_ROUNDS = 5
 
@@ -70,7 +70,7 @@ def time_measurements(measurements: Sequence[Measurement], images: NDArray[np.ui
     timings = {"one": (1, 1), "all": (1, cores), "batch": (BATCH, cores)}
     for key, (count, number) in timings.items():
         calls = {measurement.name: call(measurement, count, number) for measurement in measurements}
-        taken = time_in_turn(calls, seconds / len(timings), LEAST_ROUNDS)
+        taken = time_interleaved(calls, seconds / len(timings), LEAST_ROUNDS)
         for measurement in measurements:
             measurement.seconds[key] = taken[measurement.name]
 

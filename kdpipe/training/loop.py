@@ -236,7 +236,7 @@ def train_epoch(
         bar.advance(training.seen * hardware.processes)
         for whole_batch in batches(order, batch_size, hardware.processes)[training.steps :]:
             with postponed():
-                batch = hardware.share(whole_batch)
+                batch = hardware.shard(whole_batch)
                 images = data.images[batch].to(hardware.device, non_blocking=True)
                 labels = data.labels[batch].to(hardware.device, non_blocking=True)
                 if views and draws is not None:

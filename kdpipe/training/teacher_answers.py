@@ -139,7 +139,7 @@ def work_out(question: Question, shape: tuple[int, ...], folder: Path, hardware:
         for view in range(shape[0]):
             draws = question.views.draws(view + 1) if question.views else None
             done = 0
-            for batch in question.positions.split(hardware.batch_without_gradients):
+            for batch in question.positions.split(hardware.inference_batch_size):
                 images = data.images[batch].to(hardware.device)
                 if question.views and draws is not None:
                     images = question.views.augment(images, draws[batch].to(hardware.device))

@@ -11,7 +11,7 @@ from kdpipe.evaluation.costs import cost, flops, peak_bytes
 from kdpipe.evaluation.report import was_busy
 from kdpipe.models import Classifier
 from kdpipe.system.hardware import Hardware
-from kdpipe.system.timing import median_ratio, threads, time_in_turn
+from kdpipe.system.timing import median_ratio, threads, time_interleaved
 
 CPU = Hardware(torch.device("cpu"))
 
@@ -99,7 +99,7 @@ def test_a_slowdown_of_the_machine_affects_both_networks() -> None:
         calls += 1
         time.sleep(seconds * (8 if calls > 26 else 1))
 
-    taken = time_in_turn({"slow": lambda: work(0.006), "fast": lambda: work(0.002)}, seconds=0, least=20)
+    taken = time_interleaved({"slow": lambda: work(0.006), "fast": lambda: work(0.002)}, seconds=0, min_rounds=20)
     assert all(max(times) > 4 * min(times) for times in taken.values())
     assert median_ratio(taken["slow"], taken["fast"]) == pytest.approx(3, rel=0.3)
 
@@ -130,7 +130,7 @@ def test_flops_of_attention_do_not_depend_on_its_kernel() -> None:
 def test_the_first_in_a_round_rotates() -> None:
     order: list[str] = []
     works = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    taken = time_in_turn(works, seconds=0, least=3)
+    taken = time_interleaved(works, seconds=0, min_rounds=3)
     assert "".join(order[-9:]) == "abcbcacab"
     assert [len(times) for times in taken.values()] == [3, 3, 3] and median(taken["a"]) >= 0
 
