@@ -30,8 +30,8 @@ from kdpipe.assembly import (
 from kdpipe.assembly.views import answer_in_advance, build_features, build_mixing, build_views
 from kdpipe.data import ImageDataset
 from kdpipe.evaluation.costs import BATCH, cost
-from kdpipe.evaluation.evaluate import evaluate
-from kdpipe.evaluation.exam import Exam, oddities, take_exam, write_files
+from kdpipe.evaluation.exam import Exam, caveats, examine, write_exam
+from kdpipe.evaluation.inference import evaluate
 from kdpipe.evaluation.report import cost_table, epoch_line, result_table
 from kdpipe.losses.base import roles_of
 from kdpipe.models import Classifier, Ensemble
@@ -50,6 +50,7 @@ from kdpipe.system.profiling import profile_files, step_profiler
 from kdpipe.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint, save_weights
 from kdpipe.training.loop import Training, batches, fit, named
 from kdpipe.training.observed import Observed
+from kdpipe.training.precomputed import logits_of_test_images
 from kdpipe.training.teacher import Peer, Teacher
 from kdpipe.training.teacher_check import check_teacher, warn_once
 
@@ -131,9 +132,9 @@ def lead(config: DictConfig, parts: Parts, tracker: Any, folder: Path, hardware:
         metrics |= cost_of(config, parts, hardware)
         save_weights(parts.model.network, folder / WEIGHTS, parts.data.class_names)
         files = [folder / WEIGHTS, *profile_files(folder)]
-        files += write_files(exam, parts.data, folder, config.evaluation.pictures)
-        for oddity in oddities(exam, parts.data.class_names):
-            log.warning(oddity)
+        files += write_exam(exam, parts.data, folder, config.evaluation.pictures)
+        for caveat in caveats(exam, parts.data.class_names):
+            log.warning(caveat)
         if isinstance(parts.teacher, Peer):
             files.append(folder / PEER_WEIGHTS)
             save_weights(parts.teacher.classifier.network, files[-1], parts.data.class_names)
@@ -254,8 +255,10 @@ def learn(
             on_step=after_step,
             on_checkpoint=lambda: keep(training.state()),
         )
-        asked = teacher if isinstance(teacher, Teacher) else None
-        exam = take_exam(learner, data, parts.data, hardware, asked, config.teacher.name, cache)
+        teacher_logits = None
+        if isinstance(teacher, Teacher) and hardware.rank == 0:
+            teacher_logits = logits_of_test_images(teacher.classifier, config.teacher.name, parts.data, cache, hardware)
+        exam = examine(learner, data, hardware, teacher_logits)
         metrics = metrics | exam.metrics()
         if isinstance(teacher, Peer):
             metrics |= named("peer", evaluate(teacher.classifier, data, "test", hardware))

@@ -37,7 +37,7 @@ from kdpipe.settings.components import check_config, check_yaml
 from kdpipe.settings.config import CONF
 from kdpipe.settings.hydra_errors import one_line
 from kdpipe.training.checkpoint import digest, load_checkpoint, save_checkpoint
-from kdpipe.training.teacher_answers import is_whole
+from kdpipe.training.precomputed import is_intact
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of decoders
@@ -230,7 +230,7 @@ def cached_answers(photo: Callable[..., Image.Image], folder: Path) -> tuple[Rea
 
     def read(content: bytes) -> None:
         (folder / "outputs.npy").write_bytes(content)
-        is_whole(folder, (1, 3, 2))
+        is_intact(folder, (1, 3, 2))
 
     return read, [(folder / "outputs.npy").read_bytes()]
 

@@ -15,8 +15,8 @@ from kdpipe.models import Classifier
 from kdpipe.settings.config import mixes
 from kdpipe.settings.identity import canonical
 from kdpipe.system.hardware import Hardware
+from kdpipe.training.precomputed import OutputRequest, TooLargeError, precomputed_features, precomputed_outputs
 from kdpipe.training.teacher import Peer, Teacher
-from kdpipe.training.teacher_answers import Question, TooLargeError, features_of, known_outputs
 
 log = logging.getLogger("kdpipe")
 
@@ -49,7 +49,7 @@ def answer_in_advance(
         return
     positions = data.splits["train"].sort().values
     like = teacher.answer(data.images[positions[:2]].to(hardware.device))
-    question = Question(
+    question = OutputRequest(
         ", ".join(["logits", *teacher.asked_for]),
         config.teacher.name,
         teacher.classifier,
@@ -60,7 +60,7 @@ def answer_in_advance(
         teacher.asked_for,
     )
     try:
-        teacher.remember(known_outputs(question, _cache(config, "teacher"), max_gb, hardware), like)
+        teacher.remember(precomputed_outputs(question, _cache(config, "teacher"), max_gb, hardware), like)
     except TooLargeError as error:
         if outputs != "auto":
             raise ValueError(
@@ -88,7 +88,7 @@ def build_features(
         return None
     max_gb = config.distillation.cache_max_gb
     try:
-        return features_of(model, config.model.name, data, _cache(config, "features"), max_gb, hardware)
+        return precomputed_features(model, config.model.name, data, _cache(config, "features"), max_gb, hardware)
     except TooLargeError as error:
         log.info("%s, more than distillation.cache_max_gb=%s: worked out anew in each epoch", error, max_gb)
         return None

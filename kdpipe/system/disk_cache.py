@@ -95,8 +95,8 @@ def mapped_array(file: Path) -> Tensor:
 
 
 def array_digest(file: Path) -> str:
-    """SHA-256 of the values of an array on disk, 64 hex digits; computed once per process while the file's size, time of
-    modification and inode stay the same.
+    """SHA-256 of the values of an array on disk, 64 hex digits; computed once per process while the file's size, time
+    of modification and inode stay the same.
 
     Raises:
         Exception: of NumPy's reader, for a file that is missing or damaged.

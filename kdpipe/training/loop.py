@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from kdpipe.data import ImageDataset
 from kdpipe.data.augmentation import Views
 from kdpipe.data.mixing import Mixing
-from kdpipe.evaluation.evaluate import evaluate
+from kdpipe.evaluation.inference import evaluate
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.interruption import postponed
 from kdpipe.system.progress import progress
