@@ -48,8 +48,8 @@ from kdpipe.tracking import Tracker
 from kdpipe.training.checkpoint import save_checkpoint, save_weights
 from kdpipe.training.loop import Training, train_epoch
 from kdpipe.training.observed import Observed
+from kdpipe.training.precomputed import OutputRequest, compute_outputs
 from kdpipe.training.teacher import Teacher
-from kdpipe.training.teacher_answers import Question, work_out
 
 EPOCH = 50_000  # images, whatever the number measured on
 SECTIONS = 10
@@ -219,10 +219,10 @@ def loops(bench: Bench) -> dict[str, Any]:
     ours_head = bench.epoch(frozen.head, replace(data, images=features))
 
     def ours_pass(positions: Tensor) -> float:
-        question = Question("features", TEACHER, frozen.eval(), frozen.features, data, positions.sort().values)
+        question = OutputRequest("features", TEACHER, frozen.eval(), frozen.features, data, positions.sort().values)
         with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
             seconds = bench.seconds(
-                lambda: work_out(question, (1, len(positions), width), Path(folder), bench.hardware)
+                lambda: compute_outputs(question, (1, len(positions), width), Path(folder), bench.hardware)
             )
         return len(positions) / seconds
 
@@ -329,7 +329,7 @@ def sweep_lines(bench: Bench, arguments: argparse.Namespace) -> list[dict[str, A
     alone = [record.seconds for record in found if record.tags["kdpipe.stage"] == "student"]
     distilled = [record.seconds for record in found if record.tags["kdpipe.stage"] == "distill"]
     logs = "".join(file.read_text() for file in (output / "runs").glob("*/kdpipe.log"))
-    worked_out = re.findall(r"logits of \S+ for ([\d,]+) images .*: worked out in ([\d.]+) s", logs)
+    worked_out = re.findall(r"logits of \S+ for ([\d,]+) images .*: computed in ([\d.]+) s", logs)
     passes = [float(seconds) for _, seconds in worked_out]  # over the training images, and over the test images
     most = max(Counter(images for images, _ in worked_out).values(), default=0)
     assert len(alone) == len(distilled) == 12, (len(alone), len(distilled))

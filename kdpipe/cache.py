@@ -1,4 +1,4 @@
-"""`python -m kdpipe.cache info` and `clean`: what is kept of decoded images, teachers' answers and features."""
+"""`python -m kdpipe.cache info` and `clean`: decoded images, teachers' outputs and features on disk."""
 
 import argparse
 import shutil
@@ -10,18 +10,18 @@ from kdpipe.system.disk_cache import entries, lock_of, read_meta, size_of
 
 
 def info(cache: Path) -> str:
-    """A line for each entry, and the sum."""
+    """A line for each entry, and the total."""
     found = entries(cache)
     lines = []
     for entry in found:
-        about = read_meta(entry).get("about", "of an earlier version, or not whole")
+        about = read_meta(entry).get("about", "of an earlier version, or incomplete")
         lines.append(f"{size_of(entry) / 1e6:10,.1f} MB  {entry.parent.name}/{entry.name}  {about}")
     total = sum(map(size_of, found))
     return "\n".join([*lines, f"{total / 1e6:10,.1f} MB  in {len(found)} entries of {cache}"])
 
 
 def clean(cache: Path) -> str:
-    """Remove all entries but those that a process is making now."""
+    """Remove all entries except those that a process is writing."""
     removed = 0
     kept = []
     for entry in entries(cache):
@@ -33,13 +33,15 @@ def clean(cache: Path) -> str:
                 removed += size
         except Timeout:
             kept.append(f"{entry.parent.name}/{entry.name}")
-    in_use = f"; left alone, because they are being made: {', '.join(kept)}" if kept else ""
+    in_use = f"; kept, because they are being written: {', '.join(kept)}" if kept else ""
     return f"{removed / 1e6:,.1f} MB removed from {cache}{in_use}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m kdpipe.cache", description="Decoded images and networks' answers.")
-    parser.add_argument("command", choices=["info", "clean"], help="list what is kept, or remove it")
+def cli() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m kdpipe.cache", description="Decoded images and networks' outputs on disk."
+    )
+    parser.add_argument("command", choices=["info", "clean"], help="list the entries, or remove them")
     parser.add_argument("--output-dir", default="outputs", type=Path, help="the runs' output_dir (default: outputs)")
     arguments = parser.parse_args()
     cache = arguments.output_dir / "cache"
@@ -47,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli()

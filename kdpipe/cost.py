@@ -1,51 +1,57 @@
-"""`python -m kdpipe.cost RUN`: what a finished run's network costs beside its teacher, measured again, for longer."""
+"""The command `python -m kdpipe.cost`: what a finished run's network costs compared with its teacher, timed again."""
 
 import argparse
 import os
+from typing import Annotated
 
-import torch
-
-from kdpipe.evaluation.costs import BATCH, cost
-from kdpipe.evaluation.report import cost_table
-from kdpipe.models import Classifier, Ensemble
-from kdpipe.runs.command_line import add_store_arguments, existing_store, run_command
+from kdpipe.runs.command_line import add_store_arguments, check_flags, existing_store, run_command
 from kdpipe.runs.names import IMAGE_SHAPE, TIMED_ON
-from kdpipe.settings.checks import check_number
-from kdpipe.system.hardware import Hardware, check_there, prepare
-from kdpipe.system.timing import threads
 
 
-def arguments_of(words: list[str] | None = None) -> argparse.Namespace:
+def cost_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m kdpipe.cost",
-        description="Measure what a finished run's network costs beside its teacher, and log it to the run.",
+        description="Measure what a finished run's network costs compared with its teacher, and log it to the run.",
     )
     parser.add_argument("run", help="the run's id, or runs:/<run id>")
     parser.add_argument(
         "--seconds", type=float, default=20, help="of timing, without the warm-up (default: %(default)g)"
     )
-    parser.add_argument("--threads", type=int, help="CPU threads beside one (default: PyTorch's choice)")
+    parser.add_argument("--threads", type=int, help="CPU threads, as well as one (default: PyTorch's choice)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: %(default)s)")
     add_store_arguments(parser)
     return parser.parse_args(words)
 
 
-def run(arguments: argparse.Namespace) -> str:
-    """The table, and what was logged where.
+def measure_cost(arguments: argparse.Namespace) -> str:
+    """Measure, log, and return the table.
 
     Raises:
-        ValueError: no such run, one without weights, or a value that will not do.
+        ValueError: there is no such run, it has no weights, or a flag is invalid.
     """
-    check_number("--seconds", arguments.seconds, above=0)
-    if arguments.threads is not None:
-        check_number("--threads", arguments.threads, low=1, high=os.cpu_count() or 1, integer=True)
-    uri = existing_store(arguments)
-    check_there("--device", arguments.device)
-    device = torch.device(arguments.device)
-    prepare(device)
+    from pydantic import Field
 
-    # Seconds of imports, after what can fail sooner.
+    from kdpipe.settings.values import Positive
+
+    check_flags(arguments, seconds=Positive)
+    if arguments.threads is not None:
+        check_flags(arguments, threads=Annotated[int, Field(ge=1, le=os.cpu_count() or 1)])
+    uri = existing_store(arguments)
+
+    # These imports take seconds, so they come after the quick checks.
+    import torch
+
+    from kdpipe.system.hardware import Hardware, check_available, prepare_device
+
+    check_available("--device", arguments.device)
+    device = torch.device(arguments.device)
+    prepare_device(device)
+
     from kdpipe.assembly.finished_runs import open_run, teacher_if_there
+    from kdpipe.evaluation.costs import BATCH, cost
+    from kdpipe.evaluation.report import cost_table
+    from kdpipe.models import Classifier, Ensemble
+    from kdpipe.system.timing import threads
     from kdpipe.tracking import RunStore
 
     store = RunStore(uri)
@@ -59,7 +65,7 @@ def run(arguments: argparse.Namespace) -> str:
     with threads(arguments.threads or torch.get_num_threads()):
         found = cost(networks, images, hardware, arguments.seconds)
         where = hardware.machine
-    if notes:  # its times of earlier would stand beside those of today
+    if notes:  # the teacher's times would be older than the student's
         logged = "not logged"
     else:
         store.log_metrics(finished.record.id, found, int(finished.record.params["train.epochs"]))
@@ -69,9 +75,15 @@ def run(arguments: argparse.Namespace) -> str:
     lines = [cost_table(found, names), *notes]
     if IMAGE_SHAPE not in finished.record.tags:
         shape = "×".join(map(str, finished.image_shape))
-        lines.append(f"the run does not tell the shape of its images: {shape} is what its network looks at")
+        lines.append(f"the run does not store the shape of its images: measured with its network's input size, {shape}")
     return "\n".join([*lines, f"measured on {where}; {logged}"])
 
 
+def cli() -> None:
+    """`python -m kdpipe.cost`."""
+    arguments = cost_arguments()
+    run_command("kdpipe.cost", lambda: measure_cost(arguments))
+
+
 if __name__ == "__main__":
-    run_command("kdpipe.cost", lambda: run(arguments_of()))
+    cli()

@@ -21,8 +21,8 @@ from kdpipe.assembly.devices import use_hardware
 from kdpipe.assembly.parts import Parts, build_parts, check_components
 from kdpipe.assembly.preparation import Prepared, cache_folder, prepare
 from kdpipe.evaluation.costs import BATCH, cost
-from kdpipe.evaluation.evaluate import evaluate
-from kdpipe.evaluation.exam import Exam, oddities, take_exam, write_files
+from kdpipe.evaluation.exam import Exam, caveats, examine, write_exam
+from kdpipe.evaluation.inference import evaluate
 from kdpipe.evaluation.report import cost_table, epoch_line, result_table
 from kdpipe.models import Classifier, Ensemble
 from kdpipe.runs.claim import ClaimedError, claim
@@ -36,13 +36,13 @@ from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.schema import Settings
 from kdpipe.settings.yaml_files import check_foreign, to_yaml
 from kdpipe.system import interruption
-from kdpipe.system.files import write_whole
+from kdpipe.system.files import write_atomically
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.interruption import Interrupted, InterruptedJobError
-from kdpipe.system.profiling import traced, traces
+from kdpipe.system.profiling import profile_files, step_profiler
 from kdpipe.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint, save_weights
 from kdpipe.training.loop import Hooks, fit, with_prefix
-from kdpipe.training.teacher import FrozenTeacher
+from kdpipe.training.precomputed import logits_of_test_images
 from kdpipe.training.teacher_check import warn_once
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _find_finished(
     """The finished run that this one would repeat, if any; all processes find the same."""
     hardware.check_agreement([parts.tags, parts.teacher_source])
     looks = hardware.rank == 0 and settings.train.resume == "auto" and not is_unfinished(folder, parts.tags)
-    found: RunRecord | None = hardware.of_the_first(tracker.find_finished(parts.tags) if looks else None)
+    found: RunRecord | None = hardware.broadcast(tracker.find_finished(parts.tags) if looks else None)
     return found
 
 
@@ -120,7 +120,7 @@ def _lead(settings: Settings, parts: Parts, tracker: "Tracker", folder: Path, ha
                 save_weights(parts.model.network, folder / epoch_file(epoch), parts.data.class_names)
                 current.save(folder / epoch_file(epoch))
 
-        with traced(folder, settings.train.profile, hardware.device) as on_step:
+        with step_profiler(folder, settings.train.profile, hardware.device) as on_step:
             hooks = Hooks(on_epoch=on_epoch, on_step=on_step)
             metrics, exam = _learn(settings, parts, hardware, start["training"] if start else None, hooks, keep)
         metrics |= _cost_of(settings, parts, hardware)
@@ -177,10 +177,11 @@ def _examine(
     settings: Settings, parts: Parts, prepared: Prepared, hardware: Hardware, metrics: dict[str, float]
 ) -> tuple[dict[str, float], Exam]:
     """The metrics with those on the test images, and the answers that they come from."""
-    teacher = prepared.recipe.teacher
-    asked = teacher if isinstance(teacher, FrozenTeacher) else None
-    cache = cache_folder(settings, "teacher")
-    exam = take_exam(prepared.learner, prepared.data, parts.data, hardware, asked, settings.teacher.name, cache)
+    teacher, logits = prepared.recipe.teacher, None
+    if teacher and not teacher.learns and hardware.rank == 0:
+        cache = cache_folder(settings, "teacher")
+        logits = logits_of_test_images(teacher.classifier, settings.teacher.name, parts.data, cache, hardware)
+    exam = examine(prepared.learner, prepared.data, hardware, logits)
     metrics = metrics | exam.metrics()
     if teacher and teacher.learns:
         metrics |= with_prefix(teacher.role, evaluate(teacher.classifier, prepared.data, "test", hardware))
@@ -247,7 +248,7 @@ def _describe_inputs(settings: Settings, current: "Run", tracker: "Tracker", par
     """Save the settings and log the data set."""
     file, data = current.folder / CONFIG, parts.data
     composed = {key: value for key, value in settings.plain.items() if key not in ("tracking", "sweep")}
-    write_whole(file, to_yaml(composed).encode())
+    write_atomically(file, to_yaml(composed).encode())
     current.save(file)
     sizes = {name: len(positions) for name, positions in data.splits.items()}
     if data.unlabelled:
@@ -285,10 +286,10 @@ def _write_results(settings: Settings, parts: Parts, exam: Exam, folder: Path) -
     """Write the weights and the answers into the folder of the run; the files."""
     class_names = parts.data.class_names
     save_weights(parts.model.network, folder / WEIGHTS, class_names)
-    files = [folder / WEIGHTS, *traces(folder)]
-    files += write_files(exam, parts.data, folder, settings.evaluation.pictures)
-    for oddity in oddities(exam, class_names):
-        log.warning(oddity)
+    files = [folder / WEIGHTS, *profile_files(folder)]
+    files += write_exam(exam, parts.data, folder, settings.evaluation.pictures)
+    for caveat in caveats(exam, class_names):
+        log.warning(caveat)
     if parts.teacher and parts.teacher.learns:
         files.append(folder / PEER_WEIGHTS)
         save_weights(parts.teacher.classifier.network, files[-1], class_names)

@@ -1,4 +1,4 @@
-"""The command `python -m kdpipe.predict`: what a network sees in images."""
+"""The command `python -m kdpipe.predict`: classify image files with an exported network or a run."""
 
 import argparse
 import sys
@@ -6,113 +6,113 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdpipe.runs.command_line import add_store_arguments, existing_store, printable, run_command
+from kdpipe.runs.command_line import add_store_arguments, check_flags, existing_store, printable, run_command
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from kdpipe.export.deployed import Deployed
+    from kdpipe.export.predictor import Predictor
 
-TOGETHER = 256  # images that are in memory at once
+CHUNK = 256  # images in memory at once
 NAME = "kdpipe.predict"
 
 
-def arguments_of(words: list[str] | None = None) -> argparse.Namespace:
+def predict_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m kdpipe.predict",
-        description="The answer of a network to each image, and how probable it holds it.",
+        description="Classify images, with probabilities.",
     )
     parser.add_argument(
-        "network", metavar="FILE_OR_RUN", help="what kdpipe.export wrote (the folder or a file in it), or a run's id"
+        "network", metavar="FILE_OR_RUN", help="output of kdpipe.export (the folder or a file in it), or a run's id"
     )
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="image files")
-    parser.add_argument("--teacher", metavar="FILE_OR_RUN", help="the answers of another network beside them")
+    parser.add_argument("--teacher", metavar="FILE_OR_RUN", help="another network, whose predictions are shown as well")
     parser.add_argument(
-        "--top", metavar="K", type=int, default=1, help="the K likeliest answers (default: %(default)s)"
+        "--top", metavar="K", type=int, default=1, help="show the K likeliest classes (default: %(default)s)"
     )
-    parser.add_argument("--trust", action="store_true", help="load .pt2 files, which can run code that is in them")
+    parser.add_argument("--trust", action="store_true", help="load .pt2 files, which can run code hidden in them")
     add_store_arguments(parser)
     return parser.parse_args(words)
 
 
-def run(arguments: argparse.Namespace) -> str:
-    """The answers as a table.
+def predict_images(arguments: argparse.Namespace) -> str:
+    """The predictions as a table.
 
     Raises:
-        ValueError: no such network, or images that are none; the others are answered first.
+        ValueError: there is no such network, or some files are not images (printed after the table of the others).
     """
-    if arguments.top < 1:
-        raise ValueError(f"--top {arguments.top}: a number from 1 is accepted")
+    from kdpipe.settings.values import PositiveInt
 
-    # Seconds of imports, after what can fail sooner.
-    from kdpipe.export.deployed import open_deployed
+    check_flags(arguments, top=PositiveInt)
+
+    # These imports take seconds, so they come after the quick checks.
+    from kdpipe.export.predictor import open_predictor
     from kdpipe.tracking import RunStore
 
-    def store() -> RunStore:
+    def open_store() -> RunStore:
         return RunStore(existing_store(arguments))
 
-    networks = [
-        open_deployed(address, store, arguments.trust)
-        for address in (arguments.network, arguments.teacher)
-        if address is not None
-    ]
+    addresses = filter(None, (arguments.network, arguments.teacher))
+    networks = [open_predictor(address, open_store, arguments.trust) for address in addresses]
     if len({network.class_names for network in networks}) > 1:
-        known = ", ".join(networks[1].class_names[:10])
-        print(printable(f"{NAME}: --teacher {arguments.teacher} knows other classes: {known}"), file=sys.stderr)
+        classes = ", ".join(networks[1].class_names[:10])
+        print(printable(f"{NAME}: --teacher {arguments.teacher} has other classes: {classes}"), file=sys.stderr)
     rows: list[list[str]] = []
-    bad: dict[str, str] = {}
-    for first in range(0, len(arguments.images), TOGETHER):
-        rows += answers(networks, arguments.images[first : first + TOGETHER], arguments.top, bad)
-    for name, reason in bad.items():
+    unreadable: dict[str, str] = {}
+    for first in range(0, len(arguments.images), CHUNK):
+        rows += prediction_rows(networks, arguments.images[first : first + CHUNK], arguments.top, unreadable)
+    for name, reason in unreadable.items():
         print(printable(f"{NAME}: {name}: {reason}"), file=sys.stderr)
-    if bad:
-        if rows:
-            print(as_table(rows), flush=True)
-        raise ValueError(f"{len(bad)} of {len(arguments.images)} images could not be read")
-    return as_table(rows)
+    table = prediction_table(rows) if rows else ""
+    if unreadable:
+        if table:
+            print(table, flush=True)
+        raise ValueError(f"{len(unreadable)} of {len(arguments.images)} images could not be read")
+    return table
 
 
-def answers(networks: Sequence["Deployed"], names: Sequence[str], top: int, bad: dict[str, str]) -> list[list[str]]:
-    """The lines of the table for some images: name, answer, probability, and likewise the teacher's.
+def prediction_rows(
+    networks: Sequence["Predictor"], names: Sequence[str], top: int, unreadable: dict[str, str]
+) -> list[list[str]]:
+    """Rows of the table for some images: name, class and probability, and the teacher's class and probability.
 
     Args:
-        bad: gets those that cannot be read, and why.
+        unreadable: collects the files that cannot be read, with the reason.
     """
     import numpy as np
 
-    views: list[list[NDArray[np.uint8]]] = []
-    good = []
+    images: list[list[NDArray[np.uint8]]] = []
+    readable = []
     for name in names:
         try:
-            views.append(seen(Path(name), [network.image_shape for network in networks]))
-            good.append(name)
+            images.append(load_image(Path(name), [network.image_shape for network in networks]))
+            readable.append(name)
         except (ValueError, OSError) as error:
-            bad[name] = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    if not good:
+            unreadable[name] = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if not readable:
         return []
-    of_each = [np.stack(images) for images in zip(*views, strict=True)]  # of the networks
-    probabilities = [network.probabilities(images) for network, images in zip(networks, of_each, strict=True)]
+    batches = [np.stack(batch) for batch in zip(*images, strict=True)]  # one for each network
+    probabilities = [network.probabilities(batch) for network, batch in zip(networks, batches, strict=True)]
     rows = []
-    for number, name in enumerate(good):
+    for number, name in enumerate(readable):
         ranked = [np.argsort(-each[number], kind="stable")[:top] for each in probabilities]
-        for place in range(max(map(len, ranked))):
-            line = [name if place == 0 else ""]
+        for rank in range(max(map(len, ranked))):
+            row = [name if rank == 0 else ""]
             for network, each, order in zip(networks, probabilities, ranked, strict=True):
-                if place < len(order):
-                    answer = order[place]
-                    line += [network.class_names[answer], f"{100 * each[number, answer]:.1f} %"]
+                if rank < len(order):  # one of them may have fewer classes
+                    row += [network.class_names[order[rank]], f"{100 * each[number, order[rank]]:.1f} %"]
                 else:
-                    line += ["", ""]
-            rows.append(line)
+                    row += ["", ""]
+            rows.append(row)
     return rows
 
 
-def seen(file: Path, shapes: Sequence[tuple[int, int, int]]) -> "list[NDArray[np.uint8]]":
-    """An image file as each network takes it, uint8 (C, H, W), made as the images of its data set were.
+def load_image(file: Path, shapes: Sequence[tuple[int, int, int]]) -> "list[NDArray[np.uint8]]":
+    """An image file as uint8 arrays of these shapes (C, H, W), prepared as the images of a data set are.
 
     Raises:
-        ValueError: it is no image.
+        ValueError: it is not an image.
         OSError: it cannot be read.
     """
     import numpy as np
@@ -132,24 +132,17 @@ def seen(file: Path, shapes: Sequence[tuple[int, int, int]]) -> "list[NDArray[np
     return views
 
 
-def as_table(rows: Sequence[Sequence[str]]) -> str:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+def prediction_table(rows: Sequence[Sequence[str]]) -> str:
+    from kdpipe.system.tables import text_table
 
-    from kdpipe.evaluation.report import render
-
-    table = Table(box=SIMPLE_HEAD)
-    for heading in ("image", "answer", "probability", "teacher's", "probability")[: len(rows[0])]:
-        table.add_column(heading, justify="right" if heading == "probability" else "left")
-    for row in rows:
-        table.add_row(*map(printable, row))
-    return render(table)
+    headings = ("image", "answer", "probability", "teacher's", "probability")[: len(rows[0])]
+    return text_table(headings, [[printable(text) for text in row] for row in rows], left=(0, 1, 3))
 
 
 def cli() -> None:
     """`python -m kdpipe.predict`."""
-    arguments = arguments_of()
-    run_command(NAME, lambda: run(arguments))
+    arguments = predict_arguments()
+    run_command(NAME, lambda: predict_images(arguments))
 
 
 if __name__ == "__main__":

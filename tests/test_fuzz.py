@@ -36,7 +36,7 @@ from kdpipe.runs.journal import Journal, read_rows, write_rows
 from kdpipe.settings.composition import CONF, explain
 from kdpipe.settings.yaml_files import check_foreign
 from kdpipe.training.checkpoint import digest, load_checkpoint, save_checkpoint
-from kdpipe.training.teacher_answers import is_whole
+from kdpipe.training.precomputed import is_intact
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of decoders
@@ -229,7 +229,7 @@ def cached_answers(photo: Callable[..., Image.Image], folder: Path) -> tuple[Rea
 
     def read(content: bytes) -> None:
         (folder / "outputs.npy").write_bytes(content)
-        is_whole(folder, (1, 3, 2))
+        is_intact(folder, (1, 3, 2))
 
     return read, [(folder / "outputs.npy").read_bytes()]
 

@@ -112,9 +112,9 @@ def test_views_whose_answers_are_cached(kdpipe: Callable) -> None:
     views = [*DISTILL, "augmentation=crop_flip", "distillation.outputs=views", "distillation.views=2"]
     outcome = kdpipe(*views)
     assert outcome.status == 0, outcome.errors
-    assert ", 2 views: worked out in " in outcome.output
+    assert ", 2 views: computed in " in outcome.output
     assert ", 2 views: from the cache" in kdpipe(*views, "seed=1").output
-    assert ", 3 views: worked out in " in kdpipe(*views, "distillation.views=3").output
+    assert ", 3 views: computed in " in kdpipe(*views, "distillation.views=3").output
     outcome = kdpipe(*views, "seed=2", "distillation.cache_max_gb=0")
     assert outcome.status == 1
     assert "distillation.cache_max_gb=0: logits of resnet20" in outcome.errors
@@ -130,7 +130,7 @@ def test_a_teacher_s_file_that_changed_teaches_anew(kdpipe: Callable) -> None:
     for weights in (first, second):
         file.write_bytes(weights.read_bytes())
         told.append(kdpipe(*DISTILL, f"teacher.weights={file}").output)
-    assert all("worked out in" in output for output in told)
+    assert all("computed in" in output for output in told)
     assert "this run is finished already" not in told[1]
 
 

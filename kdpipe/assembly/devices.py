@@ -11,14 +11,14 @@ from torch import distributed
 
 from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.schema import Settings, TrainSettings
-from kdpipe.system.hardware import Hardware, check_there, devices, prepare
+from kdpipe.system.hardware import Hardware, check_available, devices, prepare_device
 
 _own_gpu: list[FileLock] = []  # held until the process ends
 
 
 def check_device(settings: Settings) -> None:
     """Raise ConfigError for a device that this machine does not have."""
-    check_there("train.device", settings.train.device, "auto")
+    check_available("train.device", settings.train.device, "auto")
 
 
 def use_hardware(settings: Settings) -> Hardware:
@@ -35,7 +35,7 @@ def use_hardware(settings: Settings) -> Hardware:
     if name == "auto" and settings.sweep.job and gpus > 1:
         name = devices()[own_gpu(gpus, Path(settings.output_dir) / "runs")]
     device = torch.device({"auto": devices()[0], "cuda": "cuda:0"}.get(name, name))
-    prepare(device)
+    prepare_device(device)
     return Hardware(device, precision)
 
 
@@ -48,7 +48,7 @@ def _shared_hardware(train: TrainSettings, precision: str) -> Hardware:
         expected = f"at least {processes}, for the {processes} processes that share it"
         raise ConfigError("train.batch_size", train.batch_size, expected)
     device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if has_gpu else "cpu")
-    prepare(device)
+    prepare_device(device)
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if has_gpu else "gloo")
     return Hardware(device, precision, distributed.get_rank(), processes)

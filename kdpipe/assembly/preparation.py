@@ -19,9 +19,9 @@ from kdpipe.settings.schema import Settings
 from kdpipe.system.hardware import Hardware
 from kdpipe.training.loop import Recipe, batches
 from kdpipe.training.observed import Observed
+from kdpipe.training.precomputed import OutputRequest, TooLargeError, precomputed_features, precomputed_outputs
 from kdpipe.training.state import Training
 from kdpipe.training.teacher import FrozenTeacher, Teacher
-from kdpipe.training.teacher_answers import Question, TooLargeError, features_of, known_outputs
 from kdpipe.training.teacher_check import check_teacher
 
 log = logging.getLogger("kdpipe")
@@ -79,7 +79,7 @@ def prepare(settings: Settings, parts: Parts, hardware: Hardware, start: dict[st
     changing = model.head if model.frozen_backbone else model  # with features or without
     student.model = hardware.distribute(learner)
     training = Training(student, loss, optimizer, scheduler, hardware, changing)
-    if start := hardware.of_the_first(start):
+    if start := hardware.broadcast(start):
         training.restore(start)
         if training.epoch <= train.epochs:
             log.info("continues at epoch %d of %d, step %d", training.epoch, train.epochs, training.steps + 1)
@@ -117,7 +117,7 @@ def _answer_in_advance(
         return
     positions = data.splits["train"].sort().values
     like = teacher.answer(data.images[positions[:2]].to(hardware.device))
-    question = Question(
+    request = OutputRequest(
         ", ".join(["logits", *teacher.observed]),
         settings.teacher.name,
         teacher.classifier,
@@ -128,7 +128,7 @@ def _answer_in_advance(
         teacher.observed,
     )
     try:
-        teacher.remember(known_outputs(question, cache_folder(settings, "teacher"), max_gb, hardware), like)
+        teacher.remember(precomputed_outputs(request, cache_folder(settings, "teacher"), max_gb, hardware), like)
     except TooLargeError as error:
         if outputs != "auto":
             expected = "more, or distillation.outputs=online"
@@ -155,7 +155,7 @@ def _build_features(
         log.info("%s: more comes after its head, so its backbone runs in each epoch", name)
         return None
     try:
-        return features_of(model, name, data, cache_folder(settings, "features"), max_gb, hardware)
+        return precomputed_features(model, name, data, cache_folder(settings, "features"), max_gb, hardware)
     except TooLargeError as error:
         log.info("%s, more than distillation.cache_max_gb=%g: computed anew in each epoch", error, max_gb)
         return None

@@ -1,1 +1,1 @@
-"""What a trained network is worth: exam, metrics, cost, figures, and the report of one run."""
+"""Inference, metrics, the final exam, figures and cost of one run."""

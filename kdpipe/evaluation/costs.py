@@ -1,4 +1,4 @@
-"""What a network costs where it is used: parameters, bytes, operations, memory, time."""
+"""The cost of inference: parameters, bytes, operations, memory, time."""
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,37 +14,35 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from kdpipe.evaluation.inference import eval_mode
 from kdpipe.models import Classifier, Ensemble, size_mb
 from kdpipe.runs.names import ONE_THREAD
 from kdpipe.system.hardware import Hardware
-from kdpipe.system.timing import median_ratio, percentile_95, threads, time_in_turn
+from kdpipe.system.timing import median_ratio, percentile_95, threads, time_interleaved
 
 BATCH = 64  # images, for the throughput
-# Rounds that are made whatever they take: a percentile wants more of them than a median.
-LEAST = {1: 10, BATCH: 3}
+MIN_ROUNDS = {1: 10, BATCH: 3}  # by batch size: a percentile needs more of them than a median
 MB = 2**20
 
-# "model", and where there is one "teacher", or "peer": a second student.
+# "model", and "teacher" or "peer" (a second student), if the run has one.
 Networks = Mapping[str, Classifier | Ensemble]
 
 
 def cost(networks: Networks, images: Tensor, hardware: Hardware, seconds: float) -> dict[str, float]:
-    """What each network costs, under its name: `model/params`, …
+    """What each network costs, by its name: `model/params`, …
 
     Args:
-        images: some of those that they are given, uint8 [N, C, H, W].
-        seconds: for which they are timed, without the warm-up, and longer where they are slow; 0 for not at all.
+        images: some of the networks' inputs, uint8 [N, C, H, W].
+        seconds: of timing in total, without the warm-up, longer for slow networks; 0 for no timing.
 
     Returns:
         For each network `params`; `size_mb` (parameters and buffers, MB of 2²⁰ bytes); `flops` (of convolutions and
-        matrix products for one image, a multiplication and an addition being two); `activation_mb` (the most that
-        tensors take at once, beside the weights, while one image passes); and of `time_networks` what it says.
+        matrix products for one image, a multiply-add being two); `activation_mb` (the most memory that tensors other
+        than the weights take at once during the forward pass of one image); and the results of `time_networks`.
     """
-    modes = {name: network.training for name, network in networks.items()}
     found: dict[str, float] = {}
-    with computing(hardware):
+    with eval_mode(*networks.values()), eager_inference(hardware):
         for name, network in networks.items():
-            network.eval()
             one = images[:1].to(hardware.device)
             counted = {
                 "params": float(sum(parameter.numel() for parameter in network.network.parameters())),
@@ -55,46 +53,44 @@ def cost(networks: Networks, images: Tensor, hardware: Hardware, seconds: float)
             found |= {f"{name}/{what}": value for what, value in counted.items()}
         if seconds > 0:
             found |= time_networks(networks, images, hardware, seconds)
-    for name, was_training in modes.items():
-        networks[name].train(was_training)
     return found
 
 
 @contextmanager
-def computing(hardware: Hardware) -> Iterator[None]:
-    """Without gradients, in the run's precision, and each network for itself."""
+def eager_inference(hardware: Hardware) -> Iterator[None]:
+    """No gradients, no compilation, the run's precision."""
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), hardware.autocast():
-        # Else weights that can learn would be cast once, and those of a frozen teacher in each call.
+        # The cache would cast trainable weights once, but those of a frozen teacher in each call.
         torch.set_autocast_cache_enabled(False)
         yield
 
 
 def time_networks(networks: Networks, images: Tensor, hardware: Hardware, seconds: float) -> dict[str, float]:
-    """How fast the networks are from raw images to logits, all in turns.
+    """How fast the networks are from raw images to logits, timed alternately.
 
     Returns:
-        For each network `latency_ms` and `latency_p95_ms` (the median and the 95th percentile for one image),
-        `images_per_second` (64 at once), with all the CPU's threads that the process uses; the same with `_1_thread`;
+        For each network `latency_ms` and `latency_p95_ms` (the median and the 95th percentile for one image) and
+        `images_per_second` (64 at once), with all CPU threads of the process, and with one thread as `…_1_thread`;
         `speedup/latency` and `speedup/throughput`, how many times faster the model is than its teacher: the median of
-        the ratios of each round.
+        the rounds' ratios.
     """
     found: dict[str, float] = {}
     wanted = {"": torch.get_num_threads()} | ({ONE_THREAD: 1} if hardware.device.type == "cpu" else {})
     numbers = set(wanted.values())
     for number in numbers:
         with threads(number):
-            measured = _time_in_turn(networks, images, hardware.device, seconds / len(numbers))
+            measured = _time(networks, images, hardware.device, seconds / len(numbers))
         for suffix in (suffix for suffix in wanted if wanted[suffix] == number):
             found |= {f"{name}{suffix}": value for name, value in measured.items()}
     return found
 
 
-def _time_in_turn(networks: Networks, images: Tensor, device: torch.device, seconds: float) -> dict[str, float]:
+def _time(networks: Networks, images: Tensor, device: torch.device, seconds: float) -> dict[str, float]:
     found: dict[str, float] = {}
     for size, what in ((1, "latency"), (BATCH, "throughput")):
         batch = images[torch.arange(size) % len(images)].to(device)
-        works = {name: partial(_timed, network, batch) for name, network in networks.items()}
-        taken = time_in_turn(works, seconds / 2, LEAST[size])
+        forwards = {name: partial(_forward, network, batch) for name, network in networks.items()}
+        taken = time_interleaved(forwards, seconds / 2, MIN_ROUNDS[size])
         for name, times in taken.items():
             if size == 1:
                 found[f"{name}/latency_ms"] = 1000 * median(times)
@@ -106,7 +102,7 @@ def _time_in_turn(networks: Networks, images: Tensor, device: torch.device, seco
     return found
 
 
-def _timed(network: nn.Module, images: Tensor) -> None:
+def _forward(network: nn.Module, images: Tensor) -> None:
     network(images)
     if images.device.type != "cpu":
         torch.accelerator.synchronize(images.device)
@@ -114,9 +110,9 @@ def _timed(network: nn.Module, images: Tensor) -> None:
 
 @torch.no_grad()
 def flops(network: nn.Module, images: Tensor) -> int:
-    """Floating-point operations of convolutions and matrix products, as PyTorch's own counter has them."""
+    """Floating-point operations of convolutions and matrix products, by PyTorch's counter."""
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # in one piece, the counter does not see what attention is made of
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see inside fused attention
     try:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             network(images)
@@ -127,20 +123,20 @@ def flops(network: nn.Module, images: Tensor) -> int:
 
 @torch.no_grad()
 def peak_bytes(network: nn.Module, images: Tensor) -> int:
-    """The most bytes that tensors, beside the weights and `images`, take at once while these pass."""
+    """The most bytes that tensors other than the weights and `images` take at once during a forward pass."""
     with _LiveTensors([*network.parameters(), *network.buffers(), images]) as living:
         network(images)
     return living.peak
 
 
 class _LiveTensors(TorchDispatchMode):
-    """Adds up what operations give, until it is given back."""
+    """Counts the bytes of the results of operations while they are alive."""
 
-    def __init__(self, there: Iterable[Tensor]) -> None:
+    def __init__(self, existing: Iterable[Tensor]) -> None:
         super().__init__()
         self.peak = self._bytes = 0
-        # Views of what is there already take nothing.
-        self._known = {tensor.untyped_storage()._cdata for tensor in there}
+        # Views of existing tensors take no memory.
+        self._known = {tensor.untyped_storage()._cdata for tensor in existing}
 
     def __torch_dispatch__(self, operation: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = operation(*args, **(kwargs or {}))
@@ -156,8 +152,8 @@ class _LiveTensors(TorchDispatchMode):
         self._known.add(key)
         self._bytes += size
         self.peak = max(self.peak, self._bytes)
-        weakref.finalize(storage, self._give_back, key, size)
+        weakref.finalize(storage, self._free, key, size)
 
-    def _give_back(self, key: int, size: int) -> None:
+    def _free(self, key: int, size: int) -> None:
         self._known.discard(key)
         self._bytes -= size

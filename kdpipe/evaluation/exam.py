@@ -1,50 +1,46 @@
-"""The final exam: what a trained network makes of the test images, beside its teacher."""
+"""The final exam: a trained network on the test images, compared with its teacher."""
 
-import csv
-import io
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdpipe.data import ImageDataset
-from kdpipe.evaluation.evaluate import logits_of
+from kdpipe.evaluation.inference import logits_of
 from kdpipe.evaluation.metrics import (
-    beside_teacher,
+    classification_metrics,
     confusion,
     divergence,
     negative_log_likelihood,
-    quality,
     reliability,
     scaling_temperature,
+    teacher_agreement,
 )
 from kdpipe.runs.names import CLASSES, CONFUSION, DIFFERING, PREDICTIONS, RELIABILITY
-from kdpipe.system.files import write_whole
+from kdpipe.system.files import write_atomically
 from kdpipe.system.hardware import Hardware
-from kdpipe.training.teacher import Teacher
-from kdpipe.training.teacher_answers import Question, known_outputs
 
 log = logging.getLogger("kdpipe")
 
-SHOWN = 16  # images on which two networks differ most
+SHOWN = 16  # images on which student and teacher differ most
 FILES = (PREDICTIONS, CLASSES, CONFUSION, RELIABILITY, DIFFERING)
 
 
 @dataclass(frozen=True)
 class Exam:
-    """What is answered to n test images.
+    """What two networks predict for n test images.
 
     Attributes:
         positions: of the images in the data set, int64 [n].
         labels: int64 [n].
         student: the trained network's logits, float32 [n, classes].
-        teacher: its teacher's, where there is one.
-        temperature: at which the student's probabilities fit validation images best, where there are any.
+        teacher: its teacher's logits, if it has one.
+        temperature: at which the student's probabilities fit the validation images best, if any does.
     """
 
     positions: Tensor
@@ -54,126 +50,98 @@ class Exam:
     temperature: float | None = None
 
     def metrics(self) -> dict[str, float]:
-        """`test/accuracy` and what else `quality` finds; `test/ece_scaled` and `test/loss_scaled`, the same after
-        temperature scaling by `model/temperature`; `teacher/accuracy` and so on, what is found of the teacher, and
-        what of both beside each other."""
-        found = {f"test/{name}": value for name, value in quality(self.student, self.labels).items()}
+        """The student's `classification_metrics` as `test/accuracy`, …; `test/ece_scaled` and `test/loss_scaled`, after
+        temperature scaling by `model/temperature`; the teacher's as `teacher/accuracy`, …, and their agreement."""
+        found = {f"test/{name}": value for name, value in classification_metrics(self.student, self.labels).items()}
         if self.temperature is not None:
             scaled = reliability(self.student, self.labels, self.temperature)
             found["model/temperature"] = self.temperature
             found["test/ece_scaled"] = scaled.error
             found["test/loss_scaled"] = negative_log_likelihood(self.student, self.labels, self.temperature)
         if self.teacher is not None:
-            of_teacher = quality(self.teacher, self.labels) | beside_teacher(self.student, self.teacher, self.labels)
+            of_teacher = classification_metrics(self.teacher, self.labels)
+            of_teacher |= teacher_agreement(self.student, self.teacher, self.labels)
             found |= {f"teacher/{name}": value for name, value in of_teacher.items()}
         return found
 
 
-def take_exam(
-    learner: nn.Module,
-    data: ImageDataset,
-    images: ImageDataset,
-    hardware: Hardware,
-    teacher: Teacher | None,
-    teacher_name: str,
-    folder: Path,
-) -> Exam:
-    """Ask the trained network about the test images, and the validation images where there are any.
+def examine(learner: nn.Module, data: ImageDataset, hardware: Hardware, teacher_logits: Tensor | None = None) -> Exam:
+    """Run the trained network on the test images, and on the validation images if there are any.
 
     Args:
         data: what the learner takes: the images, or what its frozen backbone made of them.
-        images: the data set as it is stored.
-        teacher: asked about its test images, too, once: the answers are kept in `folder`.
+        teacher_logits: the teacher's for the test images, float32 [n, classes].
 
     Raises:
-        ValueError: answers that are no finite numbers.
+        ValueError: logits that are NaN or infinite.
     """
-    positions = data.splits["test"].cpu()
-    student = finite("the trained network", logits_of(learner, data, "test", hardware))
+    positions, labels = data.splits["test"].cpu(), data.labels.cpu()
+    student = check_logits("the trained network", logits_of(learner, data, "test", hardware))
     temperature = None
     if "validation" in data.splits:
         validation = logits_of(learner, data, "validation", hardware)
-        temperature = scaling_temperature(validation, images.labels[images.splits["validation"]])
+        temperature = scaling_temperature(validation, labels[data.splits["validation"].cpu()])
         if temperature is None:
             log.info("temperature scaling: no temperature fits the validation images better than all others")
-    teachers = None
-    if teacher and hardware.rank == 0:
-        in_order = positions.sort().values
-        question = Question("logits", teacher_name, teacher.classifier, teacher.classifier, images, in_order)
-        (known,) = known_outputs(question, folder, math.inf, hardware)
-        teachers = finite(f"the teacher {teacher_name}", known[positions].clone())
-    return Exam(positions, images.labels[positions], student, teachers, temperature)
+    return Exam(positions, labels[positions], student, teacher_logits, temperature)
 
 
-def finite(who: str, logits: Tensor) -> Tensor:
+def check_logits(network: str, logits: Tensor) -> Tensor:
     """The logits [n, classes].
 
     Raises:
         ValueError: some are NaN or infinite.
     """
-    bad = int((~logits.isfinite()).any(dim=1).sum())
-    if bad:
-        raise ValueError(f"{who} answers {bad} of {len(logits)} test images with logits that are no finite numbers")
+    if bad := int((~logits.isfinite()).any(dim=1).sum()):
+        raise ValueError(f"{network} has logits that are NaN or infinite for {bad} of {len(logits)} test images")
     return logits
 
 
-def write_files(exam: Exam, data: ImageDataset, folder: Path, draws: bool) -> list[Path]:
-    """Write predictions.csv (a line for each test image) and classes.csv (a line for each class), and where `draws` the
-    pictures; what an earlier run left of them in the folder is gone."""
+def write_exam(exam: Exam, data: ImageDataset, folder: Path, with_figures: bool) -> list[Path]:
+    """Write predictions.csv (a line per test image), classes.csv (a line per class) and the figures; files that an
+    earlier run left in the folder are removed."""
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
-    contents = {
-        PREDICTIONS: as_csv(predictions(exam, data.class_names)),
-        CLASSES: as_csv(by_class(exam, data.class_names)),
-    }
-    if draws:
+    tables = {PREDICTIONS: prediction_table(exam, data.class_names), CLASSES: class_table(exam, data.class_names)}
+    contents = {name: table.to_csv(index=False, lineterminator="\n").encode() for name, table in tables.items()}
+    if with_figures:
         contents |= draw(exam, data)
     for name, content in contents.items():
-        write_whole(folder / name, content)
+        write_atomically(folder / name, content)
     return [folder / name for name in contents]
 
 
-def oddities(exam: Exam, class_names: Sequence[str]) -> list[str]:
-    """What an accuracy alone does not show: one answer to everything, classes without a test image."""
+def caveats(exam: Exam, class_names: Sequence[str]) -> list[str]:
+    """What an accuracy hides: the same prediction for all images, classes without test images."""
     found = []
-    for who, logits in (("the trained network", exam.student), ("its teacher", exam.teacher)):
-        answers = set() if logits is None else set(logits.argmax(dim=1).tolist())
-        if len(answers) == 1 and len(class_names) > 1:
-            found.append(f"{who} answers {class_names[answers.pop()]} to all {len(exam.labels):,} test images")
-    there = set(exam.labels.tolist())
-    if missing := [name for label, name in enumerate(class_names) if label not in there]:
-        found.append(f"there is no test image of {', '.join(missing)}: what is measured says nothing of them")
+    for network, logits in (("the trained network", exam.student), ("its teacher", exam.teacher)):
+        predicted = set() if logits is None else set(logits.argmax(dim=1).tolist())
+        if len(predicted) == 1 and len(class_names) > 1:
+            found.append(f"{network} predicts {class_names[predicted.pop()]} for all {len(exam.labels):,} test images")
+    present = set(exam.labels.tolist())
+    if missing := [name for label, name in enumerate(class_names) if label not in present]:
+        found.append(f"no test images of {', '.join(missing)}: the metrics say nothing about them")
     return found
 
 
-def as_csv(lines: Sequence[Sequence[object]]) -> bytes:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(lines)
-    return text.getvalue().encode()
-
-
-def predictions(exam: Exam, class_names: Sequence[str]) -> list[list[object]]:
-    """For each image its position in the data set, its label, the answer and its probability; the teacher's, too."""
-    titles = ["image", "label", "answer", "probability"]
-    columns: list[list[object]] = [exam.positions.tolist(), [class_names[label] for label in exam.labels.tolist()]]
-    columns += _answers(exam.student, class_names)
+def prediction_table(exam: Exam, class_names: Sequence[str]) -> pd.DataFrame:
+    """For each image its position in the data set, its label, and each prediction (`answer`) with its probability."""
+    columns = {"image": exam.positions.tolist(), "label": [class_names[label] for label in exam.labels.tolist()]}
+    columns["answer"], columns["probability"] = _predictions(exam.student, class_names)
     if exam.teacher is not None:
-        titles += ["teacher_answer", "teacher_probability"]
-        columns += _answers(exam.teacher, class_names)
-    return [titles, *(list(line) for line in zip(*columns, strict=True))]
+        columns["teacher_answer"], columns["teacher_probability"] = _predictions(exam.teacher, class_names)
+    return pd.DataFrame(columns)
 
 
-def _answers(logits: Tensor, class_names: Sequence[str]) -> list[list[object]]:
-    probabilities, answers = logits.double().softmax(dim=1).max(dim=1)
-    return [
-        [class_names[answer] for answer in answers.tolist()],
-        [f"{probability:.4f}" for probability in probabilities.tolist()],
-    ]
+def _predictions(logits: Tensor, class_names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Predicted classes and their probabilities, by name and with four digits."""
+    probabilities, predicted = logits.double().softmax(dim=1).max(dim=1)
+    return [class_names[label] for label in predicted.tolist()], [f"{share:.4f}" for share in probabilities.tolist()]
 
 
-def by_class(exam: Exam, class_names: Sequence[str]) -> list[list[object]]:
-    """For each class its images, the share of them that is recognised (by the teacher, too), and what the others are
-    taken for most often."""
+def class_table(exam: Exam, class_names: Sequence[str]) -> pd.DataFrame:
+    """For each class its number of images, the accuracy on them (the teacher's, too), and what they are mistaken for
+    most often."""
     counts = confusion(exam.student, exam.labels)
     total = counts.sum(axis=1)
     columns: dict[str, list[object]] = {"class": list(class_names), "images": total.tolist()}
@@ -183,43 +151,35 @@ def by_class(exam: Exam, class_names: Sequence[str]) -> list[list[object]]:
     wrong = counts - np.diag(np.diag(counts))
     columns["mistaken_for"] = [class_names[row.argmax()] if row.any() else "" for row in wrong]
     columns["mistaken"] = wrong.max(axis=1).tolist()
-    return [list(columns), *(list(line) for line in zip(*columns.values(), strict=True))]
+    return pd.DataFrame(columns)
 
 
 def _shares(counts: NDArray[np.int64], total: NDArray[np.int64]) -> list[object]:
-    """Of each class what is recognised; nothing for one without images."""
-    return [
-        f"{right / all_of_it:.4f}" if all_of_it else "" for right, all_of_it in zip(np.diag(counts), total, strict=True)
-    ]
+    """The accuracy on each class; "" for one without images."""
+    return [f"{right / images:.4f}" if images else "" for right, images in zip(np.diag(counts), total, strict=True)]
 
 
 def draw(exam: Exam, data: ImageDataset) -> dict[str, bytes]:
-    """The pictures by file name; the images on which student and teacher differ only where there is a teacher."""
-    from kdpipe.evaluation import (
-        figures as pictures,  # imports matplotlib, which takes as long as an epoch of a small data set
-    )
+    """The figures, PNG by file name; the images on which student and teacher differ only if there is a teacher."""
+    from kdpipe.evaluation import figures  # imports matplotlib, which takes as long as an epoch of a small data set
 
     shown = {"student" if exam.teacher is not None else "network": reliability(exam.student, exam.labels)}
     if exam.teacher is not None:
         shown["teacher"] = reliability(exam.teacher, exam.labels)
     drawn = {
-        CONFUSION: pictures.confusion(confusion(exam.student, exam.labels), data.class_names),
-        RELIABILITY: pictures.reliability(shown),
+        CONFUSION: figures.draw_confusion(confusion(exam.student, exam.labels), data.class_names),
+        RELIABILITY: figures.draw_reliability(shown),
     }
     if exam.teacher is not None:
-        drawn[DIFFERING] = pictures.differing(*_most_differing(exam, data))
-    return {name: pictures.to_png(figure) for name, figure in drawn.items()}
+        drawn[DIFFERING] = figures.draw_differing(*_most_differing(exam, exam.teacher, data))
+    return {name: figures.as_png(figure) for name, figure in drawn.items()}
 
 
-def _most_differing(exam: Exam, data: ImageDataset) -> tuple[Tensor, list[tuple[str, ...]]]:
-    """The 16 images, uint8 [n, C, H, W], on which student and teacher differ most, the most differing first, and for
-    each its label and both answers with their probabilities."""
-    assert exam.teacher is not None
-    order = divergence(exam.student, exam.teacher).argsort(descending=True, stable=True)[:SHOWN]
-    names, told = data.class_names, []
-    (student, teacher) = (_answers(logits[order], names) for logits in (exam.student, exam.teacher))
-    for number, label in enumerate(exam.labels[order].tolist()):
-        told.append(
-            (names[label], *(str(column[number]) for column in student), *(str(column[number]) for column in teacher))
-        )
-    return data.images[exam.positions[order]].cpu(), told
+def _most_differing(exam: Exam, teacher: Tensor, data: ImageDataset) -> tuple[Tensor, list[tuple[str, ...]]]:
+    """The 16 images, uint8 [n, C, H, W], on which student and teacher differ most, most differing first, each with its
+    label and both predictions with their probabilities."""
+    order = divergence(exam.student, teacher).argsort(descending=True, stable=True)[:SHOWN]
+    columns = [[data.class_names[label] for label in exam.labels[order].tolist()]]
+    for logits in (exam.student, teacher):
+        columns += _predictions(logits[order], data.class_names)
+    return data.images[exam.positions[order]].cpu(), list(zip(*columns, strict=True))

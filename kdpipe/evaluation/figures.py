@@ -1,6 +1,6 @@
-"""Pictures of one run: what it takes for what, whether its probabilities can be believed, where its teacher differs.
+"""Figures of one run: confusion matrix, reliability diagram, and images on which student and teacher differ.
 
-Blue and orange are the colours that readers with any colour vision tell apart (Okabe & Ito 2008).
+Blue and orange can be told apart with any colour vision (Okabe & Ito 2008).
 """
 
 import io
@@ -16,19 +16,19 @@ from torch import Tensor
 from kdpipe.evaluation.metrics import BINS, Reliability
 
 RIGHT, WRONG, GREY = "#0072B2", "#D55E00", "#555555"
-WITH_NUMBERS, WITH_NAMES = 20, 60  # classes, up to which a matrix has them
+WITH_NUMBERS, WITH_NAMES = 20, 60  # most classes for which a matrix shows them
 
 
-def to_png(figure: Figure) -> bytes:
+def as_png(figure: Figure) -> bytes:
     content = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script that the font lacks becomes boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # names in scripts that the font lacks become boxes
         figure.savefig(content, format="png", dpi=150, bbox_inches="tight")
     return content.getvalue()
 
 
-def confusion(counts: NDArray[np.int64], class_names: Sequence[str]) -> Figure:
-    """The matrix [classes, classes] of `quality.confusion`, in per cent of each row."""
+def draw_confusion(counts: NDArray[np.int64], class_names: Sequence[str]) -> Figure:
+    """A confusion matrix [classes, classes] of `metrics.confusion`, in per cent of each row."""
     number = len(class_names)
     side = min(4 + 0.45 * number, 13)
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
@@ -45,7 +45,7 @@ def confusion(counts: NDArray[np.int64], class_names: Sequence[str]) -> Figure:
         size = 10 if number <= WITH_NUMBERS else 7
         axis.set_xticks(range(number), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=size)
         axis.set_yticks(range(number), names, fontsize=size)
-        _as_it_is([*axis.get_xticklabels(), *axis.get_yticklabels()])
+        _without_math([*axis.get_xticklabels(), *axis.get_yticklabels()])
     axis.set_xlabel("answer")
     axis.set_ylabel("label")
     axis.set_title(f"test images, % of each class; {100 * np.trace(counts) / counts.sum():.1f} % right", fontsize=10)
@@ -53,8 +53,8 @@ def confusion(counts: NDArray[np.int64], class_names: Sequence[str]) -> Figure:
     return figure
 
 
-def reliability(networks: Mapping[str, Reliability]) -> Figure:
-    """Accuracy at each confidence, one panel for each network, by name, and below how many images have it."""
+def draw_reliability(networks: Mapping[str, Reliability]) -> Figure:
+    """A reliability diagram per network, by name: accuracy at each confidence, and below the share of images there."""
     figure = Figure(figsize=(0.4 + 3.9 * len(networks), 5), layout="constrained")
     panels = figure.subplots(2, len(networks), sharex=True, sharey="row", squeeze=False, height_ratios=[3, 1])
     middles = (np.arange(BINS) + 0.5) / BINS
@@ -77,7 +77,7 @@ def reliability(networks: Mapping[str, Reliability]) -> Figure:
 
 
 def _calibration(axis: Axes, middles: NDArray[np.float64], found: Reliability) -> None:
-    """Bars of accuracy, and from each to the mean confidence what is claimed too much or too little."""
+    """Bars of accuracy, and from each bar the gap to the mean confidence."""
     axis.bar(middles, np.nan_to_num(found.accuracy), width=0.9 / BINS, color=RIGHT, label="accuracy")
     gap = np.nan_to_num(found.confidence - found.accuracy)
     bottom = np.nan_to_num(found.accuracy)
@@ -95,15 +95,15 @@ def _calibration(axis: Axes, middles: NDArray[np.float64], found: Reliability) -
     axis.set_ylim(0, 1)
 
 
-def differing(images: Tensor, told: Sequence[Sequence[str]]) -> Figure:
-    """Images, uint8 [n, C, H, W], each with its label, the student's answer and probability, and the teacher's."""
+def draw_differing(images: Tensor, captions: Sequence[Sequence[str]]) -> Figure:
+    """Images, uint8 [n, C, H, W], each with its label, the student's prediction and probability, and the teacher's."""
     columns = 4
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(2.2 * columns, 2.75 * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes:
         axis.axis("off")
-    for axis, image, (label, *answers) in zip(axes, images, told, strict=False):
+    for axis, image, (label, *answers) in zip(axes, images, captions, strict=False):
         pixels = image.permute(1, 2, 0).numpy()
         axis.imshow(pixels if pixels.shape[2] == 3 else pixels[:, :, 0], cmap="gray", vmin=0, vmax=255)
         lines = [(f"it is: {short(label)}", "black")]
@@ -124,7 +124,7 @@ def short(name: str) -> str:
     return name if len(name) <= 18 else f"{name[:17]}…"
 
 
-def _as_it_is(texts: Sequence[object]) -> None:
-    """Names may hold $, which is no formula."""
+def _without_math(texts: Sequence[object]) -> None:
+    """A $ in a name does not begin a formula."""
     for text in texts:
         text.set_parse_math(False)  # type: ignore[attr-defined]

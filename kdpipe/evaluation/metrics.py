@@ -1,6 +1,6 @@
-"""How good answers are, beyond how many are right: from logits [N, classes] and labels int64 [N], N images of a split.
+"""Metrics of predictions, from logits [N, classes] and labels int64 [N] of the N images of a split.
 
-Probabilities are softmax(logits). All is worked out in float64, on the CPU.
+Probabilities are softmax(logits). Everything is computed in float64 on the CPU.
 """
 
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ TOP = 5
 TEMPERATURES = (0.05, 20)
 
 
-def quality(logits: Tensor, labels: Tensor) -> dict[str, float]:
+def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """`accuracy` (a fraction); `loss`, the negative log-likelihood in nats; `brier`, the squared distance of the
     probabilities from the label, summed over classes (0 … 2; Brier 1950); `ece`, the expected calibration error (a
-    fraction; Naeini et al. 2015, https://arxiv.org/abs/1706.04599); and where there are more than five classes
-    `top5_accuracy`."""
+    fraction; Naeini et al. 2015, https://arxiv.org/abs/1706.04599); and `top5_accuracy` for more than five
+    classes."""
     probabilities = logits.double().softmax(dim=1).numpy()
     classes = np.arange(logits.shape[1])
     found = {
@@ -45,10 +45,10 @@ def negative_log_likelihood(logits: Tensor, labels: Tensor, temperature: float =
 
 @dataclass(frozen=True)
 class Reliability:
-    """Confidence (the answer's probability) beside accuracy, in 15 bins of equal width.
+    """Confidence (the predicted class's probability) and accuracy, in 15 bins of equal width.
 
     Attributes:
-        confidence, accuracy: the mean in each bin; NaN where the bin is empty.
+        confidence, accuracy: the mean in each bin; NaN in an empty one.
         share: of the images in each bin.
     """
 
@@ -58,12 +58,12 @@ class Reliability:
 
     @property
     def error(self) -> float:
-        """The expected calibration error: the mean distance of the two, each bin by its share."""
+        """The expected calibration error: the mean gap between the two, bins weighted by their share."""
         return float(np.nansum(self.share * np.abs(self.confidence - self.accuracy)))
 
 
 def reliability(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Reliability:
-    """How far the probability of an answer, softmax(logits / T), is how often it is right."""
+    """How well the probability of a prediction, softmax(logits / T), matches how often it is correct."""
     confidences, answers = (logits.double() / temperature).softmax(dim=1).max(dim=1)
     right = (answers == labels).double().numpy()
     (confidence, accuracy), _, _ = binned_statistic(
@@ -73,10 +73,10 @@ def reliability(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Rel
     return Reliability(confidence, accuracy, count / len(labels))
 
 
-def beside_teacher(student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, float]:
-    """How near a student's logits are to its teacher's: `agreement` (the share of images with the same answer), `kl`
-    (KL(teacher ‖ student) at temperature 1, nats, averaged over the images), and `agreement_where_wrong`, the agreement
-    on the images that the teacher gets wrong, where there are any."""
+def teacher_agreement(student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, float]:
+    """How close a student's logits are to its teacher's: `agreement` (the share of images with the same prediction),
+    `kl` (KL(teacher ‖ student) at temperature 1, nats, averaged over the images), and `agreement_where_wrong`, the
+    agreement on the images that the teacher gets wrong, if any."""
     same = student.argmax(dim=1) == teacher.argmax(dim=1)
     wrong = teacher.argmax(dim=1) != labels
     log_student, log_teacher = (logits.double().log_softmax(dim=1) for logits in (student, teacher))
@@ -89,10 +89,10 @@ def beside_teacher(student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str
 
 def scaling_temperature(logits: Tensor, labels: Tensor) -> float | None:
     """The temperature T at which softmax(logits / T) fits the labels best (Guo et al. 2017,
-    https://arxiv.org/abs/1706.04599): the smallest negative log-likelihood. It changes no answer.
+    https://arxiv.org/abs/1706.04599): the smallest negative log-likelihood. It changes no prediction.
 
     Returns:
-        T within 0.05 … 20; None where none of these is best: all answers are right, or worthless.
+        T within 0.05 … 20; None if the optimum is at a limit: all predictions are correct, or worthless.
     """
     low, high = np.log(TEMPERATURES)
     found = minimize_scalar(
@@ -102,15 +102,15 @@ def scaling_temperature(logits: Tensor, labels: Tensor) -> float | None:
 
 
 def confusion(logits: Tensor, labels: Tensor) -> NDArray[np.int64]:
-    """Images [classes, classes]: of the class of a row, those that are taken for the class of a column."""
+    """A confusion matrix, numbers of images [classes, classes]: rows are labels, columns predictions."""
     classes = np.arange(logits.shape[1])
     counted: NDArray[np.int64] = confusion_matrix(labels.numpy(), logits.argmax(dim=1).numpy(), labels=classes)
     return counted
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """How far two networks' probabilities are apart, image by image, float64 [N]: the Jensen-Shannon divergence in nats
-    (0 … log 2; Lin 1991), which is the same seen from either."""
+    """The Jensen-Shannon divergence of two networks' probabilities for each image, float64 [N], in nats (0 … log 2; Lin
+    1991); symmetric."""
     one, other = (logits.double().softmax(dim=1) for logits in (student, teacher))
     middle = (one + other) / 2
     return (torch.special.entr(middle) - (torch.special.entr(one) + torch.special.entr(other)) / 2).sum(dim=1)

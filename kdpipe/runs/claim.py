@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from kdpipe.system.files import write_whole
+from kdpipe.system.files import write_atomically
 
 # The operating system gives the lock back when its process dies, whatever it dies of.
 LOCK = ".claim"
@@ -39,7 +39,7 @@ def claim(folder: Path) -> Iterator[None]:
         who = f"process {owner['pid']} on {owner['host']}" if "pid" in owner else "another process"
         raise ClaimedError(f"{who} has this run in progress ({folder})") from None
     try:
-        write_whole(folder / OWNER, json.dumps(_me()).encode())
+        write_atomically(folder / OWNER, json.dumps(_me()).encode())
         yield
     finally:
         (folder / OWNER).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What the commands on finished runs (`python -m kdpipe.compare`, `cost`, `export`, `predict`) have in common."""
+"""What the commands on finished runs (`python -m kdpipe.compare`, `cost`, `export`, `predict`) share."""
 
 import argparse
 import os
@@ -6,48 +6,64 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from kdpipe.runs.store import check_uri, store_uri
+from kdpipe.settings.errors import ConfigError, one_line
 
 
 def add_store_arguments(parser: argparse.ArgumentParser) -> None:
-    """Let a command be told which MLflow store it reads, as the runs themselves are."""
+    """Add the flags that choose the MLflow store."""
     parser.add_argument(
         "--uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db in the output folder)"
     )
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="default: %(default)s")
 
 
+def check_flags(arguments: argparse.Namespace, **types: Any) -> None:
+    """Raise ConfigError for the value of a flag that is not of its type, such as `seconds=NonNegative`."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from kdpipe.settings.values import expected
+
+    for name, annotation in types.items():
+        value = getattr(arguments, name)
+        try:
+            TypeAdapter(annotation).validate_python(value, strict=True)
+        except ValidationError:
+            raise ConfigError(f"--{name.replace('_', '-')}", value, expected(annotation)) from None
+
+
 def existing_store(arguments: argparse.Namespace) -> str:
-    """The URI of the store that a command was told to read.
+    """The URI of the MLflow store to read.
 
     Raises:
-        ValueError: there is none; told within seconds.
+        ValueError: it does not exist, or does not answer within seconds.
     """
     uri = store_uri(arguments.uri, arguments.output_dir)
     check_uri(uri)
     local = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not local.is_file():
-        raise ValueError(f"{local}: there is no such MLflow store; make demo, or any run, makes one")
+        raise ValueError(f"{local}: MLflow store not found; make demo, or any run, creates one")
     return uri
 
 
 def printable(text: str) -> str:
-    """A line that may hold text from files, such as class names, for a terminal: control characters, which would steer
-    it, are replaced, and so are what turns the order of letters and surrogates, which cannot be printed."""
+    """Text from files, such as class names, made safe for a terminal: control characters, marks that reverse the
+    direction of text, and surrogates are replaced."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]", "�", text)
 
 
 def run_command(name: str, command: Callable[[], str]) -> None:
-    """Print what a command comes to, or its error as one line."""
+    """Print what a command returns, or its error on one line."""
     try:
         print(command(), flush=True)
-    except BrokenPipeError:  # whoever read has read enough
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        print(printable(f"{name}: {' '.join(str(error).split())}"), file=sys.stderr)
+        print(printable(f"{name}: {one_line(error)}"), file=sys.stderr)
         sys.exit(1)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from kdpipe.runs.store import without_password
-from kdpipe.system.files import append_whole, write_whole
+from kdpipe.system.files import append_atomically, write_atomically
 
 log = logging.getLogger("kdpipe")
 
@@ -94,7 +94,7 @@ class Journal:
 
     def write(self) -> None:
         content = {key: value for key, value in asdict(self).items() if key != "folder"}
-        write_whole(self.folder / TRACKING, json.dumps(content, indent=1).encode())
+        write_atomically(self.folder / TRACKING, json.dumps(content, indent=1).encode())
 
     def end(self, status: str, reason: str = "") -> None:
         """The run is over, for now at least.
@@ -186,11 +186,11 @@ def rows_since(folder: Path, history: list[Row]) -> list[Row]:
 
 def write_rows(folder: Path, rows: list[Row]) -> None:
     """Have these lines in metrics.jsonl, and no others."""
-    write_whole(folder / METRICS, "".join(map(_line, rows)).encode())
+    write_atomically(folder / METRICS, "".join(map(_line, rows)).encode())
 
 
 def append_row(folder: Path, row: Row) -> None:
-    append_whole(folder / METRICS, _line(row))
+    append_atomically(folder / METRICS, _line(row))
 
 
 def has_row(rows: list[Row], step: int, names: Mapping[str, Any]) -> bool:

@@ -1,1 +1,1 @@
-"""Hardware, randomness, interruption, files, progress and timing: nothing here knows of distillation."""
+"""Hardware, randomness, interruption, files, progress and timing; knows nothing of distillation."""

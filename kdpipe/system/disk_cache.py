@@ -1,6 +1,7 @@
-"""Work that is done once and kept: entries of a cache folder, there as a whole or not at all."""
+"""A cache on disk, `<cache>/<kind>/<entry>`: an entry is a folder that is either complete or absent."""
 
 import errno
+import hashlib
 import json
 import logging
 import math
@@ -9,6 +10,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,33 +20,33 @@ from torch import Tensor
 
 log = logging.getLogger("kdpipe")
 
-META = "meta.json"  # what an entry holds, written last
+META = "meta.json"  # describes an entry, written last
 
 
-def ensure_entry(entry: Path, is_whole: Callable[[Path], bool], make: Callable[[Path], None]) -> None:
-    """Have `make` write the folder `entry` unless it is there and whole. Processes that need the same entry at once
-    do the work once."""
-    if is_whole(entry):
+def ensure_entry(entry: Path, is_intact: Callable[[Path], bool], make: Callable[[Path], None]) -> None:
+    """Have `make` write the folder `entry` unless it exists and is intact; processes that need the same entry at the
+    same time do the work once."""
+    if is_intact(entry):
         return  # without a lock: the folder may be read-only
     entry.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock_of(entry)):
-        if not is_whole(entry):
+        if not is_intact(entry):
             if entry.exists():
-                log.warning("%s is damaged: it is made again", entry)
+                log.warning("%s is damaged and is made again", entry)
             try:
                 with _new_entry(entry) as folder:
                     make(folder)
             except OSError as error:
-                if error.filename is None:  # as when a disk is full
+                if error.filename is None:  # as on a full disk
                     raise OSError(error.errno, error.strerror, str(entry)) from error
                 raise
 
 
 @contextmanager
 def _new_entry(entry: Path) -> Iterator[Path]:
-    """A folder to write to, that becomes `entry` when all went well and vanishes when not; under the entry's lock."""
+    """A folder to write to, which becomes `entry` unless an error occurs; needs the entry's lock."""
     folder = entry.with_name(f"{entry.name}.unfinished")
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed process left
+    shutil.rmtree(folder, ignore_errors=True)  # left by a killed process
     folder.mkdir()
     try:
         yield folder
@@ -62,11 +64,11 @@ def lock_of(entry: Path) -> str:
 
 
 def new_array(file: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> np.memmap:
-    """An array on disk to write to.
+    """A memory-mapped array to write to.
 
     Raises:
-        OSError: no space for it. All of it is taken at once, because a process that writes to memory-mapped pages on
-            a full disk is killed without a word.
+        OSError: no space for it. All space is allocated at once, because a process that writes to memory-mapped pages
+            on a full disk is killed without a message.
     """
     try:
         array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
@@ -75,26 +77,44 @@ def new_array(file: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> np
                 os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
     except OSError as error:
         gigabytes = math.prod(shape) * np.dtype(dtype).itemsize / 1e9
-        raise OSError(error.errno, f"{error.strerror}, {gigabytes:.3g} GB are needed", str(file)) from error
+        raise OSError(error.errno, f"{error.strerror}, {gigabytes:.3g} GB needed", str(file)) from error
     return array
 
 
 def mapped_array(file: Path) -> Tensor:
-    """An array on disk as a tensor: pages come into memory as they are asked for, and go again. What is written into
-    it does not reach the disk."""
+    """A memory-mapped array as a tensor; writing to it changes memory only, not the file."""
     try:
         return torch.from_numpy(np.lib.format.open_memmap(file, mode="c"))
     except OSError as error:
         if error.errno != errno.ENOMEM:
             raise
-    # The system promises no more writable pages than it has memory, whether they are written to or not.
+    # The system commits no more writable pages than it has memory, whether they are written to or not.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(np.lib.format.open_memmap(file, mode="r"))
 
 
+def array_digest(file: Path) -> str:
+    """SHA-256 of the values of an array on disk, 64 hex digits; computed once per process while the file's size, time
+    of modification and inode stay the same.
+
+    Raises:
+        Exception: of NumPy's reader, for a file that is missing or damaged.
+    """
+    status = file.stat()
+    return _array_digest(file, (status.st_size, status.st_mtime_ns, status.st_ino))
+
+
+@cache
+def _array_digest(file: Path, stamp: tuple[int, ...]) -> str:
+    digest = hashlib.sha256()
+    for part in np.lib.format.open_memmap(file, mode="r"):
+        digest.update(np.ascontiguousarray(part).data)
+    return digest.hexdigest()
+
+
 def read_meta(entry: Path) -> dict[str, object]:
-    """What an entry says of itself; nothing where it is not whole."""
+    """The description of an entry; empty if it is missing or damaged."""
     try:
         meta = json.loads((entry / META).read_text())
     except (OSError, ValueError, RecursionError):
@@ -102,9 +122,9 @@ def read_meta(entry: Path) -> dict[str, object]:
     return meta if isinstance(meta, dict) else {}
 
 
-def entries(cache: Path) -> list[Path]:
-    """All that lies in a cache's folders, `<cache>/<kind>/<entry>`."""
-    return sorted(path for path in cache.glob("*/*") if path.suffix != ".lock")
+def entries(folder: Path) -> list[Path]:
+    """Everything in a cache, unfinished entries included."""
+    return sorted(path for path in folder.glob("*/*") if path.suffix != ".lock")
 
 
 def size_of(entry: Path) -> int:

@@ -1,14 +1,14 @@
-"""Files that are there as a whole or not at all."""
+"""Writing files atomically: after a crash or on a full disk a file has its old content or its new one."""
 
 import os
 from pathlib import Path
 
 
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file so that, whatever happens meanwhile, there is the old content or the new one.
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Replace a file's content.
 
     Raises:
-        OSError: with the file's name, as when the disk is full; what was there before is intact.
+        OSError: with the file's name, as on a full disk; the old content is intact.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -20,11 +20,11 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
-    sync_folder(path.parent)
+    fsync_folder(path.parent)
 
 
-def append_whole(path: Path, line: str) -> None:
-    """Add a line to the end of a file: all of it, or nothing where the disk is full.
+def append_atomically(path: Path, line: str) -> None:
+    """Add a line to the end of a file, or nothing of it if the disk is full.
 
     Raises:
         OSError: with the file's name.
@@ -41,8 +41,8 @@ def append_whole(path: Path, line: str) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on disk, too: without it a renamed file may be gone after a power failure."""
+def fsync_folder(folder: Path) -> None:
+    """Write a folder's list of files to disk; without it a renamed file may be lost in a power failure."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""What a run computes on: a device, a precision, and the processes that share its batches."""
+"""What a run computes on: a device, a precision, and the processes that share each batch."""
 
 import ctypes
 import platform
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+
+from kdpipe.settings.errors import ConfigError, one_of
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -43,80 +45,78 @@ class Hardware:
 
     @property
     def machine(self) -> str:
-        """What timings belong to: GPUs of one name are equal, CPUs are their machine's."""
+        """What timings hold for: any GPU of this name, or this machine's CPU."""
         where = "" if self.device.type == "cuda" else f", on {platform.node()}"
         return f"{self.device.type} ({self._name}), {self.precision}{where}"
 
     @property
-    def batch_without_gradients(self) -> int:
-        """Images that a network sees together where it does not learn. On a CPU more are no faster, and take memory:
-        DenseNet-121 at 128×128 a gigabyte for 100."""
+    def inference_batch_size(self) -> int:
+        """On a CPU more images are no faster and take memory: DenseNet-121 at 128×128 a gigabyte for 100."""
         return 250 if self.device.type == "cuda" else 50
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16")
 
-    def share(self, positions: Tensor) -> Tensor:
+    def shard(self, positions: Tensor) -> Tensor:
         """This process's part of `positions` [n]: every `processes`-th of them."""
         return positions[self.rank :: self.processes].contiguous()
 
     def check_agreement(self, mine: object) -> None:
-        """Raise ValueError unless all processes have the same."""
+        """Raise ValueError unless all processes have the same value."""
         if any(other != mine for other in self.gather(mine)):
             raise ValueError(
-                "torchrun: its processes found different images, weights or finished runs; a folder that all share "
-                "(output_dir) or a server (tracking.uri) is accepted"
+                "torchrun: its processes found different images, weights or finished runs; expected a shared folder "
+                "(output_dir) or a server (tracking.uri)"
             )
 
     def gather(self, mine: Any) -> list[Any]:
-        """What each process has, in their order."""
+        """The values of all processes, ordered by rank."""
         found: list[Any] = [mine] * self.processes
         if self.processes > 1:
             distributed.all_gather_object(found, mine)
         return found
 
-    def of_the_first(self, mine: Any) -> Any:
-        """What the first process has."""
+    def broadcast(self, mine: Any) -> Any:
+        """The first process's value."""
         return self.gather(mine)[0]
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of `values` over all processes."""
+        """The sum of `values` over all processes, in a new tensor."""
+        total = values.clone()
         if self.processes > 1:
-            distributed.all_reduce(values)
-        return values
+            distributed.all_reduce(total)
+        return total
 
     def check_sharing(self, loss: nn.Module, has_unlabelled: bool) -> None:
-        """Raise ValueError where a loss would be another one if several processes each saw their part of a batch."""
+        """Raise ValueError for a loss that changes when each process sees only its part of a batch."""
         if self.processes == 1:
             return
         for part in loss.modules():
             name = f"torchrun: {type(part).__name__}"
             if getattr(part, "compares_images", False):
-                raise ValueError(f"{name} compares the images of a batch, of which each has a part; one is accepted")
+                raise ValueError(f"{name} compares the images of a batch, which processes share; expected one process")
         if any(parameter.requires_grad for parameter in loss.parameters()):
-            own = f"{type(loss).__name__} has weights of its own"
-            raise ValueError(f"torchrun: {own}, which processes do not share yet; one is accepted")
+            own = f"{type(loss).__name__} has weights of its own, which processes do not share yet"
+            raise ValueError(f"torchrun: {own}; expected one process")
         if has_unlabelled:
-            raise ValueError("torchrun: processes would weigh images with a label differently; one is accepted")
+            raise ValueError("torchrun: processes would weight labelled images differently; expected one process")
 
     def distribute(self, module: nn.Module) -> nn.Module:
-        """The module that averages its gradients over all processes; the module itself where there is but one.
+        """A module that averages its gradients over all processes; with one process the module itself.
 
         Raises:
-            ValueError: BatchNorm would be another one than that of one process.
+            ConfigError: BatchNorm would differ from that of a single process.
         """
         if self.processes == 1:
             return module
         if self.device.type == "cuda":
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         elif any(isinstance(part, _BatchNorm) and part.training for part in module.train().modules()):
-            raise ValueError(
-                f"train.device={self.device}: PyTorch shares BatchNorm between processes on GPUs only; one process "
-                f"or a network without BatchNorm is accepted"
-            )
+            problem = "PyTorch synchronizes BatchNorm across processes on GPUs only"
+            raise ConfigError("train.device", self.device, "one process, or a network without BatchNorm", problem)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of the new name, which older versions do not know
-            # Processes may evaluate different numbers of batches, so none may wait for another to share its buffers.
+            warnings.simplefilter("ignore", FutureWarning)  # of a new name that older versions do not know
+            # Processes may evaluate different numbers of batches, so none may wait for the others' buffers.
             return DistributedDataParallel(module, broadcast_buffers=False)
 
 
@@ -126,15 +126,15 @@ def devices() -> list[str]:
     return [*gpus, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
 
 
-def check_there(key: str, name: str, *also: str) -> None:
-    """Raise ValueError for a device that this machine does not have, unless it is one of the other words."""
-    accepted = [*also, *devices()]
-    if name not in (*accepted, "cuda" if "cuda:0" in accepted else "cpu"):
-        raise ValueError(f"{key}={name}: one of {', '.join(accepted)} is accepted on this machine")
+def check_available(key: str, name: str, *also: str) -> None:
+    """Raise ConfigError for a device that this machine does not have, unless it is one of `also`."""
+    choices = [*also, *devices()]
+    if name not in (*choices, "cuda" if "cuda:0" in choices else "cpu"):
+        raise ConfigError(key, name, f"{one_of(choices)} on this machine")
 
 
-def prepare(device: torch.device) -> None:
-    """Set this process up to compute on a device, in a run and where one is timed again."""
+def prepare_device(device: torch.device) -> None:
+    """Set up this process to compute on a device."""
     if device.type == "cpu":
         keep_freed_memory()
     if device.type == "cuda":
@@ -143,9 +143,9 @@ def prepare(device: torch.device) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep the memory that tensors give back, instead of handing it to the system at each step.
+    """Let the C library keep freed memory instead of returning it to the system at each step.
 
-    Large activations on the CPU come from fresh, zeroed pages otherwise: close to half of the time of a student's step.
+    Otherwise large activations on the CPU get fresh, zeroed pages, which takes close to half of a student's step.
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(M_MMAP_MAX, 0)

@@ -1,4 +1,4 @@
-"""A progress bar on a terminal, nothing elsewhere: logs get plain lines."""
+"""A progress bar on a terminal; nothing in a log file or a pipe."""
 
 import sys
 import time
@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-NOTE_SECONDS = 0.5  # between two notes: each may have to wait for the device
+NOTE_SECONDS = 0.5  # between two notes, since each may have to wait for the device
 
 
 class Bar:
-    """What the work in progress tells."""
+    """A bar with a note next to it, such as the current loss."""
 
     def __init__(self, bars: Progress, description: str, total: int) -> None:
         self._bars = bars
@@ -24,7 +24,7 @@ class Bar:
         self._bars.advance(self._task, images)
 
     def wants_note(self) -> bool:
-        """Whether somebody looks, and the last note is old."""
+        """Whether the bar is visible and its note is old."""
         return not self._bars.disable and time.monotonic() - self._noted > NOTE_SECONDS
 
     def note(self, text: str) -> None:
@@ -39,7 +39,7 @@ class _Speed(ProgressColumn):
 
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Bar]:
-    """A bar over `total` images that vanishes at its end."""
+    """A bar over `total` images that disappears at the end."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),

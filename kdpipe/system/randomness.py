@@ -1,7 +1,7 @@
-"""Each use of chance draws from a generator of its own, derived from the seed.
+"""Each use of random numbers has its own generator, derived from the seed.
 
-So the arms of one seed share the student's first weights and its batches, whatever else they draw. Dropout, and
-whatever else a network or a loss draws by itself, takes the generators of PyTorch, NumPy and Python.
+So the arms of one seed share the student's initial weights and its batches, whatever else they draw. Dropout, and
+whatever else a network or a loss draws by itself, uses the global generators of PyTorch, NumPy and Python.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ def generator(seed: int, purpose: str) -> torch.Generator:
 
 
 def seed_all(seed: int, purpose: str) -> None:
-    """Start the generators that are not ours from a seed for one purpose."""
+    """Seed the global generators for one purpose."""
     derived = derive_seed(seed, purpose)
     torch.manual_seed(derived)  # of every device
     random.seed(derived)
@@ -31,7 +31,7 @@ def seed_all(seed: int, purpose: str) -> None:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Where these generators are now, in plain values and tensors."""
+    """The state of the global generators, as plain values and tensors."""
     numpy = [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()]
     state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy}
     if device.type in ("cuda", "mps"):
@@ -40,7 +40,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put the generators where `random_state` found them."""
+    """Restore the global generators to a `random_state`."""
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
     np.random.set_state(tuple(state["numpy"]))

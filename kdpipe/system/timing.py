@@ -1,4 +1,4 @@
-"""How long things take beside each other, on a machine that does other things, too."""
+"""Comparing running times on a machine that also does other things."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -8,42 +8,44 @@ from statistics import median
 import numpy as np
 import torch
 
-MOST = 2000  # rounds: more make no median any surer
-WARM_UP = 0.2  # seconds: the first calls allocate, and choose their algorithms
+MAX_ROUNDS = 2000  # more do not make a median more precise
+WARM_UP = 0.2  # seconds: the first calls allocate memory and choose algorithms
 
 
-def time_in_turn(works: Mapping[str, Callable[[], object]], seconds: float, least: int) -> dict[str, list[float]]:
-    """The seconds that each call of each work took, round by round.
+def time_interleaved(
+    functions: Mapping[str, Callable[[], object]], seconds: float, min_rounds: int
+) -> dict[str, list[float]]:
+    """The seconds that each call took, round by round, by name.
 
-    All take turns, one call each a round, so that what slows the machine down for a while slows all of them down: the
-    ratio of two of them in one round holds where their seconds do not. Who is first changes from round to round.
+    Each round calls every function once, so that whatever slows down the machine for a while slows down all of them:
+    ratios within a round are reliable when the seconds are not. The order rotates from round to round.
 
     Args:
-        works: what is called; on a GPU each waits for the device itself.
-        seconds: for how long, without the warm-up, in all.
-        least: rounds that are made however long they take.
+        functions: on a GPU each has to wait for the device itself.
+        seconds: in total, without the warm-up.
+        min_rounds: are made however long they take.
     """
-    names = list(works)
-    for work in works.values():
+    names = list(functions)
+    for function in functions.values():
         begun, calls = time.perf_counter(), 0
         while calls < 3 and (calls < 1 or time.perf_counter() - begun < WARM_UP):
-            work()
+            function()
             calls += 1
     taken: dict[str, list[float]] = {name: [] for name in names}
     started = time.perf_counter()
-    for number in range(MOST):
-        if number >= least and time.perf_counter() - started > seconds:
+    for number in range(MAX_ROUNDS):
+        if number >= min_rounds and time.perf_counter() - started > seconds:
             break
         first = number % len(names)
         for name in names[first:] + names[:first]:
             begun = time.perf_counter()
-            works[name]()
+            functions[name]()
             taken[name].append(time.perf_counter() - begun)
     return taken
 
 
 def median_ratio(slower: list[float], faster: list[float]) -> float:
-    """How many times longer one takes than the other: the median over rounds."""
+    """How many times longer one takes than the other: the median of the rounds' ratios."""
     return median(one / other for one, other in zip(slower, faster, strict=True))
 
 
@@ -53,7 +55,7 @@ def percentile_95(seconds: list[float]) -> float:
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """So many of the CPU's threads for PyTorch; afterwards as many as before."""
+    """Limit PyTorch to so many CPU threads inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import nn
 
 from kdpipe.models.weights import State
-from kdpipe.system.files import sync_folder, write_whole
+from kdpipe.system.files import fsync_folder, write_atomically
 
 log = logging.getLogger("kdpipe")
 
@@ -30,7 +30,7 @@ def save_weights(network: nn.Module, path: Path, class_names: Sequence[str]) -> 
     bytes for the same weights."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     # More than one entry would come in any order.
-    write_whole(path, save(state, metadata={"class_names": json.dumps(list(class_names))}))
+    write_atomically(path, save(state, metadata={"class_names": json.dumps(list(class_names))}))
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
@@ -43,12 +43,12 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     """
     if not folder.is_dir():
         folder.mkdir()
-        sync_folder(folder.parent)
+        fsync_folder(folder.parent)
     content = io.BytesIO()
     torch.save(state, content)
     before = _files(folder)
     number = 1 + max((_number(file) for file in before), default=0)
-    write_whole(folder / f"{number:06}-{digest(content.getbuffer())}.pt", content.getbuffer())
+    write_atomically(folder / f"{number:06}-{digest(content.getbuffer())}.pt", content.getbuffer())
     for file in before[KEPT - 1 :]:
         file.unlink()
 

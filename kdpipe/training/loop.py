@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kdpipe.data import ImageDataset
 from kdpipe.data.augmentation import Views
 from kdpipe.data.mixing import Mixing
-from kdpipe.evaluation.evaluate import evaluate
+from kdpipe.evaluation.inference import evaluate
 from kdpipe.system.interruption import postponed
 from kdpipe.system.progress import progress
 from kdpipe.system.randomness import generator, seed_all
@@ -118,7 +118,7 @@ def train_epoch(training: Training, data: ImageDataset, recipe: Recipe, hooks: H
         bar.advance(training.seen * hardware.processes)
         for whole_batch in batches(order, recipe.batch_size, hardware.processes)[training.steps :]:
             with postponed():
-                batch = hardware.share(whole_batch)
+                batch = hardware.shard(whole_batch)
                 images = data.images[batch].to(hardware.device, non_blocking=True)
                 labels = data.labels[batch].to(hardware.device, non_blocking=True)
                 if recipe.views and draws is not None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kdpipe.data import ImageDataset
 from kdpipe.system.hardware import Hardware
+from kdpipe.training.precomputed import OutputRequest, precomputed_outputs
 from kdpipe.training.teacher import Teacher
-from kdpipe.training.teacher_answers import Question, known_outputs
 
 log = logging.getLogger("kdpipe")
 
@@ -38,8 +38,8 @@ def check_teacher(
     labelled = data.splits[split][data.labels[data.splits[split]] >= 0]
     judged, taught = evenly_spaced(labelled), evenly_spaced(data.splits["train"])
     positions = torch.cat([judged, taught]).unique()
-    question = Question("logits", name, teacher.classifier, teacher.classifier, data, positions)
-    (answers,) = known_outputs(question, folder, math.inf, hardware, logging.DEBUG)
+    question = OutputRequest("logits", name, teacher.classifier, teacher.classifier, data, positions)
+    (answers,) = precomputed_outputs(question, folder, math.inf, hardware, logging.DEBUG)
 
     labels = data.labels[judged]
     correct, commonest = int((answers[judged].argmax(dim=1) == labels).sum()), int(labels.bincount().max())

@@ -31,8 +31,8 @@ from kdpipe.models.resnet import ResNet
 from kdpipe.settings.saved import read_network_settings
 from kdpipe.settings.schema import Settings
 from kdpipe.system.hardware import Hardware
+from kdpipe.training.precomputed import OutputRequest
 from kdpipe.training.teacher import FrozenTeacher
-from kdpipe.training.teacher_answers import Question
 
 SMALL = ["dataset=digits", "dataset.train_fraction=0.2", "train.threads=1"]
 RESNET8 = ["model=resnet20", "model.depth=8"]
@@ -167,7 +167,7 @@ def test_whatever_its_answer_depends_on_gives_another_entry_of_the_cache(some_di
     def key(*networks: Classifier, shares: tuple[float, ...] = (1, 1), temperature: float = 4) -> str:
         teacher = FrozenTeacher(Ensemble(networks, shares, temperature))
         positions = some_digits.splits["train"]
-        question = Question("logits", "ensemble", teacher.classifier, teacher.classifier, some_digits, positions)
+        question = OutputRequest("logits", "ensemble", teacher.classifier, teacher.classifier, some_digits, positions)
         return question.key(Hardware(torch.device("cpu")))
 
     keys = [

@@ -19,8 +19,8 @@ from kdpipe.models import Classifier
 from kdpipe.models.resnet import ResNet
 from kdpipe.settings import config as settings
 from kdpipe.system.hardware import Hardware
+from kdpipe.training.precomputed import OutputRequest
 from kdpipe.training.teacher import Teacher
-from kdpipe.training.teacher_answers import Question
 
 CPU = Hardware(torch.device("cpu"))
 
@@ -108,7 +108,7 @@ def test_answers_of_other_stages_are_other_entries_of_the_cache() -> None:
         teacher.ask_for(["stages"])
         assert teacher.asked_for == {"stages": list(stages)}
         asked = (teacher.classifier, teacher.classifier, data, data.splits["train"], None, teacher.asked_for)
-        keys.add(Question("logits, stages", "net", *asked).key(CPU))
+        keys.add(OutputRequest("logits, stages", "net", *asked).key(CPU))
     assert len(keys) == 2
 
 

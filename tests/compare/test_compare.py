@@ -724,7 +724,7 @@ def test_the_tutorial_s_last_section(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--output-dir", "nowhere"], "nowhere/mlflow.db: there is no such MLflow store"),
+        (["--output-dir", "nowhere"], "nowhere/mlflow.db: MLflow store not found"),
         (["--experiment", "nothing"], "tracking.experiment=nothing: "),
         (["--experiment", "Default"], "no finished run yet"),
         (["--uri", "http://127.0.0.1:9"], "no tracking server answers there"),

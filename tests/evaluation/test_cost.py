@@ -1,4 +1,4 @@
-"""What a network costs: counted where that can be, timed in turns where it cannot."""
+"""The cost of a network: parameters, FLOPs and memory are counted, speed is timed."""
 
 import time
 from statistics import median
@@ -11,13 +11,13 @@ from kdpipe.evaluation.costs import cost, flops, peak_bytes
 from kdpipe.evaluation.report import was_busy
 from kdpipe.models import Classifier
 from kdpipe.system.hardware import Hardware
-from kdpipe.system.timing import median_ratio, threads, time_in_turn
+from kdpipe.system.timing import median_ratio, threads, time_interleaved
 
 CPU = Hardware(torch.device("cpu"))
 
 
 class Tower(nn.Module):
-    """`depth` linear layers of `width`, each of which keeps what the one before gave until it is done."""
+    """`depth` linear layers of `width` units; each keeps its input until it is done."""
 
     def __init__(self, depth: int, width: int = 100, pause: float = 0.0) -> None:
         super().__init__()
@@ -39,30 +39,30 @@ def classifier(depth: int, pause: float = 0.0) -> Classifier:
 IMAGES = torch.randint(0, 256, (5, 1, 10, 10), dtype=torch.uint8)
 
 
-def test_operations_are_two_for_each_weight_and_image() -> None:
+def test_flops_are_two_for_each_weight_and_image() -> None:
     assert flops(Tower(3), torch.zeros(7, 100)) == 2 * 3 * 100 * 100 * 7
 
 
-def test_activations_are_what_lives_at_once_and_not_what_has_been() -> None:
+def test_activations_are_a_peak_and_not_a_sum() -> None:
     layer = 7 * 100 * 4
     assert peak_bytes(Tower(1), torch.zeros(7, 100)) == layer
     assert peak_bytes(Tower(2), torch.zeros(7, 100)) == peak_bytes(Tower(30), torch.zeros(7, 100)) == 2 * layer
 
 
-def test_what_a_network_has_is_no_activation_whether_it_is_saved_or_not() -> None:
+def test_buffers_are_not_activations_even_if_they_are_not_saved() -> None:
     network = nn.Module()
     network.register_buffer("table", torch.zeros(1000, 100), persistent=False)
     network.forward = lambda images: network.table[:7] + images  # type: ignore[method-assign,operator,index]
     assert peak_bytes(network, torch.zeros(7, 100)) == 7 * 100 * 4
 
 
-def test_a_convolution_s_operations_and_activations() -> None:
+def test_flops_and_activations_of_a_convolution() -> None:
     network = nn.Conv2d(3, 8, 3, padding=1).requires_grad_(False)
     assert flops(network, torch.zeros(1, 3, 16, 16)) == 2 * (3 * 3 * 3) * 8 * 16 * 16
     assert peak_bytes(network, torch.zeros(1, 3, 16, 16)) == 8 * 16 * 16 * 4
 
 
-def test_a_teacher_that_takes_four_times_as_long() -> None:
+def test_the_speedup_over_a_teacher_that_takes_four_times_as_long() -> None:
     networks = {"model": classifier(1, 0.002), "teacher": classifier(4, 0.008)}
     networks["model"].train()
     found = cost(networks, IMAGES, CPU, seconds=0.5)
@@ -80,8 +80,8 @@ def test_without_seconds_nothing_is_timed() -> None:
     assert set(found) == {"model/params", "model/size_mb", "model/flops", "model/activation_mb"}
 
 
-def test_the_ratio_is_the_median_of_the_rounds_ratios() -> None:
-    """A machine that slows down in the middle: each round's ratio is 3, the ratio of the medians is not."""
+def test_the_speedup_is_the_median_ratio_of_the_rounds() -> None:
+    """When a machine slows down halfway, the ratio in each round is 3, but that of the medians is not."""
     faster = [1.0, 1.0, 10.0, 10.0, 10.0]
     slower = [3.0, 3.0, 30.0, 30.0, 30.0]
     assert median_ratio(slower, faster) == 3
@@ -90,8 +90,8 @@ def test_the_ratio_is_the_median_of_the_rounds_ratios() -> None:
     )
 
 
-def test_what_is_slow_for_a_while_is_slow_for_both() -> None:
-    """Turns alternate, so the second half of the rounds is slow for each of them."""
+def test_a_slowdown_of_the_machine_affects_both_networks() -> None:
+    """They take turns, so the second half of the rounds is slow for both."""
     calls = 0
 
     def work(seconds: float) -> None:
@@ -99,13 +99,13 @@ def test_what_is_slow_for_a_while_is_slow_for_both() -> None:
         calls += 1
         time.sleep(seconds * (8 if calls > 26 else 1))
 
-    taken = time_in_turn({"slow": lambda: work(0.006), "fast": lambda: work(0.002)}, seconds=0, least=20)
+    taken = time_interleaved({"slow": lambda: work(0.006), "fast": lambda: work(0.002)}, seconds=0, min_rounds=20)
     assert all(max(times) > 4 * min(times) for times in taken.values())
     assert median_ratio(taken["slow"], taken["fast"]) == pytest.approx(3, rel=0.3)
 
 
-def test_a_frozen_teacher_costs_what_the_same_network_costs_that_learns() -> None:
-    """In bfloat16, weights are cast for both in each call."""
+def test_a_frozen_network_costs_the_same_as_a_trainable_one() -> None:
+    """In bfloat16, both cast their weights in each call."""
     networks = {"model": classifier(8), "teacher": classifier(8).requires_grad_(False)}
     found = cost(networks, IMAGES, Hardware(torch.device("cpu"), "bfloat16"), seconds=0)
     assert found["model/activation_mb"] == found["teacher/activation_mb"]
@@ -113,13 +113,13 @@ def test_a_frozen_teacher_costs_what_the_same_network_costs_that_learns() -> Non
     assert torch.is_autocast_cache_enabled()
 
 
-def test_what_a_network_looks_at_is_no_activation_of_its() -> None:
-    """One channel is expanded to three: a view of a batch's storage, of which one image is taken."""
+def test_the_input_is_not_an_activation() -> None:
+    """Not even as a view: one channel is expanded to three, without a copy."""
     network = Classifier(nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten()), 10, [0.5] * 3, [0.5] * 3)
     assert peak_bytes(network, IMAGES[:1]) == peak_bytes(network, IMAGES[:1].clone())
 
 
-def test_attention_is_counted_whatever_computes_it() -> None:
+def test_flops_of_attention_do_not_depend_on_its_kernel() -> None:
     layer = nn.TransformerEncoderLayer(64, 4, dim_feedforward=128, batch_first=True).eval()
     tokens = 10
     projections = 4 * 64 * 64 + 2 * 64 * 128
@@ -127,15 +127,15 @@ def test_attention_is_counted_whatever_computes_it() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def test_who_is_first_changes() -> None:
+def test_the_first_in_a_round_rotates() -> None:
     order: list[str] = []
     works = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    taken = time_in_turn(works, seconds=0, least=3)
+    taken = time_interleaved(works, seconds=0, min_rounds=3)
     assert "".join(order[-9:]) == "abcbcacab"
     assert [len(times) for times in taken.values()] == [3, 3, 3] and median(taken["a"]) >= 0
 
 
-def test_threads_are_given_back() -> None:
+def test_the_number_of_threads_is_restored() -> None:
     before = torch.get_num_threads()
     with pytest.raises(KeyError), threads(1):
         assert torch.get_num_threads() == 1
@@ -143,7 +143,7 @@ def test_threads_are_given_back() -> None:
     assert torch.get_num_threads() == before
 
 
-def test_a_busy_machine_is_told() -> None:
+def test_a_busy_machine_is_detected() -> None:
     quiet = {"model/latency_ms_1_thread": 1.0, "model/latency_p95_ms_1_thread": 1.5}
     quiet |= {"model/latency_ms": 0.7, "model/latency_p95_ms": 0.9}
     assert not was_busy(quiet)

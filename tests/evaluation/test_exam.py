@@ -1,4 +1,4 @@
-"""What is known of a run at its end: metrics, predictions.csv, classes.csv, pictures."""
+"""The end of a run: metrics, predictions.csv, classes.csv, figures."""
 
 import csv
 from collections.abc import Callable
@@ -9,14 +9,25 @@ import torch
 from conftest import Taught
 from mlflow import MlflowClient
 from PIL import Image
+from torch import nn
 
 from kdpipe.assembly.finished_runs import open_data, open_run
-from kdpipe.cost import arguments_of
-from kdpipe.cost import run as measure_cost
+from kdpipe.cost import cost_arguments, measure_cost
 from kdpipe.data import ImageDataset
-from kdpipe.evaluation.exam import FILES, Exam, _most_differing, by_class, finite, oddities, predictions, write_files
-from kdpipe.evaluation.figures import confusion, to_png
+from kdpipe.evaluation.exam import (
+    FILES,
+    Exam,
+    _most_differing,
+    caveats,
+    check_logits,
+    class_table,
+    prediction_table,
+    write_exam,
+)
+from kdpipe.evaluation.figures import as_png, draw_confusion
+from kdpipe.evaluation.inference import evaluate, logits_of
 from kdpipe.runs.names import DIFFERING
+from kdpipe.system.hardware import Hardware
 from kdpipe.tracking import RunStore
 
 TEACHER = ["experiment=teacher", "model=resnet20", "dataset=digits", "train.epochs=1", "train.threads=1"]
@@ -38,17 +49,18 @@ def exam(**changes: torch.Tensor | None) -> tuple[Exam, ImageDataset]:
 
 def test_predictions_have_a_line_for_each_image() -> None:
     taken, data = exam()
-    lines = predictions(taken, data.class_names)
-    assert lines[0] == ["image", "label", "answer", "probability", "teacher_answer", "teacher_probability"]
-    assert lines[2] == [3, "cat", "dog, large", "0.9094", "cat", "0.9998"]
+    table = prediction_table(taken, data.class_names)
+    assert [*table] == ["image", "label", "answer", "probability", "teacher_answer", "teacher_probability"]
+    assert [*table.loc[1]] == [3, "cat", "dog, large", "0.9094", "cat", "0.9998"]
     alone, _ = exam(teacher=None)
-    assert predictions(alone, data.class_names)[2] == [3, "cat", "dog, large", "0.9094"]
+    assert [*prediction_table(alone, data.class_names).loc[1]] == [3, "cat", "dog, large", "0.9094"]
 
 
 def test_classes_have_a_line_each_with_what_they_are_mistaken_for() -> None:
     taken, data = exam()
-    assert by_class(taken, data.class_names) == [
-        ["class", "images", "accuracy", "teacher_accuracy", "mistaken_for", "mistaken"],
+    table = class_table(taken, data.class_names)
+    assert [*table] == ["class", "images", "accuracy", "teacher_accuracy", "mistaken_for", "mistaken"]
+    assert table.to_numpy().tolist() == [
         ["cat", 2, "0.5000", "1.0000", "dog, large", 1],
         ["dog, large", 2, "0.5000", "0.5000", "$x$ 鳥", 1],
         ["$x$ 鳥", 1, "1.0000", "1.0000", "", 0],
@@ -57,41 +69,44 @@ def test_classes_have_a_line_each_with_what_they_are_mistaken_for() -> None:
 
 def test_a_class_without_test_images_is_no_error() -> None:
     taken, data = exam(labels=torch.tensor([0, 0, 1, 1, 1]))
-    assert by_class(taken, data.class_names)[3] == ["$x$ 鳥", 0, "", "", "", 0]
+    assert [*class_table(taken, data.class_names).loc[2]] == ["$x$ 鳥", 0, "", "", "", 0]
     assert taken.metrics()["test/accuracy"] == 0.4
 
 
-def test_the_files_are_what_is_there_now(tmp_path: Path) -> None:
-    """Pictures of an earlier run in the same folder are no pictures of this one."""
+def test_files_of_an_earlier_run_are_removed(tmp_path: Path) -> None:
     taken, data = exam()
-    assert [file.name for file in write_files(taken, data, tmp_path, draws=True)] == list(FILES)
+    assert [file.name for file in write_exam(taken, data, tmp_path, with_figures=True)] == list(FILES)
     for name in FILES[2:]:
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 500
     content = list(csv.reader((tmp_path / "predictions.csv").open(newline="")))
     assert content[5][1] == "$x$ 鳥" and content[3][1] == "dog, large"
+    assert (tmp_path / "classes.csv").read_bytes().decode().splitlines(keepends=True)[:2] == [
+        "class,images,accuracy,teacher_accuracy,mistaken_for,mistaken\n",
+        'cat,2,0.5000,1.0000,"dog, large",1\n',
+    ]
     alone, _ = exam(teacher=None)
-    write_files(alone, data, tmp_path, draws=True)
+    write_exam(alone, data, tmp_path, with_figures=True)
     assert not (tmp_path / DIFFERING).exists()
-    write_files(alone, data, tmp_path, draws=False)
+    write_exam(alone, data, tmp_path, with_figures=False)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["classes.csv", "predictions.csv"]
 
 
 @pytest.mark.parametrize("classes", [2, 10, 40, 100])
-def test_a_matrix_of_any_number_of_classes_can_be_drawn(classes: int) -> None:
+def test_a_confusion_matrix_of_any_number_of_classes_can_be_drawn(classes: int) -> None:
     counts = torch.eye(classes).long().numpy() * 7
-    assert to_png(confusion(counts, [f"a class with a long name {number}" for number in range(classes)]))
+    assert as_png(draw_confusion(counts, [f"a class with a long name {number}" for number in range(classes)]))
 
 
-def test_the_image_on_which_they_differ_most_comes_first() -> None:
+def test_the_image_with_the_largest_difference_comes_first() -> None:
     """The second one, at position 3: they agree on all others, on a wrong answer, too."""
     taken, data = exam()
-    images, told = _most_differing(taken, data)
+    images, told = _most_differing(taken, taken.teacher, data)
     assert told[0] == ("cat", "dog, large", "0.9094", "cat", "0.9998")
     assert torch.equal(images[0], data.images[3]) and len(images) == len(told) == 5
 
 
-def test_a_run_s_end(kdpipe: Callable, tmp_path: Path) -> None:
+def test_the_end_of_a_run(kdpipe: Callable, tmp_path: Path) -> None:
     """What a teacher and its student log, and what `kdpipe.cost` finds of them afterwards."""
     assert kdpipe(*TEACHER).status == 0
     outcome = kdpipe(*DISTILL, "evaluation.pictures=true", "evaluation.timing_seconds=0.1")
@@ -122,7 +137,7 @@ def test_a_run_s_end(kdpipe: Callable, tmp_path: Path) -> None:
     assert sum(right) / len(lines) == pytest.approx(metrics["test/accuracy"])
     assert sum(agree) / len(lines) == pytest.approx(metrics["teacher/agreement"])
 
-    said = measure_cost(arguments_of([run.info.run_id, "--seconds", "0.2"]))
+    said = measure_cost(cost_arguments([run.info.run_id, "--seconds", "0.2"]))
     assert "resnet20" in said and "student_cnn" in said and f"logged to run {run.info.run_id}" in said
     after = client.get_run(run.info.run_id)
     assert after.info.status == "FINISHED" and after.info.end_time == run.info.end_time
@@ -130,7 +145,7 @@ def test_a_run_s_end(kdpipe: Callable, tmp_path: Path) -> None:
     assert after.data.metrics["model/latency_ms"] != metrics["model/latency_ms"]
 
 
-def test_the_times_of_a_student_whose_teacher_is_gone_are_not_logged_beside_older_ones(
+def test_times_of_a_student_whose_teacher_is_gone_are_not_logged(
     taught: Taught, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gone(*_: object) -> None:
@@ -138,7 +153,7 @@ def test_the_times_of_a_student_whose_teacher_is_gone_are_not_logged_beside_olde
 
     monkeypatch.setattr("kdpipe.assembly.finished_runs.open_teacher", gone)
     before = MlflowClient(taught.uri).get_run(taught.student).data
-    told = measure_cost(arguments_of([taught.student, "--uri", taught.uri, "--seconds", "0.1"]))
+    told = measure_cost(cost_arguments([taught.student, "--uri", taught.uri, "--seconds", "0.1"]))
     assert "student_cnn" in told and "resnet20" not in told
     assert "without its teacher, which cannot be opened: teacher.weights=teacher.pt: there is no such file" in told
     assert told.endswith("; not logged")
@@ -150,15 +165,15 @@ def test_the_times_of_a_student_whose_teacher_is_gone_are_not_logged_beside_olde
     ("words", "said"),
     [
         (["nothing"], "runs:/nothing: there is no such run in "),
-        (["nothing", "--seconds", "0"], "--seconds=0.0: a number above 0 is accepted"),
-        (["nothing", "--threads", "0"], "--threads=0: a whole number from 1 "),
-        (["nothing", "--device", "cuda:99"], "--device=cuda:99: one of "),
-        (["nothing", "--uri", "sqlite:///nowhere.db"], "nowhere.db: there is no such MLflow store"),
+        (["nothing", "--seconds", "0"], "--seconds 0.0: expected a number above 0"),
+        (["nothing", "--threads", "0"], "--threads 0: expected a whole number from 1 "),
+        (["nothing", "--device", "cuda:99"], "--device cuda:99: expected "),
+        (["nothing", "--uri", "sqlite:///nowhere.db"], "nowhere.db: MLflow store not found"),
     ],
 )
-def test_what_is_no_run_is_said_in_a_line(kdpipe: Callable, words: list[str], said: str) -> None:
+def test_bad_arguments_are_one_line_errors(kdpipe: Callable, words: list[str], said: str) -> None:
     with pytest.raises(ValueError) as error:
-        measure_cost(arguments_of(words))
+        measure_cost(cost_arguments(words))
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
@@ -179,19 +194,40 @@ def test_the_trained_head_of_a_frozen_backbone_is_examined(kdpipe: Callable, tmp
         assert line["answer"] == str(int(answer)) or probability < 0.2
 
 
-def test_one_answer_to_everything_and_classes_without_an_image_are_told() -> None:
+def test_constant_predictions_and_classes_without_images_are_reported() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0]] * 4)
     exam = Exam(torch.arange(4), torch.tensor([0, 1, 0, 1]), logits, teacher=logits.flip(0).roll(1, dims=1))
-    assert oddities(exam, ("cat", "dog", "owl")) == [
-        "the trained network answers cat to all 4 test images",
-        "its teacher answers dog to all 4 test images",
-        "there is no test image of owl: what is measured says nothing of them",
+    assert caveats(exam, ("cat", "dog", "owl")) == [
+        "the trained network predicts cat for all 4 test images",
+        "its teacher predicts dog for all 4 test images",
+        "no test images of owl: the metrics say nothing about them",
     ]
-    assert oddities(Exam(torch.arange(3), torch.arange(3), torch.eye(3)), ("cat", "dog", "owl")) == []
+    assert caveats(Exam(torch.arange(3), torch.arange(3), torch.eye(3)), ("cat", "dog", "owl")) == []
 
 
-def test_answers_that_are_no_numbers_are_named() -> None:
+def test_logits_that_are_not_finite_are_an_error() -> None:
     logits = torch.zeros(5, 3)
     logits[2, 1] = torch.nan
-    with pytest.raises(ValueError, match="the teacher resnet20 answers 1 of 5 test images with logits that"):
-        finite("the teacher resnet20", logits)
+    with pytest.raises(ValueError, match=r"^the teacher resnet20 has .* NaN or infinite for 1 of 5 test images$"):
+        check_logits("the teacher resnet20", logits)
+
+
+@pytest.mark.parametrize("run", [evaluate, logits_of])
+def test_a_model_is_in_training_mode_again_after_an_error(run: Callable) -> None:
+    class Failing(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            assert not self.training
+            raise KeyboardInterrupt
+
+    _, data = exam()
+    model = Failing().train()
+    with pytest.raises(KeyboardInterrupt) as error:  # which holds on to the frames of `run`
+        run(model, data, "test", Hardware(torch.device("cpu")))
+    assert model.training and error.tb
+
+
+def test_a_sum_over_processes_is_a_new_tensor() -> None:
+    values = torch.ones(2)
+    total = Hardware(torch.device("cpu")).sum(values)
+    assert torch.equal(total, values)
+    assert total.data_ptr() != values.data_ptr()

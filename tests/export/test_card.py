@@ -1,5 +1,6 @@
-"""What an exported folder says of its model: the card, the config beside the weights, whose weights they are."""
+"""How an exported folder describes its model: the card, config.yaml, and the origin of the weights."""
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,20 +17,25 @@ from test_export import ALL, QUICK, no_store
 from kdpipe.assembly import finished_runs as finished
 from kdpipe.assembly import read_config
 from kdpipe.assembly.finished_runs import open_run
-from kdpipe.export import making
-from kdpipe.export.deployed import open_deployed, read_metadata
+from kdpipe.export.predictor import open_predictor, read_metadata
+from kdpipe.export.writers import portable_config
 from kdpipe.tracking import RunStore
 
 
-def test_the_card_tells_data_teacher_method_numbers_and_licence(taught: Taught, command: Callable) -> None:
+def squeezed(text: str) -> str:
+    """Without the padding of tables."""
+    return re.sub(" +", " ", text)
+
+
+def test_the_card_describes_data_training_results_and_licence(taught: Taught, command: Callable) -> None:
     command("export", taught.student, "--out", "files", "--license", "Apache-2.0", *QUICK)
     text = Path("files/README.md").read_text()
     _, front, body = text.split("---\n", 2)
-    said = yaml.safe_load(front)
-    assert said["license"] == "apache-2.0" and "knowledge-distillation" in said["tags"]
-    accuracy = said["model-index"][0]["results"][0]["metrics"][0]["value"]
-    for told in (
-        "distilled from a resnet20",
+    matter = yaml.safe_load(front)
+    assert matter["license"] == "apache-2.0" and "knowledge-distillation" in matter["tags"]
+    accuracy = matter["model-index"][0]["results"][0]["metrics"][0]["value"]
+    for expected in (
+        "distilled from resnet20.",
         "449 test",
         "kdpipe.losses.KD",
         "temperature: 5",
@@ -38,10 +44,10 @@ def test_the_card_tells_data_teacher_method_numbers_and_licence(taught: Taught, 
         "Test accuracy by class: ",
         f"with PyTorch {torch.__version__}, onnxruntime ",
         "Licence of the weights\n\nApache-2.0",
-        "started from random numbers",
+        "Training started from random weights.",
         f"- run: {taught.student} (student_cnn_distill_a0.5_T5_s0), seed 0\n- weights: runs:/{taught.student}\n",
     ):
-        assert told in body, told
+        assert expected in squeezed(body), expected
     assert "The weights are those after" not in body
 
     command("export", taught.teacher, "--out", "alone", "--format", "safetensors", *QUICK)
@@ -49,7 +55,7 @@ def test_the_card_tells_data_teacher_method_numbers_and_licence(taught: Taught, 
     assert "not stated" in alone and "license: unknown" in alone and "Trained on the labels alone" in alone
 
 
-def test_the_example_of_the_card_gives_an_answer(
+def test_the_code_of_the_card_predicts_what_the_command_predicts(
     taught: Taught, command: Callable, photo: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     command("export", taught.student, "--out", "files", *QUICK)
@@ -62,7 +68,7 @@ def test_the_example_of_the_card_gives_an_answer(
     assert predicted.output.splitlines()[-1].split()[:3] == ["photo.jpg", answer, f"{100 * float(probability):.1f}"]
 
 
-def test_the_card_and_the_config_tell_how_it_was_taught(
+def test_the_card_and_the_config_describe_the_training(
     command: Callable, kdpipe: Callable, class_folders: Path
 ) -> None:
     shutil.copytree(class_folders / "temple", "more")
@@ -78,11 +84,11 @@ def test_the_card_and_the_config_tell_how_it_was_taught(
         made = command("export", run_id, "--out", run_id, "--format", "safetensors", *QUICK, *store)
         assert made.status == 0, made.errors
         text = Path(run_id, "README.md").read_text()
-        return text.split("## Data")[1].split("## Numbers")[0], OmegaConf.load(Path(run_id, "config.yaml"))
+        return text.split("## Data")[1].split("## Results")[0], OmegaConf.load(Path(run_id, "config.yaml"))
 
     teacher = trained("experiment=teacher")
     taught_by = ["model@teacher=resnet20", f"teacher.weights=runs:/{teacher}", "augmentation=crop_flip"]
-    told = {
+    texts = {
         "teacher": f"Teacher: resnet20 (runs:/{teacher}), ",
         "method": "Method: CrossEntropy + Attention.",
         "also": "also:\n  _target_: kdpipe.losses.Attention\n  weight: 1000\n",
@@ -91,13 +97,13 @@ def test_the_card_and_the_config_tell_how_it_was_taught(
         "cutmix": "  cutmix: 1\n",
         "clip_norm": "  clip_norm: 5\n",
         "select": "  select: best\n",
-        "head": "Only its head was trained",
-        "unlabelled": "Beside them 20 images without a label (more, fingerprint ",
+        "head": "Only the head was trained",
+        "unlabelled": "In addition 20 unlabelled images (more, fingerprint ",
         "views": "distillation:\n  outputs: views\n  views: 2\n",
     }
 
     def found(card: str) -> set[str]:
-        return {name for name, text in told.items() if text in card}
+        return {name for name, text in texts.items() if text in card}
 
     words = ["loss=cross_entropy", "loss@also=attention", "train.mixup=0.2", "train.cutmix=1", "train.clip_norm=5"]
     card, config = exported(trained(*taught_by, *words))
@@ -120,10 +126,13 @@ def test_the_card_and_the_config_tell_how_it_was_taught(
     assert found(card) == set() and "Nothing was trained in this run." in card and "optimizer" not in card
 
     card, _ = exported(trained("model@teacher=resnet20", "loss=mutual"))
-    assert found(card) == set() and "Taught by a second student (resnet20), and it by this one." in card
+    assert (
+        found(card) == set()
+        and "Trained together with a second student (resnet20); each learned from the other." in card
+    )
 
 
-def test_a_run_of_a_version_that_kept_less_of_its_config_is_exported(
+def test_a_run_of_an_older_version_with_less_config_is_exported(
     taught: Taught, command: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(finished, "OPTIONAL", ())
@@ -132,7 +141,7 @@ def test_a_run_of_a_version_that_kept_less_of_its_config_is_exported(
     assert "Method: KD." in Path("files/README.md").read_text()
 
 
-def test_a_student_whose_teacher_is_gone_is_exported_without_it(
+def test_a_student_is_exported_without_its_missing_teacher(
     taught: Taught, command: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gone(*_: object) -> None:
@@ -141,35 +150,35 @@ def test_a_student_whose_teacher_is_gone_is_exported_without_it(
     monkeypatch.setattr("kdpipe.assembly.finished_runs.open_teacher", gone)
     made = command("export", taught.student, "--out", "files", "--format", "safetensors", *QUICK)
     assert made.status == 0 and "without its teacher, which cannot be opened: teacher.weights=runs:/0" in made.output
-    assert "distilled from a resnet20" in Path("files/README.md").read_text()
+    assert "distilled from resnet20." in Path("files/README.md").read_text()
 
 
-def test_the_config_beside_the_weights_names_no_place(taught: Taught, command: Callable) -> None:
+def test_the_config_next_to_the_weights_has_no_folders(taught: Taught, command: Callable) -> None:
     command("export", taught.student, "--out", "files", "--format", "safetensors", *QUICK)
     config = read_config(Path("files/config.yaml"), ["model", "dataset", "train"])
     assert config.model.name == "student_cnn" and config.dataset.name == "digits"
-    assert making.config_of(open_run(taught.student, RunStore(taught.uri))) == Path("files/config.yaml").read_text()
+    assert portable_config(open_run(taught.student, RunStore(taught.uri))) == Path("files/config.yaml").read_text()
 
 
-def test_the_weights_of_an_earlier_epoch_have_none_of_the_last_ones_figures(taught: Taught, command: Callable) -> None:
+def test_an_earlier_epoch_is_exported_without_the_results_of_the_last(taught: Taught, command: Callable) -> None:
     made = command("export", f"{taught.student}/epoch_1", "--out", "early", *QUICK)
     assert made.status == 0, made.errors
-    text = Path("early/README.md").read_text()
+    text = squeezed(Path("early/README.md").read_text())
     assert "model-index" not in text and "test accuracy" not in text
     assert "| parameters | 189,854 |" in text
-    assert open_deployed("early/model.onnx", no_store).temperature == 1
+    assert open_predictor("early/model.onnx", no_store).temperature == 1
     run = MlflowClient(taught.uri).get_run(taught.student)
-    assert "model/temperature" in run.data.metrics  # of the last weights
+    assert "model/temperature" in run.data.metrics  # of the last epoch
 
 
-def test_the_weights_of_an_earlier_epoch_say_so(taught: Taught, command: Callable) -> None:
+def test_files_and_registry_name_the_epoch_of_the_weights(taught: Taught, command: Callable) -> None:
     address = f"runs:/{taught.student}/epoch_1"
     words = ("--out", "early", "--format", *ALL, "--register", "early", *QUICK)
     made = command("export", f"{address}.safetensors", *words)
     assert made.status == 0, made.errors
     for name in ("model.onnx", "model_int8.onnx"):
-        said = {entry.key: entry.value for entry in onnx.load(f"early/{name}").metadata_props}
-        assert (said["kdpipe.run"], said["kdpipe.weights"]) == (taught.student, address)
+        metadata = {entry.key: entry.value for entry in onnx.load(f"early/{name}").metadata_props}
+        assert (metadata["kdpipe.run"], metadata["kdpipe.weights"]) == (taught.student, address)
     assert read_metadata(Path("early/model.safetensors"))["kdpipe.weights"] == address
     version = MlflowClient(taught.uri).get_model_version_by_alias("early", "candidate")
     assert (version.tags["kdpipe.run"], version.tags["kdpipe.weights"]) == (taught.student, address)

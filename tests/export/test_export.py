@@ -1,10 +1,11 @@
-"""Finished runs as files: what is written, what is refused, what is told of it."""
+"""Exported files: what is written, what is checked, what is refused."""
 
 import json
 import re
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,10 @@ from onnx import numpy_helper
 
 from kdpipe.assembly import build_network, forget_data
 from kdpipe.assembly.finished_runs import blank, open_run, open_teacher
-from kdpipe.export import int8, making
-from kdpipe.export.check import evenly, problem_of_float, problem_of_int8
-from kdpipe.export.deployed import answers_of, open_deployed, open_onnx, open_program
-from kdpipe.export.formats import traced, write_onnx, write_program
+from kdpipe.export import exporting, quantize
+from kdpipe.export.predictor import numpy_forward, open_onnx, open_predictor, open_program
+from kdpipe.export.verification import check_accuracy, check_logits, subsample
+from kdpipe.export.writers import trace_classifier, write_onnx, write_program
 from kdpipe.tracking import RunStore
 
 QUICK = ("--seconds", 0, "--images", 100, "--max-loss", 10)
@@ -29,7 +30,7 @@ ALL = ("onnx", "torch_export", "safetensors")
 
 
 def no_store() -> RunStore:
-    raise AssertionError("a file needs no store")
+    raise AssertionError("opening a file needs no store")
 
 
 def test_every_format_gives_the_logits_of_pytorch_for_any_batch_size(taught: Taught, command: Callable) -> None:
@@ -41,15 +42,15 @@ def test_every_format_gives_the_logits_of_pytorch_for_any_batch_size(taught: Tau
 
     run = open_run(taught.student, RunStore(taught.uri))
     images = np.random.default_rng(0).integers(0, 256, (7, 1, 8, 8)).astype(np.uint8)
-    expected = answers_of(run.classifier)(images)
+    expected = numpy_forward(run.classifier)(images)
     for name in ("model.onnx", "model.pt2", "model.safetensors"):
-        opened = open_deployed(f"files/{name}", no_store, trust=True)
+        opened = open_predictor(f"files/{name}", no_store, trust=True)
         assert opened.class_names == run.class_names and opened.image_shape == (1, 8, 8)
         for count in (1, 2, 7):
-            np.testing.assert_allclose(opened.answer(images[:count]), expected[:count], atol=1e-4)
-    quantised = open_deployed("files/model_int8.onnx", no_store)
+            np.testing.assert_allclose(opened.forward(images[:count]), expected[:count], atol=1e-4)
+    quantized = open_predictor("files/model_int8.onnx", no_store)
     for count in (1, 2, 7):
-        assert quantised.answer(images[:count]).shape == (count, 10)
+        assert quantized.forward(images[:count]).shape == (count, 10)
 
 
 def test_the_table_has_teacher_student_and_files(taught: Taught, command: Callable) -> None:
@@ -64,21 +65,21 @@ def test_the_table_has_teacher_student_and_files(taught: Taught, command: Callab
     assert "× student" in alone.output and "× teacher" not in alone.output
 
 
-def test_an_onnx_file_says_what_it_is_and_nothing_of_the_machine(taught: Taught, command: Callable) -> None:
+def test_files_describe_themselves_and_not_the_machine(taught: Taught, command: Callable) -> None:
     assert command("export", taught.student, "--out", "files", "--format", *ALL, *QUICK).status == 0
     for name in ("model.onnx", "model_int8.onnx"):
         model = onnx.load(f"files/{name}")
-        said = {entry.key: entry.value for entry in model.metadata_props}
-        assert json.loads(said["class_names"]) == [str(digit) for digit in range(10)]
-        assert said["kdpipe.run"] == taught.student and "uint8" in said["preprocessing"]
-        assert said["kdpipe.weights"] == f"runs:/{taught.student}"
+        metadata = {entry.key: entry.value for entry in model.metadata_props}
+        assert json.loads(metadata["class_names"]) == [str(digit) for digit in range(10)]
+        assert metadata["kdpipe.run"] == taught.student and "uint8" in metadata["preprocessing"]
+        assert metadata["kdpipe.weights"] == f"runs:/{taught.student}"
         (images,), (logits,) = model.graph.input, model.graph.output
         assert (images.name, logits.name) == ("images", "logits")
         assert images.type.tensor_type.elem_type == onnx.TensorProto.UINT8
         assert [size.dim_param or size.dim_value for size in images.type.tensor_type.shape.dim] == ["batch", 1, 8, 8]
     for file in Path("files").iterdir():
         content = file.read_bytes()
-        for place in (str(taught.folder), str(Path(making.__file__).parents[2]), sys.prefix):
+        for place in (str(taught.folder), str(Path(exporting.__file__).parents[2]), sys.prefix):
             assert place.encode() not in content, f"{place} is in {file.name}"
 
 
@@ -98,28 +99,28 @@ NETWORKS = [
 
 
 @pytest.mark.parametrize(("name", "shape"), NETWORKS)
-def test_networks_of_all_families_are_the_same_once_exported(
+def test_exported_networks_of_all_families_compute_the_same(
     composed: Callable[..., DictConfig], tmp_path: Path, name: str, shape: tuple[int, int, int]
 ) -> None:
     preprocessing = ["model.image_size=64", "model.mean=[0.5,0.5,0.5]", "model.std=[0.5,0.5,0.5]"]
     config = composed("experiment=student", f"model={name}", *(preprocessing if "i" in name and name[0] == "t" else []))
     torch.manual_seed(0)
     classifier = build_network("model", config.model, blank(("a", "b", "c"), shape), freeze="none").eval()
-    said = {"class_names": '["a", "b", "c"]', "image_shape": "x".join(map(str, shape)), "kdpipe.version": "0"}
-    program = traced(classifier, shape)
-    write_onnx(program, tmp_path / "model.onnx", said)
-    write_program(program, tmp_path / "model.pt2", said)
+    metadata = {"class_names": '["a", "b", "c"]', "image_shape": "x".join(map(str, shape)), "kdpipe.version": "0"}
+    program = trace_classifier(classifier, shape)
+    write_onnx(program, tmp_path / "model.onnx", metadata)
+    write_program(program, tmp_path / "model.pt2", metadata)
     images = np.random.default_rng(0).integers(0, 256, (7, *shape)).astype(np.uint8)
-    expected = answers_of(classifier)(images)
+    expected = numpy_forward(classifier)(images)
     for opened in (open_onnx(tmp_path / "model.onnx"), open_program(tmp_path / "model.pt2", trust=True)):
         for count in (1, 2, 7):
-            assert problem_of_float(opened.answer(images[:count]), expected[:count]) is None
+            check_logits(opened.forward(images[:count]), expected[:count])
     nodes = onnx.load(tmp_path / "model.onnx").graph.node
     assert not any(node.metadata_props for node in nodes)  # a tenth of a small file
     if name == "student_cnn":
-        assert "Gather" not in {node.op_type for node in nodes}  # which a trick with strides would come to
-    int8.write_int8(tmp_path / "model.onnx", tmp_path / "int8.onnx", images, said)
-    assert open_onnx(tmp_path / "int8.onnx").answer(images[:1]).shape == (1, 3)
+        assert "Gather" not in {node.op_type for node in nodes}  # as resizing by strides would be exported
+    quantize.write_int8(tmp_path / "model.onnx", tmp_path / "int8.onnx", images, metadata)
+    assert open_onnx(tmp_path / "int8.onnx").forward(images[:1]).shape == (1, 3)
 
 
 def tamper(file: Path, factor: float) -> None:
@@ -133,19 +134,19 @@ def tamper(file: Path, factor: float) -> None:
 
 @pytest.fixture
 def tampered(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """`tampered(1.01)` has an export write an ONNX file whose last layer is a hundredth too large."""
+    """After `tampered(1.01)` exported ONNX files have a last layer that is 1 % too large."""
 
     def wrong(factor: float) -> None:
-        def write(program: torch.export.ExportedProgram, file: Path, said: dict[str, str]) -> None:
-            write_onnx(program, file, said)
+        def write(program: torch.export.ExportedProgram, file: Path, metadata: dict[str, str]) -> None:
+            write_onnx(program, file, metadata)
             tamper(file, factor)
 
-        monkeypatch.setattr(making, "write_onnx", write)
+        monkeypatch.setattr(exporting, "write_onnx", write)
 
     return wrong
 
 
-def test_a_file_that_is_not_the_network_is_refused_and_the_others_stay(
+def test_a_file_with_other_logits_is_refused_and_the_others_stay(
     taught: Taught, command: Callable, tampered: Callable
 ) -> None:
     tampered(1.01)
@@ -157,18 +158,18 @@ def test_a_file_that_is_not_the_network_is_refused_and_the_others_stay(
     assert "model.onnx" not in Path("files/README.md").read_text()
 
 
-def test_an_int8_file_that_is_worse_than_allowed_is_refused(
+def test_an_int8_file_that_loses_too_much_accuracy_is_refused(
     taught: Taught, command: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def opposite(float_file: Path, file: Path, images: np.ndarray, said: dict[str, str]) -> None:
+    def opposite(float_file: Path, file: Path, images: np.ndarray, metadata: dict[str, str]) -> None:
         shutil.copy(float_file, "opposite.onnx")
         tamper(Path("opposite.onnx"), -1)
-        int8.write_int8(Path("opposite.onnx"), file, images, said)
+        quantize.write_int8(Path("opposite.onnx"), file, images, metadata)
 
-    monkeypatch.setattr(making, "write_int8", opposite)
+    monkeypatch.setattr(exporting, "write_int8", opposite)
     made = command("export", taught.student, "--out", "files", *QUICK)
     assert made.status == 1
-    assert "model_int8.onnx is refused: it has" in made.errors and "--max-loss 10 is accepted" in made.errors
+    assert re.search("model_int8.onnx is refused: its accuracy on .*, more than --max-loss 10$", made.errors)
     assert {file.name for file in Path("files").iterdir()} == {"model.onnx", "README.md"}
     assert "model_int8.onnx" not in Path("files/README.md").read_text()
 
@@ -182,7 +183,7 @@ PLAIN = {"model.safetensors", "config.yaml", "README.md"}
 @pytest.mark.parametrize(
     ("breaks", "formats", "refused", "left"),
     [
-        ("traced", ALL, {"model.onnx", "model_int8.onnx", "model.pt2"}, PLAIN),
+        ("trace_classifier", ALL, {"model.onnx", "model_int8.onnx", "model.pt2"}, PLAIN),
         ("write_onnx", ("onnx", "safetensors"), {"model.onnx", "model_int8.onnx"}, PLAIN),
         ("open_onnx", ("onnx", "safetensors"), {"model.onnx", "model_int8.onnx"}, PLAIN),
         ("write_int8", ("onnx",), {"model_int8.onnx"}, {"model.onnx", "README.md"}),
@@ -207,7 +208,7 @@ def test_a_format_that_raises_is_refused_and_the_others_stay(
             file.write_bytes(b"half a file")
         raise RuntimeError(f"{file} is\n broken")
 
-    monkeypatch.setattr(making, breaks, broken)
+    monkeypatch.setattr(exporting, breaks, broken)
     made = command("export", taught.student, "--out", "files", "--format", *formats, *QUICK)
     assert made.status == 1 and made.errors.count("\n") == 1
     for name in refused:
@@ -217,20 +218,20 @@ def test_a_format_that_raises_is_refused_and_the_others_stay(
     assert not any(name in Path("files/README.md").read_text() for name in refused)
 
 
-def test_an_export_of_which_nothing_holds_leaves_nothing(
+def test_an_export_whose_files_are_all_refused_leaves_nothing(
     taught: Taught, command: Callable, tampered: Callable, tmp_path: Path
 ) -> None:
     tampered(float("nan"))
     made = command("export", taught.student, "--out", "files", *QUICK)
-    assert made.status == 1 and "model.onnx is refused: some of its logits are no finite numbers" in made.errors
+    assert made.status == 1 and "model.onnx is refused: some of its logits are not finite" in made.errors
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("where", "stop", "status"),
     [
-        ("time_rows", KeyboardInterrupt, 130),
-        ("time_rows", OSError("No space left on device"), 1),
+        ("time_measurements", KeyboardInterrupt, 130),
+        ("time_measurements", OSError("No space left on device"), 1),
         ("write_weights", KeyboardInterrupt, 130),
         ("write_weights", SystemExit(143), 143),
     ],
@@ -247,7 +248,7 @@ def test_an_export_that_is_interrupted_leaves_nothing(
     def stopped(*_: object) -> None:
         raise stop
 
-    monkeypatch.setattr(making, where, stopped)
+    monkeypatch.setattr(exporting, where, stopped)
     made = command("export", taught.student, "--out", "files", "--format", "safetensors", *QUICK)
     assert made.status == status
     assert list(tmp_path.iterdir()) == []
@@ -261,42 +262,43 @@ EXPECTED = np.array([[4.0, 0, 0], [0, 1, 0.999], [0, 0, 9]], np.float32)
     [
         (EXPECTED, None),
         (EXPECTED + np.float32([[0, 0, 0.005]]), None),  # the second image is a tie, but for rounding
-        (EXPECTED + np.float32([[0, 0, 0.02]]), "differ from PyTorch's by up to 0.02, 0.009 is accepted"),
-        (EXPECTED * np.nan, "no finite numbers"),
-        (EXPECTED[:, :2], r"logits \[3, 2\] instead of \[3, 3\]"),
+        (EXPECTED + np.float32([[0, 0, 0.02]]), "differ from PyTorch's by up to 0.02, more than 0.009"),
+        (EXPECTED * np.nan, "not finite"),
+        (EXPECTED[:, :2], r"logits have shape \[3, 2\], expected \[3, 3\]"),
     ],
 )
-def test_what_counts_as_the_same_logits(logits: np.ndarray, problem: str | None) -> None:
-    found = problem_of_float(logits, EXPECTED)
-    assert found is None if problem is None else re.search(problem, found or "")
+def test_which_logits_count_as_the_same(logits: np.ndarray, problem: str | None) -> None:
+    with nullcontext() if problem is None else pytest.raises(ValueError, match=problem):
+        check_logits(logits, EXPECTED)
 
 
-def test_what_int8_may_lose() -> None:
+def test_the_accuracy_that_int8_may_lose() -> None:
     labels = np.array([0, 1, 2])
     worse = EXPECTED[[0, 1, 0]]
-    assert problem_of_int8(worse, EXPECTED, labels, most=40) is None
-    assert "a loss of 33.33 points" in (problem_of_int8(worse, EXPECTED, labels, most=33) or "")
-    assert problem_of_int8(EXPECTED, EXPECTED, labels, most=0) is None
+    check_accuracy(worse, EXPECTED, labels, max_loss=40)
+    check_accuracy(EXPECTED, EXPECTED, labels, max_loss=0)
+    with pytest.raises(ValueError, match=r"a loss of 33\.33 points, more than --max-loss 33"):
+        check_accuracy(worse, EXPECTED, labels, max_loss=33)
 
 
 def test_checked_images_are_spread_over_the_split() -> None:
-    assert evenly(torch.arange(10), 3).tolist() == [0, 4, 9]
-    assert evenly(torch.arange(10), 20).tolist() == list(range(10))
+    assert subsample(torch.arange(10), 3).tolist() == [0, 4, 9]
+    assert subsample(torch.arange(10), 20).tolist() == list(range(10))
 
 
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (["--out", "."], r"--out \.: this exists; the name of a new folder is accepted"),
-        (["--out", "x", "--images", 0], "--images 0: a number from 1 is accepted"),
-        (["--out", "x", "--seconds", "nan"], "--seconds nan: a number from 0 is accepted"),
-        (["--out", "x", "--max-loss", -1], "--max-loss -1.0: a number from 0 to 100 is accepted"),
-        (["--out", "x", "--alias", "champion"], "--alias champion: with --register NAME alone"),
+        (["--out", "."], r"--out \.: this exists; expected the name of a new folder"),
+        (["--out", "x", "--images", 0], "--images 0: expected a whole number from 1$"),
+        (["--out", "x", "--seconds", "nan"], "--seconds nan: expected a number from 0$"),
+        (["--out", "x", "--max-loss", -1], "--max-loss -1.0: expected a number from 0 to 100$"),
+        (["--out", "x", "--alias", "champion"], "--alias champion: requires --register NAME"),
         (
             ["--out", "x", "--format", "safetensors", "--register", "digits"],
-            "--register digits: what is registered is the ONNX model, so --format onnx is accepted",
+            "--register digits: registers the ONNX model, so add --format onnx",
         ),
-        (["--out", "x", "--uri", "sqlite:///none.db"], "none.db: there is no such MLflow store"),
+        (["--out", "x", "--uri", "sqlite:///none.db"], "none.db: MLflow store not found"),
         (["--out", "x", "--register", "a/b"], "--register a/b: a name without / and : is accepted"),
         (
             ["--out", "x", "--register", "a", "--alias", "v1"],
@@ -304,16 +306,16 @@ def test_checked_images_are_spread_over_the_split() -> None:
         ),
     ],
 )
-def test_flags_that_cannot_be_are_refused_before_anything_is_done(
+def test_invalid_flags_are_refused_before_anything_is_done(
     taught: Taught, command: Callable, monkeypatch: pytest.MonkeyPatch, words: list, error: str
 ) -> None:
-    monkeypatch.setattr(making, "make", lambda *_, **__: pytest.fail("too late"))
+    monkeypatch.setattr(exporting, "export_run", lambda *_, **__: pytest.fail("too late"))
     refused = command("export", taught.student, *words)
     assert refused.status == 1 and refused.errors.count("\n") == 1
     assert re.search(error, refused.errors), refused.errors
 
 
-def test_a_run_that_is_none_and_images_that_are_others_are_refused(
+def test_a_missing_run_and_other_images_are_refused(
     taught: Taught, command: Callable, kdpipe: Callable, class_folders: Path
 ) -> None:
     unknown = command("export", "nosuchrun", "--out", "x")
@@ -323,7 +325,7 @@ def test_a_run_that_is_none_and_images_that_are_others_are_refused(
     assert photos.status == 0, photos.errors
     run_id = photos.output.rsplit("/runs/", 1)[1].split()[0]
     store = ("--uri", f"sqlite:///{Path('outputs/mlflow.db').resolve()}")
-    forget_data()  # which a new process would not know
+    forget_data()  # as a new process would
     gone = class_folders.rename(class_folders.with_name("elsewhere"))
     missing = command("export", run_id, "--out", "x", *store)
     assert missing.status == 1 and "photos" in missing.errors and missing.errors.count("\n") == 1
@@ -334,9 +336,7 @@ def test_a_run_that_is_none_and_images_that_are_others_are_refused(
     assert not Path("x").exists()
 
 
-def test_class_names_of_all_languages_stay_as_they_are(
-    command: Callable, kdpipe: Callable, class_folders: Path
-) -> None:
+def test_class_names_in_any_script_are_kept(command: Callable, kdpipe: Callable, class_folders: Path) -> None:
     names = ["a\u00a0b\u200dc", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645\u3000d"]  # spaces, joiners
     for folder, name in zip(("flower", "temple"), names, strict=True):
         (class_folders / folder).rename(class_folders / name)
@@ -347,12 +347,12 @@ def test_class_names_of_all_languages_stay_as_they_are(
     made = command("export", run_id, "--out", "files", "--format", *ALL, *QUICK, *store)
     assert made.status == 0, made.errors
     for name in ("model.onnx", "model_int8.onnx", "model.pt2", "model.safetensors"):
-        assert list(open_deployed(f"files/{name}", no_store, trust=True).class_names) == names
+        assert list(open_predictor(f"files/{name}", no_store, trust=True).class_names) == names
     answer = command("predict", "files", class_folders / names[0] / "00.jpg", "--top", 2)
     assert all(name in answer.output for name in names)
 
 
-def test_a_run_that_is_not_finished_and_one_without_weights_are_refused(taught: Taught, command: Callable) -> None:
+def test_unfinished_runs_and_runs_without_weights_are_refused(taught: Taught, command: Callable) -> None:
     client = MlflowClient(taught.uri)
     config = client.download_artifacts(taught.student, "config.yaml")
     experiment = client.get_run(taught.student).info.experiment_id
@@ -365,17 +365,17 @@ def test_a_run_that_is_not_finished_and_one_without_weights_are_refused(taught: 
 
 
 @pytest.mark.parametrize("module", ["onnx", "onnxruntime", "onnxscript"])
-def test_a_format_whose_extra_is_not_installed_says_how_to_install_it(
+def test_the_error_for_a_missing_package_says_how_to_install_it(
     taught: Taught, command: Callable, monkeypatch: pytest.MonkeyPatch, module: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     refused = command("export", taught.student, "--out", "files", *QUICK)
     assert refused.status == 1 and not Path("files").exists()
-    assert f"--format onnx: this takes {module}, not installed; pip install -e '.[onnx]'" in refused.errors
+    assert f"--format onnx: requires {module}; install with pip install -e '.[onnx]'" in refused.errors
     assert command("export", taught.student, "--out", "files", "--format", "safetensors", *QUICK).status == 0
 
 
-def test_a_teacher_with_other_weights_than_taught_is_none(taught: Taught) -> None:
+def test_a_teacher_whose_weights_have_changed_is_refused(taught: Taught) -> None:
     store = RunStore(taught.uri)
     run = open_run(taught.student, store)
     assert open_teacher(run, store) is not None
@@ -384,6 +384,6 @@ def test_a_teacher_with_other_weights_than_taught_is_none(taught: Taught) -> Non
         open_teacher(run, store)
 
 
-def test_a_data_set_without_a_folder_takes_no_root(taught: Taught, command: Callable) -> None:
+def test_root_is_refused_for_a_data_set_without_a_folder(taught: Taught, command: Callable) -> None:
     refused = command("export", taught.student, "--out", "files", "--root", "photos")
     assert refused.status == 1 and "--root photos: digits has no folder of its own" in refused.errors

@@ -1,4 +1,4 @@
-"""What a network sees in images: exported files and runs, photos good and bad."""
+"""Predictions of exported files and runs; damaged and hostile files."""
 
 import json
 import pickle
@@ -13,15 +13,15 @@ import pytest
 from conftest import Outcome, Taught
 from mlflow import MlflowClient
 
-from kdpipe.export.deployed import Deployed, open_deployed, open_onnx
-from kdpipe.predict import as_table, seen
+from kdpipe.export.predictor import Predictor, open_onnx, open_predictor
+from kdpipe.predict import load_image, prediction_table
 from kdpipe.tracking import RunStore
 
 
 @pytest.fixture(scope="module")
 def exported(taught: Taught, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that kdpipe.export wrote."""
-    from kdpipe.export.__main__ import arguments_of, run
+    """A folder written by kdpipe.export."""
+    from kdpipe.export.__main__ import export, export_arguments
 
     out = tmp_path_factory.mktemp("exported") / "digits"
     words = [
@@ -37,13 +37,13 @@ def exported(taught: Taught, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--max-loss",
         "10",
     ]
-    run(arguments_of([*words, "--format", "onnx", "torch_export", "safetensors"]))
+    export(export_arguments([*words, "--format", "onnx", "torch_export", "safetensors"]))
     return out
 
 
 @pytest.fixture
 def photos(tmp_path: Path, photo: Callable) -> list[Path]:
-    """A photo, larger than the network's images, and one that is grey and of their size."""
+    """A colour photo larger than the network's images, and a grey one of their size."""
     photo(0, size=(60, 40)).save(tmp_path / "temple.jpg")
     photo(1, size=(8, 8)).convert("L").save(tmp_path / "flower.png")
     return [Path("temple.jpg"), Path("flower.png")]
@@ -54,7 +54,7 @@ def lines(outcome: Outcome) -> list[list[str]]:
     return [line.replace(" %", "").split() for line in outcome.output.splitlines()[2:]]
 
 
-def test_all_formats_and_the_run_itself_answer_alike(
+def test_all_formats_and_the_run_itself_predict_the_same(
     taught: Taught, exported: Path, command: Callable, photos: list[Path]
 ) -> None:
     by_run = command("predict", taught.student, *photos)
@@ -67,7 +67,7 @@ def test_all_formats_and_the_run_itself_answer_alike(
     assert lines(command("predict", exported / "model.pt2", "--trust", *photos)) == answers
 
 
-def test_the_teacher_s_answer_stands_beside_it(
+def test_the_teacher_s_predictions_are_shown_as_well(
     taught: Taught, exported: Path, command: Callable, photos: list[Path]
 ) -> None:
     both = command("predict", exported, *photos, "--teacher", taught.teacher)
@@ -76,16 +76,16 @@ def test_the_teacher_s_answer_stands_beside_it(
     assert "teacher's" in both.output and "teacher's" not in alone.output
 
 
-def test_the_likeliest_answers(exported: Path, command: Callable, photos: list[Path]) -> None:
+def test_the_likeliest_classes(exported: Path, command: Callable, photos: list[Path]) -> None:
     three = lines(command("predict", exported, photos[0], "--top", 3))
     probabilities = [float(line[-1]) for line in three]
     assert len(three) == 3 and probabilities == sorted(probabilities, reverse=True)
     every = lines(command("predict", exported, photos[0], "--top", 99))
     assert len(every) == 10 and sum(float(line[-1]) for line in every) == pytest.approx(100, abs=1)
-    assert "--top 0: a number from 1 is accepted" in command("predict", exported, photos[0], "--top", 0).errors
+    assert "--top 0: expected a whole number from 1" in command("predict", exported, photos[0], "--top", 0).errors
 
 
-def test_what_is_no_image_is_named_and_the_others_are_answered(
+def test_files_that_are_not_images_are_listed_and_the_others_are_classified(
     exported: Path, command: Callable, photos: list[Path]
 ) -> None:
     Path("text.jpg").write_text("no photo")
@@ -94,54 +94,58 @@ def test_what_is_no_image_is_named_and_the_others_are_answered(
     given = command("predict", exported, photos[0], "text.jpg", "empty.png", "torn.jpg", "none.jpg", ".", photos[1])
     assert given.status == 1
     assert [line[0] for line in lines(given)] == ["temple.jpg", "flower.png"]
-    said = given.errors.splitlines()
+    errors = given.errors.splitlines()
     for name, reason in (
-        ("text.jpg", "no known image format"),
+        ("text.jpg", "unknown image format"),
         ("empty.png", "empty"),
         ("torn.jpg", ""),
         ("none.jpg", "No such file or directory"),
         (".", "Is a directory"),
     ):
-        assert any(line.startswith(f"kdpipe.predict: {name}: {reason}") for line in said), name
-    assert said[-1] == "kdpipe.predict: 5 of 7 images could not be read"
+        assert any(line.startswith(f"kdpipe.predict: {name}: {reason}") for line in errors), name
+    assert errors[-1] == "kdpipe.predict: 5 of 7 images could not be read"
 
     none = command("predict", exported, "text.jpg")
     assert none.status == 1 and none.output == ""
 
 
-def test_a_teacher_of_other_classes_is_told(
+def test_a_warning_for_a_teacher_with_other_classes(
     exported: Path, command: Callable, taught: Taught, photos: list[Path]
 ) -> None:
     shutil.copytree(exported, "other")
     model = onnx.load("other/model.onnx")
-    said = {entry.key: entry.value for entry in model.metadata_props}
-    onnx.helper.set_model_props(model, said | {"class_names": json.dumps([f"class {n}" for n in range(10)])})
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, metadata | {"class_names": json.dumps([f"class {n}" for n in range(10)])})
     onnx.save(model, "other/model.onnx")
     given = command("predict", exported, photos[0], "--teacher", "other")
-    assert given.status == 0 and "--teacher other knows other classes: class 0, class 1" in given.errors
+    assert given.status == 0 and "--teacher other has other classes: class 0, class 1" in given.errors
     assert "other classes" not in command("predict", exported, photos[0], "--teacher", taught.teacher).errors
 
 
-def test_a_mistyped_folder_is_told_where_there_is_no_store_either(command: Callable) -> None:
+def test_the_error_for_a_mistyped_folder_without_a_store(command: Callable) -> None:
     for name in ("studnt", "studnt/"):
         given = command("predict", name, "photo.png", "--uri", "sqlite:///none.db")
-        assert given.errors.startswith(f"kdpipe.predict: {name}: there is no such file or folder; nor such a run, for ")
+        assert given.errors.startswith(
+            f"kdpipe.predict: {name}: no file or folder has this name, and runs cannot be looked up: "
+        )
 
 
 @pytest.mark.parametrize(
     ("network", "error"),
     [
-        ("none.onnx", "none.onnx: there is no such file"),
-        ("nosuchrun", "nosuchrun: there is no such file or folder, and no such run in "),
-        ("temple.jpg", "temple.jpg: .onnx, .pt2, .safetensors, a folder or a run is accepted"),
-        (".", ".: a folder with model.onnx, model_int8.onnx, model.safetensors or model.pt2 is accepted"),
+        ("none.onnx", "none.onnx: file not found"),
+        ("nosuchrun", "nosuchrun: no file or folder has this name, and no run in "),
+        ("temple.jpg", "temple.jpg: expected a file that ends with .onnx, .pt2, .safetensors, a folder or a run"),
+        (".", ".: expected a folder with model.onnx, model_int8.onnx, model.safetensors or model.pt2"),
         ("broken.onnx", "broken.onnx: not a readable ONNX file"),
-        ("broken.pt2", "broken.pt2: to load a .pt2 file can run code"),
-        ("broken.safetensors", "broken.safetensors: config.yaml beside it says which network it is of; there is none"),
-        ("foreign.onnx", "foreign.onnx: this file does not say its classes and the shape of its images"),
+        ("broken.pt2", "broken.pt2: loading a .pt2 file can run code"),
+        ("broken.safetensors", "broken.safetensors: config.yaml next to it is missing, which describes its network"),
+        ("foreign.onnx", "foreign.onnx: its metadata lacks valid class names or image shape"),
     ],
 )
-def test_what_is_no_network_is_refused(command: Callable, photos: list[Path], network: str, error: str) -> None:
+def test_files_that_are_not_networks_are_refused(
+    command: Callable, photos: list[Path], network: str, error: str
+) -> None:
     for name in ("broken.onnx", "broken.pt2", "broken.safetensors"):
         Path(name).write_bytes(b"no network")
     node = onnx.helper.make_node("Identity", ["x"], ["y"])
@@ -155,7 +159,7 @@ def test_what_is_no_network_is_refused(command: Callable, photos: list[Path], ne
 
 
 @pytest.mark.parametrize(
-    "said",
+    "changed",
     [
         {"class_names": "[1, 2]"},
         {"class_names": "["},
@@ -167,47 +171,47 @@ def test_what_is_no_network_is_refused(command: Callable, photos: list[Path], ne
         {"temperature": "nan"},
         {"temperature": "hot"},
     ],
-    ids=lambda said: str(said)[:40],
+    ids=lambda changed: str(changed)[:40],
 )
-def test_what_a_file_says_of_itself_is_not_believed(exported: Path, tmp_path: Path, said: dict[str, str]) -> None:
+def test_invalid_metadata_is_refused(exported: Path, tmp_path: Path, changed: dict[str, str]) -> None:
     model = onnx.load(exported / "model.onnx")
     before = {entry.key: entry.value for entry in model.metadata_props}
     del model.metadata_props[:]
-    onnx.helper.set_model_props(model, before | said)
+    onnx.helper.set_model_props(model, before | changed)
     onnx.save(model, tmp_path / "model.onnx")
-    with pytest.raises(ValueError, match="does not say its classes and the shape of its images"):
+    with pytest.raises(ValueError, match="its metadata lacks valid class names or image shape"):
         open_onnx(tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize(
-    ("said", "problem"),
+    ("changed", "problem"),
     [
-        ({"class_names": '["a", "b"]'}, "it names 2 classes and gives logits [2, 10]"),
-        ({"class_names": "[]"}, "it names 0 classes and gives logits [2, 10]"),
-        ({"image_shape": "3x8x8"}, "it does not take the images that it says it takes, uint8 [2, 3, 8, 8]"),
+        ({"class_names": '["a", "b"]'}, "its metadata names 2 classes, but its logits are [2, 10]"),
+        ({"class_names": "[]"}, "its metadata names 0 classes, but its logits are [2, 10]"),
+        ({"image_shape": "3x8x8"}, "it rejects images of the shape in its metadata, uint8 [2, 3, 8, 8]"),
     ],
 )
-def test_what_a_file_says_of_itself_is_tried(
-    exported: Path, tmp_path: Path, said: dict[str, str], problem: str
+def test_metadata_that_does_not_match_the_network_is_refused(
+    exported: Path, tmp_path: Path, changed: dict[str, str], problem: str
 ) -> None:
     model = onnx.load(exported / "model.onnx")
     before = {entry.key: entry.value for entry in model.metadata_props}
     del model.metadata_props[:]
-    onnx.helper.set_model_props(model, before | said)
+    onnx.helper.set_model_props(model, before | changed)
     onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(ValueError) as error:
         open_onnx(tmp_path / "model.onnx")
     assert problem in str(error.value) and "\n" not in str(error.value)
 
 
-def test_what_would_steer_the_terminal_is_replaced(
+def test_control_characters_are_replaced_before_printing(
     exported: Path, command: Callable, photos: list[Path], tmp_path: Path
 ) -> None:
     model = onnx.load(exported / "model.onnx")
-    said = {entry.key: entry.value for entry in model.metadata_props}
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
     odd = ["\x1b[31mred", "two\nlines", "\u202egpj.exe", "\ud800", "na\u00efve\u2028\u00a0\u200c\u3000\u200d", *"abcde"]
     del model.metadata_props[:]
-    onnx.helper.set_model_props(model, said | {"class_names": json.dumps(odd)})
+    onnx.helper.set_model_props(model, metadata | {"class_names": json.dumps(odd)})
     onnx.save(model, tmp_path / "model.onnx")
     assert list(open_onnx(tmp_path / "model.onnx").class_names) == odd
     Path("blue\x1b[34m.jpg").write_bytes(photos[0].read_bytes())
@@ -218,7 +222,7 @@ def test_what_would_steer_the_terminal_is_replaced(
     assert not any(letter in given.output + given.errors for letter in "\x1b\u202e\ud800")
 
 
-def test_a_file_whose_weights_are_damaged_answers_nothing(
+def test_a_file_with_damaged_weights_predicts_nothing(
     exported: Path, tmp_path: Path, photo: Callable, command: Callable
 ) -> None:
     model = onnx.load(exported / "model.onnx")
@@ -227,7 +231,7 @@ def test_a_file_whose_weights_are_damaged_answers_nothing(
     onnx.save(model, tmp_path / "model.onnx")
     photo(0).save(tmp_path / "photo.png")
     refused = command("predict", tmp_path / "model.onnx", tmp_path / "photo.png")
-    assert refused.status == 1 and "it answers with logits that are no finite numbers" in refused.errors
+    assert refused.status == 1 and "its logits are not finite" in refused.errors
 
 
 def test_weights_in_another_file_are_not_read(exported: Path, tmp_path: Path) -> None:
@@ -239,7 +243,7 @@ def test_weights_in_another_file_are_not_read(exported: Path, tmp_path: Path) ->
         size_threshold=0,
     )
     assert (tmp_path / "weights").exists()
-    with pytest.raises(ValueError, match="weights in another file, which is not read"):
+    with pytest.raises(ValueError, match="its weights are in another file, which is not read"):
         open_onnx(tmp_path / "model.onnx")
 
 
@@ -265,9 +269,7 @@ def test_code_in_a_pt2_file_is_not_run_without_trust(exported: Path, command: Ca
     assert not Path("exploded").exists()
 
 
-def test_a_config_that_names_what_is_no_network_is_refused(
-    exported: Path, command: Callable, photos: list[Path]
-) -> None:
+def test_a_config_with_another_target_is_refused(exported: Path, command: Callable, photos: list[Path]) -> None:
     shutil.copytree(exported, "copied")
     config = Path("copied/config.yaml")
     config.write_text(config.read_text().replace("kdpipe.models.student_cnn.StudentCNN", "os.system"))
@@ -282,26 +284,26 @@ def test_probabilities_are_softened_by_the_temperature() -> None:
     logits = np.array([[2.0, 0.0]], np.float32)
     images = np.zeros((1, 1, 8, 8), np.uint8)
     for temperature in (1.0, 2.0):
-        network = Deployed("", lambda images: logits, ("a", "b"), (1, 8, 8), temperature)
+        network = Predictor("", lambda images: logits, ("a", "b"), (1, 8, 8), temperature)
         expected = 1 / (1 + np.exp(-2 / temperature))
         np.testing.assert_allclose(network.probabilities(images), [[expected, 1 - expected]])
 
 
-def test_an_exported_temperature_is_taken(taught: Taught, exported: Path) -> None:
+def test_an_exported_temperature_is_applied(taught: Taught, exported: Path) -> None:
     fitted = MlflowClient(taught.uri).get_run(taught.student).data.metrics["model/temperature"]
     assert fitted != 1
     for address in (taught.student, *(exported / name for name in ("model.onnx", "model.safetensors", "model.pt2"))):
-        opened = open_deployed(str(address), lambda: RunStore(taught.uri), trust=True)
+        opened = open_predictor(str(address), lambda: RunStore(taught.uri), trust=True)
         assert opened.temperature == pytest.approx(fitted)
 
 
-def test_photos_become_what_the_data_set_would_have_made_of_them(tmp_path: Path, photo: Callable) -> None:
+def test_photos_are_prepared_as_images_of_a_data_set_are(tmp_path: Path, photo: Callable) -> None:
     photo(0, size=(60, 40)).save(tmp_path / "photo.png")
-    colour, grey = seen(tmp_path / "photo.png", [(3, 40, 60), (1, 8, 10)])
+    colour, grey = load_image(tmp_path / "photo.png", [(3, 40, 60), (1, 8, 10)])
     np.testing.assert_array_equal(colour, np.asarray(photo(0, size=(60, 40))).transpose(2, 0, 1))
     assert grey.shape == (1, 8, 10) and grey.dtype == np.uint8
 
 
-def test_names_stand_in_the_table_as_they_are() -> None:
+def test_names_in_the_table_are_not_markup() -> None:
     row = [":cat:.jpg", "[bold]:dog:[/bold]", "99"]
-    assert as_table([row]).splitlines()[-1].split() == row
+    assert prediction_table([row]).splitlines()[-1].split() == row

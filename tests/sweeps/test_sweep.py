@@ -104,7 +104,7 @@ def test_a_sweep_has_one_parent_with_its_summary_and_a_child_for_each_run(kdpipe
     assert outcome.output.count("logits of resnet20 for") == 0  # a run is one line
 
     logs = "".join(file.read_text() for file in Path("outputs/runs").glob("*/kdpipe.log"))
-    assert logs.count("s and kept") == 2  # of the training and of the test images
+    assert logs.count("s and cached") == 2  # of the training and of the test images
     assert logs.count("images of digits: from the cache") == 6
 
 

@@ -60,7 +60,7 @@ def test_a_full_disk_is_an_error_with_the_size_and_leaves_nothing(small_disk: Pa
     def make(folder: Path) -> None:
         new_array(folder / "array.npy", (2, 1_000_000), np.uint8)
 
-    with pytest.raises(OSError, match=r"No space left on device, 0\.002 GB are needed") as caught:
+    with pytest.raises(OSError, match=r"No space left on device, 0\.002 GB needed") as caught:
         ensure_entry(small_disk / "entry", is_there, make)
     assert caught.value.filename.endswith("array.npy")
     assert not [path for path in small_disk.iterdir() if path.is_dir()]
@@ -120,7 +120,7 @@ def test_info_and_clean(kdpipe: Callable, capsys: pytest.CaptureFixture[str], mo
 
     def command(name: str) -> str:
         monkeypatch.setattr(sys, "argv", ["cache", name])
-        cache.main()
+        cache.cli()
         return capsys.readouterr().out
 
     *listed, total = command("info").splitlines()
@@ -139,5 +139,5 @@ def test_what_is_being_made_is_not_cleaned_away(tmp_path: Path) -> None:
         assert is_there(folder)
 
     ensure_entry(tmp_path / "teacher" / "entry", is_there, make)
-    assert "left alone, because they are being made: teacher/entry" in told[0]
+    assert "kept, because they are being written: teacher/entry" in told[0]
     assert is_there(tmp_path / "teacher" / "entry")

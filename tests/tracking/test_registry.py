@@ -13,8 +13,8 @@ from conftest import Outcome, Taught
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from kdpipe.export import making
-from kdpipe.export.deployed import open_onnx
+from kdpipe.export import predictor
+from kdpipe.export.predictor import open_onnx
 
 QUICK = ("--seconds", 0, "--images", 50, "--max-loss", 10)
 
@@ -39,7 +39,7 @@ def test_a_model_is_registered_with_its_signature_and_an_alias_and_the_run_stays
     with pytest.raises(MlflowException):
         client.get_model_version_by_alias("digits", "champion")
 
-    monkeypatch.setattr(making, "__version__", "99")  # a later kdpipe makes another file
+    monkeypatch.setattr(predictor, "__version__", "99")  # a later kdpipe makes another file
     command("export", taught.student, "--out", "files3", "--register", "digits", "--alias", "champion", *QUICK)
     champion = client.get_model_version_by_alias("digits", "champion")
     assert champion.version == 3 and champion.source != first
@@ -60,7 +60,7 @@ def test_mlflow_answers_with_a_registered_model(taught: Taught, command: Callabl
     made = command("export", taught.student, "--out", "files", "--register", "answering", *QUICK)
     assert "mlflow models predict -m models:/answering@candidate --env-manager local" in made.output
     images = np.random.default_rng(0).integers(0, 256, (3, 1, 8, 8)).astype(np.uint8)
-    expected = open_onnx(Path("files/model.onnx")).answer(images)
+    expected = open_onnx(Path("files/model.onnx")).forward(images)
     answers = predicted(taught.uri, "models:/answering@candidate", {"inputs": {"images": images.tolist()}})
     np.testing.assert_allclose(answers, expected, rtol=1e-4, atol=1e-5)
 
@@ -76,7 +76,7 @@ def test_a_server_s_registry_takes_models_and_gives_them(
     assert made.status == 0, made.errors
     images = np.zeros((2, 1, 8, 8), np.uint8)
     answers = predicted(server, "models:/served@candidate", {"inputs": images.tolist()})
-    np.testing.assert_allclose(answers, open_onnx(Path("files/model.onnx")).answer(images), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(answers, open_onnx(Path("files/model.onnx")).forward(images), rtol=1e-4, atol=1e-5)
 
 
 def test_a_registry_that_takes_no_model_is_told_in_one_line_and_the_files_stay(

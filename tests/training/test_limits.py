@@ -17,7 +17,7 @@ from test_resume import OFTEN, STUDENT, checkpoints, result, the_run, whole  # n
 from torch import Tensor, nn
 
 from kdpipe.losses.outputs import Outputs
-from kdpipe.system.files import append_whole, write_whole
+from kdpipe.system.files import append_atomically, write_atomically
 from kdpipe.training.checkpoint import load_checkpoint, save_checkpoint, save_weights
 
 DIGITS = ["dataset=digits", "dataset.train_fraction=0.3", "train.threads=1", "experiment=student"]
@@ -89,13 +89,13 @@ def test_the_disk_may_be_full_at_any_write(
 
 def test_a_file_is_written_whole_or_not_at_all(disk: Callable[[str], Path]) -> None:
     folder = disk("1M")
-    write_whole(folder / "file", b"before")
+    write_atomically(folder / "file", b"before")
     (folder / "lines").write_text("first\n")
     save_checkpoint(folder / "checkpoints", {"step": torch.tensor(1)})
     fill(folder, 8192)
     for write in (
-        lambda: write_whole(folder / "file", bytes(500_000)),
-        lambda: append_whole(folder / "lines", "x" * 500_000),
+        lambda: write_atomically(folder / "file", bytes(500_000)),
+        lambda: append_atomically(folder / "lines", "x" * 500_000),
         lambda: save_checkpoint(folder / "checkpoints", {"step": torch.zeros(200_000)}),
         lambda: save_weights(nn.Linear(400, 400), folder / "weights", []),
     ):

@@ -20,8 +20,14 @@ from kdpipe.models import Classifier
 from kdpipe.models.resnet import ResNet
 from kdpipe.models.torchvision import classifier as torchvision_classifier
 from kdpipe.system.hardware import Hardware
+from kdpipe.training.precomputed import (
+    OutputRequest,
+    TooLargeError,
+    is_intact,
+    precomputed_features,
+    precomputed_outputs,
+)
 from kdpipe.training.teacher import FrozenTeacher
-from kdpipe.training.teacher_answers import Question, TooLargeError, features_of, is_whole, known_outputs
 
 CPU = Hardware(torch.device("cpu"))
 
@@ -40,12 +46,12 @@ def crops(number: int | None, seed: int = 0) -> Views:
     return Views(CropFlip(), "crop_flip", len(some_digits().labels), seed, number)
 
 
-def logits_of(teacher: FrozenTeacher, data: ImageDataset, views: Views | None = None) -> Question:
-    return Question("logits", "resnet8", teacher.classifier, teacher.classifier, data, data.splits["train"], views)
+def logits_of(teacher: FrozenTeacher, data: ImageDataset, views: Views | None = None) -> OutputRequest:
+    return OutputRequest("logits", "resnet8", teacher.classifier, teacher.classifier, data, data.splits["train"], views)
 
 
 def taught(folder: Path, teacher: FrozenTeacher, data: ImageDataset, views: Views | None = None) -> FrozenTeacher:
-    teacher.remember(known_outputs(logits_of(teacher, data, views), folder, 10, CPU))
+    teacher.remember(precomputed_outputs(logits_of(teacher, data, views), folder, 10, CPU))
     return teacher
 
 
@@ -115,7 +121,7 @@ def test_the_network_looks_at_the_training_images_once_in_all(tmp_path: Path) ->
 def test_whatever_an_answer_depends_on_gives_another_entry() -> None:
     data = some_digits()
 
-    def question(data: ImageDataset = data, views: Views | None = None, **teacher: float) -> Question:
+    def question(data: ImageDataset = data, views: Views | None = None, **teacher: float) -> OutputRequest:
         return logits_of(FrozenTeacher(network(**teacher)), data, views)
 
     questions = [
@@ -141,7 +147,7 @@ def test_whatever_an_answer_depends_on_gives_another_entry() -> None:
 
 def test_an_entry_of_another_version_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = some_digits()
-    monkeypatch.setattr("kdpipe.training.teacher_answers.__version__", "0.0.1")
+    monkeypatch.setattr("kdpipe.training.precomputed.RESULTS", "0.0.1")
     taught(tmp_path, FrozenTeacher(network()), data)
     monkeypatch.undo()
     taught(tmp_path, FrozenTeacher(network()), data)
@@ -170,13 +176,13 @@ def test_a_damaged_entry_is_noticed_and_worked_out_again(
                 "of another program": b"PK\x03\x04 no array",
             }[damage]
         )
-    assert not is_whole(file.parent, shape)
+    assert not is_intact(file.parent, shape)
     with caplog.at_level(logging.WARNING, "kdpipe"):
         again = taught(tmp_path, FrozenTeacher(network()), data)(data.images, positions, 1).logits
     assert torch.equal(right, again)
-    assert is_whole(file.parent, shape)
+    assert is_intact(file.parent, shape)
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert warnings == [f"{file.parent} is damaged: it is made again"]
+    assert warnings == [f"{file.parent} is damaged and is made again"]
 
 
 def test_the_entry_says_what_it_is(tmp_path: Path) -> None:
@@ -192,16 +198,16 @@ def test_what_would_be_too_large_is_not_worked_out(tmp_path: Path) -> None:
     runs = Runs(teacher.classifier)
     gigabytes = len(data.splits["train"]) * 10 * 4 / 1e9
     with pytest.raises(TooLargeError, match="would take"):
-        known_outputs(logits_of(teacher, data), tmp_path, gigabytes * 0.99, CPU)
+        precomputed_outputs(logits_of(teacher, data), tmp_path, gigabytes * 0.99, CPU)
     assert runs.images == 2 and not list(tmp_path.iterdir())
-    known_outputs(logits_of(teacher, data), tmp_path, gigabytes * 1.01, CPU)
+    precomputed_outputs(logits_of(teacher, data), tmp_path, gigabytes * 1.01, CPU)
 
 
 def test_a_head_learns_the_same_from_features_as_from_images(tmp_path: Path) -> None:
     data = some_digits()
     whole, split_up = network(freeze="backbone"), network(freeze="backbone")
     through_all = train_on(whole, data, CrossEntropy())
-    features = features_of(split_up, "resnet8", data, tmp_path, 10, CPU)
+    features = precomputed_features(split_up, "resnet8", data, tmp_path, 10, CPU)
     runs = Runs(split_up)
     from_features = train_on(split_up.head, features, CrossEntropy())
     assert from_features == [pytest.approx(epoch, rel=1e-4) for epoch in through_all]
@@ -211,11 +217,11 @@ def test_a_head_learns_the_same_from_features_as_from_images(tmp_path: Path) -> 
 
 def test_features_do_not_depend_on_the_head(tmp_path: Path) -> None:
     data, model = some_digits(), network(freeze="backbone")
-    features_of(model, "resnet8", data, tmp_path, 10, CPU)
+    precomputed_features(model, "resnet8", data, tmp_path, 10, CPU)
     with torch.no_grad():
         model.head.weight.add_(1)
     runs = Runs(model)
-    features_of(model, "resnet8", data, tmp_path, 10, CPU)
+    precomputed_features(model, "resnet8", data, tmp_path, 10, CPU)
     assert runs.images == 2  # which tell the features' shape
 
 

@@ -1,4 +1,4 @@
-"""How good answers are, beyond how many are right."""
+"""Metrics of predictions, and of a student compared with its teacher."""
 
 import math
 
@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
-from kdpipe.evaluation.metrics import beside_teacher, confusion, divergence, quality, reliability, scaling_temperature
+from kdpipe.evaluation.metrics import (
+    classification_metrics,
+    confusion,
+    divergence,
+    reliability,
+    scaling_temperature,
+    teacher_agreement,
+)
 
 ANSWERS = st.tuples(st.integers(2, 12), st.integers(1, 60), st.integers(0, 10_000)).map(
     lambda drawn: some_answers(*drawn)
@@ -17,16 +24,16 @@ ANSWERS = st.tuples(st.integers(2, 12), st.integers(1, 60), st.integers(0, 10_00
 
 
 def some_answers(classes: int, images: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Logits and labels that have something to do with each other."""
+    """Logits and labels that are correlated."""
     draw = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (images,), generator=draw)
     return 2 * torch.randn(images, classes, generator=draw) + torch.eye(classes)[labels], labels
 
 
-def test_a_case_that_can_be_worked_out_by_hand() -> None:
+def test_a_case_computed_by_hand() -> None:
     """Two images, two classes: 80 % for the right class, then 60 % for the wrong one."""
     logits = torch.tensor([[0.8, 0.2], [0.6, 0.4]]).log()
-    found = quality(logits, torch.tensor([0, 1]))
+    found = classification_metrics(logits, torch.tensor([0, 1]))
     assert found == {
         "accuracy": 0.5,
         "loss": pytest.approx(-(math.log(0.8) + math.log(0.4)) / 2),
@@ -37,10 +44,10 @@ def test_a_case_that_can_be_worked_out_by_hand() -> None:
 
 @settings(deadline=None)
 @given(ANSWERS)
-def test_the_figures_are_those_of_torchmetrics(answers: tuple[Tensor, Tensor]) -> None:
+def test_metrics_match_torchmetrics(answers: tuple[Tensor, Tensor]) -> None:
     logits, labels = answers
     classes = logits.shape[1]
-    found = quality(logits, labels)
+    found = classification_metrics(logits, labels)
     theirs = multiclass_calibration_error(logits.double().softmax(dim=1), labels, classes, n_bins=15)
     assert found["ece"] == pytest.approx(theirs.item(), abs=1e-6)
     assert found["accuracy"] == pytest.approx(multiclass_accuracy(logits, labels, classes, average="micro").item())
@@ -53,31 +60,31 @@ def test_the_figures_are_those_of_torchmetrics(answers: tuple[Tensor, Tensor]) -
 
 @settings(deadline=None)
 @given(ANSWERS)
-def test_what_always_holds(answers: tuple[Tensor, Tensor]) -> None:
+def test_invariants(answers: tuple[Tensor, Tensor]) -> None:
     logits, labels = answers
-    found = quality(logits, labels)
+    found = classification_metrics(logits, labels)
     assert 0 <= found["ece"] <= 1 and 0 <= found["brier"] <= 2 and found["loss"] >= 0
     assert reliability(logits, labels).share.sum() == pytest.approx(1)
     counts = confusion(logits, labels)
     assert counts.sum() == len(labels) and counts.trace() / len(labels) == pytest.approx(found["accuracy"])
-    beside = beside_teacher(logits, logits, labels)
-    assert beside["agreement"] == 1 and beside["kl"] == pytest.approx(0, abs=1e-9)
+    agreement = teacher_agreement(logits, logits, labels)
+    assert agreement["agreement"] == 1 and agreement["kl"] == pytest.approx(0, abs=1e-9)
     other = logits.roll(1, dims=0)
     apart = divergence(logits, other)
     assert torch.equal(apart, divergence(other, logits))
     assert (apart > -1e-12).all() and (apart <= math.log(2) + 1e-12).all()
 
 
-def test_a_student_beside_its_teacher() -> None:
+def test_agreement_of_a_student_with_its_teacher() -> None:
     labels = torch.tensor([0, 1, 2, 0])
     teacher = torch.eye(3)[torch.tensor([0, 1, 0, 1])]  # two right, two wrong
     student = torch.eye(3)[torch.tensor([0, 2, 0, 2])]  # agrees on one that is right and one that is wrong
-    found = beside_teacher(student, teacher, labels)
+    found = teacher_agreement(student, teacher, labels)
     assert (found["agreement"], found["agreement_where_wrong"]) == (0.5, 0.5)
-    assert "agreement_where_wrong" not in beside_teacher(student, torch.eye(3)[labels], labels)
+    assert "agreement_where_wrong" not in teacher_agreement(student, torch.eye(3)[labels], labels)
 
 
-def test_probabilities_that_are_too_sharp_are_scaled_back() -> None:
+def test_overconfident_probabilities_are_scaled_back() -> None:
     """Labels drawn from softmax(logits), then logits three times as large: the temperature undoes it."""
     draw = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(20_000, 5, generator=draw)
@@ -88,7 +95,7 @@ def test_probabilities_that_are_too_sharp_are_scaled_back() -> None:
     assert reliability(3 * logits, labels, temperature).error < 0.02
 
 
-def test_where_any_sharpness_is_too_little_or_too_much_there_is_no_temperature() -> None:
+def test_no_temperature_if_the_optimum_is_at_a_limit() -> None:
     labels = torch.tensor([0, 1, 2] * 10)
     right = torch.eye(3)[labels]
     assert scaling_temperature(right, labels) is None  # the sharper the better

@@ -1,0 +1,62 @@
+"""Running a network over the images of a split."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdpipe.data import ImageDataset
+from kdpipe.system.hardware import Hardware
+from kdpipe.system.progress import progress
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, data: ImageDataset, split: str, hardware: Hardware) -> dict[str, float]:
+    """`accuracy` (a fraction) and `loss` (cross-entropy with the labels), averaged over the images of a split."""
+    totals = torch.zeros(2, device=hardware.device)  # correct predictions, loss
+    with eval_mode(model):
+        for batch, logits in _batched_logits(model, data, split, hardware):
+            labels = data.labels[batch].to(hardware.device)
+            totals[0] += (logits.argmax(dim=1) == labels).sum()
+            totals[1] += F.cross_entropy(logits, labels, reduction="sum")
+    correct, loss = hardware.sum(totals).tolist()
+    return {"accuracy": correct / len(data.splits[split]), "loss": loss / len(data.splits[split])}
+
+
+def logits_of(model: nn.Module, data: ImageDataset, split: str, hardware: Hardware) -> Tensor:
+    """Logits float32 [n, classes] of the n images of a split, in its order, on the CPU."""
+    with eval_mode(model):
+        mine = torch.cat([logits for _, logits in _batched_logits(model, data, split, hardware)]).cpu()
+    parts = hardware.gather(mine)
+    logits = torch.empty(len(data.splits[split]), mine.shape[1])
+    for rank, part in enumerate(parts):
+        logits[rank :: hardware.processes] = part
+    return logits
+
+
+@contextmanager
+def eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Put models into evaluation mode inside the block, and back into the mode they were in after it."""
+    modes = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for model, was_training in zip(models, modes, strict=True):
+            model.train(was_training)
+
+
+def _batched_logits(
+    model: nn.Module, data: ImageDataset, split: str, hardware: Hardware
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each batch of this process's shard of a split, its positions [n] and the logits, float32 [n, classes]."""
+    mine = hardware.shard(data.splits[split])
+    with progress(f"evaluating on {split}", len(mine)) as bar:
+        for batch in mine.split(hardware.inference_batch_size):
+            with torch.inference_mode(), hardware.autocast():
+                logits = model(data.images[batch].to(hardware.device)).float()
+            yield batch, logits
+            bar.advance(len(batch))

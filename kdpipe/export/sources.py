@@ -1,0 +1,62 @@
+"""What an export is made from: a finished run, its images and its teacher."""
+
+import csv
+import io
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kdpipe.assembly import plain
+from kdpipe.assembly.finished_runs import FinishedRun, open_data, open_run, teacher_if_there
+from kdpipe.data import ImageDataset
+from kdpipe.models import Classifier, Ensemble
+from kdpipe.runs.names import CLASSES
+from kdpipe.tracking import RunStore
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What an export is made from.
+
+    Attributes:
+        teacher: the network and its name; None without one, or where it cannot be opened.
+        notes: what is left out, and why.
+        class_accuracy: on the run's test images, by class; empty where the run has not stored it.
+    """
+
+    run: FinishedRun
+    data: ImageDataset
+    teacher: tuple[Classifier | Ensemble, str] | None
+    notes: list[str]
+    class_accuracy: dict[str, float]
+
+
+def open_sources(address: str, store: RunStore, root: str | None) -> Sources:
+    """Open a run with its images and its teacher.
+
+    Raises:
+        ValueError: the run or its weights are missing, or the images are not those that it was trained on.
+    """
+    run = open_run(address, store)
+    data = open_data(run, root)
+    channels, height, width = data.images.shape[1:]
+    run = replace(run, image_shape=(channels, height, width))  # runs before 0.4.0 do not store it
+    return Sources(run, data, *teacher_if_there(run, store), accuracy_by_class(run, store))
+
+
+def accuracy_by_class(run: FinishedRun, store: RunStore) -> dict[str, float]:
+    """The test accuracy of each class, as the run measured it with its last weights; without classes that have no test
+    images."""
+    content = store.read(run.record.id, CLASSES) if "test/accuracy" in run.metrics else None
+    lines = csv.DictReader(io.StringIO((content or b"").decode(), newline=""))
+    return {line["class"]: float(line["accuracy"]) for line in lines if line["accuracy"]}
+
+
+def run_settings(run: FinishedRun) -> dict[str, Any]:
+    """The settings of a run as nested plain values; older runs may lack some."""
+    return plain(run.config)
+
+
+def fitted_temperature(run: FinishedRun) -> float:
+    """The temperature fitted on the run's validation images; 1 without one."""
+    temperature = run.metrics.get("model/temperature", 1.0)
+    return temperature if 0 < temperature < float("inf") else 1.0
