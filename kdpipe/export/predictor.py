@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from kdpipe import __version__
-from kdpipe.assembly import build_network, read_config
-from kdpipe.assembly.finished_runs import FinishedRun, blank, open_run
+from kdpipe.assembly.finished_runs import FinishedRun, blank_images, open_run
+from kdpipe.assembly.networks import build_network
 from kdpipe.export.formats import INT8, ONNX, PROGRAM
 from kdpipe.export.sources import fitted_temperature
 from kdpipe.models.weights import check_class_names, load_state, read_weights
 from kdpipe.runs.names import CONFIG, WEIGHTS
 from kdpipe.settings.errors import flat
+from kdpipe.settings.saved import read_network_settings
 from kdpipe.tracking import RunStore
 
 SUFFIXES = (".onnx", ".pt2", ".safetensors")
@@ -314,8 +315,8 @@ def open_weights(path: Path) -> Predictor:
         raise ValueError(f"{path}: {CONFIG} next to it is missing, which describes its network")
     state, class_names = read_weights("file", path)
     known, image_shape, temperature = parse_metadata(str(path), read_metadata(path))
-    model = read_config(file, ["model"]).model
-    classifier = build_network("model", model, blank(known, image_shape), freeze="none")
+    model = read_network_settings(file)
+    classifier = build_network("model", model, blank_images(known, image_shape), freeze="none")
     check_class_names("file", str(path), class_names, known)
     load_state("file", str(path), classifier.network, state, str(model.name), len(known))
     return Predictor(str(path), numpy_forward(classifier.eval()), known, image_shape, temperature)

@@ -5,11 +5,11 @@ import io
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kdpipe.assembly import plain
 from kdpipe.assembly.finished_runs import FinishedRun, open_data, open_run, teacher_if_there
 from kdpipe.data import ImageDataset
 from kdpipe.models import Classifier, Ensemble
 from kdpipe.runs.names import CLASSES
+from kdpipe.settings.identity import canonical
 from kdpipe.tracking import RunStore
 
 
@@ -53,7 +53,8 @@ def accuracy_by_class(run: FinishedRun, store: RunStore) -> dict[str, float]:
 
 def run_settings(run: FinishedRun) -> dict[str, Any]:
     """The settings of a run as nested plain values; older runs may lack some."""
-    return plain(run.config)
+    settings: dict[str, Any] = canonical(run.settings.plain)
+    return settings
 
 
 def fitted_temperature(run: FinishedRun) -> float:
