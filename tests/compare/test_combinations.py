@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from test_compare import record
 from torch import nn
 
-from kdpipe.assembly import check_fit
+from kdpipe.assembly.objectives import check_fit
 from kdpipe.compare.cells import Controls, make_cells
 from kdpipe.losses import DIST, KD, RKD, VID
 from kdpipe.losses.base import Combined

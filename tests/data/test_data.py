@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 
-from kdpipe.assembly import build_data
+from kdpipe.assembly.datasets import build_data
 from kdpipe.data import ImageDataset, Source, split
 from kdpipe.data.digits import digits
 from kdpipe.data.downloaded import cifar10, cifar100, fashion_mnist

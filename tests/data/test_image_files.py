@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from PIL import Image, features
 from torch import Tensor
 
-from kdpipe.assembly import build_data
+from kdpipe.assembly.datasets import build_data
 from kdpipe.data import Source, split
 from kdpipe.data.decode import MAX_BYTES, ImageFile, decoded_source
 from kdpipe.data.dogs_vs_cats import MAX_NESTED, dogs_vs_cats

@@ -17,8 +17,9 @@ from mlflow import MlflowClient
 from omegaconf import DictConfig
 from onnx import numpy_helper
 
-from kdpipe.assembly import build_network, forget_data
-from kdpipe.assembly.finished_runs import blank, open_run, open_teacher
+from kdpipe.assembly.datasets import forget_data
+from kdpipe.assembly.networks import build_network
+from kdpipe.assembly.finished_runs import blank_images, open_run, open_teacher
 from kdpipe.export import exporting, quantize
 from kdpipe.export.predictor import numpy_forward, open_onnx, open_predictor, open_program
 from kdpipe.export.verification import check_accuracy, check_logits, subsample
@@ -105,7 +106,7 @@ def test_exported_networks_of_all_families_compute_the_same(
     preprocessing = ["model.image_size=64", "model.mean=[0.5,0.5,0.5]", "model.std=[0.5,0.5,0.5]"]
     config = composed("experiment=student", f"model={name}", *(preprocessing if "i" in name and name[0] == "t" else []))
     torch.manual_seed(0)
-    classifier = build_network("model", config.model, blank(("a", "b", "c"), shape), freeze="none").eval()
+    classifier = build_network("model", config.model, blank_images(("a", "b", "c"), shape), freeze="none").eval()
     metadata = {"class_names": '["a", "b", "c"]', "image_shape": "x".join(map(str, shape)), "kdpipe.version": "0"}
     program = trace_classifier(classifier, shape)
     write_onnx(program, tmp_path / "model.onnx", metadata)
