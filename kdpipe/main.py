@@ -22,6 +22,7 @@ from kdpipe.assembly import (
     build_loss,
     build_optimizer,
     build_parts,
+    check_sharing,
     check_values,
     fit_loss,
     forget_data,
@@ -33,7 +34,6 @@ from kdpipe.evaluation.costs import BATCH, cost
 from kdpipe.evaluation.exam import Exam, caveats, examine, write_exam
 from kdpipe.evaluation.inference import evaluate
 from kdpipe.evaluation.report import cost_table, epoch_line, result_table
-from kdpipe.losses.base import roles_of
 from kdpipe.models import Classifier, Ensemble
 from kdpipe.runs.claim import ClaimedError, claim
 from kdpipe.runs.journal import CHECKPOINTS, NOT_YET, Journal, is_unfinished, rows_since, sync_command
@@ -199,13 +199,13 @@ def learn(
     loss = build_loss(config).to(device)
     model = parts.model.to(device)
     teacher = parts.teacher.to(device) if parts.teacher else None
-    roles = roles_of(loss) if teacher else ()
+    roles = loss.roles if teacher else ()
     student = Observed(model, model.network, roles)
     if isinstance(teacher, Teacher):
         teacher.ask_for(roles)
     if teacher:
         fit_loss(config, loss, student, teacher, parts.data, device)
-    hardware.check_sharing(loss, parts.data.unlabelled != "")
+    check_sharing(loss, parts.data.unlabelled != "", hardware)
     views = build_views(config, parts.data, teacher is not None)
     cache = Path(config.output_dir) / "cache" / "teacher"
     if isinstance(teacher, Teacher) and train.epochs > 0:

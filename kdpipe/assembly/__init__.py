@@ -3,7 +3,16 @@
 from kdpipe.assembly.datasets import build_data, check_selection, forget_data, plain
 from kdpipe.assembly.devices import check_device, use_hardware
 from kdpipe.assembly.networks import build_model, build_network, load_trained, read_config, read_model
-from kdpipe.assembly.parts import Parts, build_loss, build_optimizer, build_parts, check_fit, check_values, fit_loss
+from kdpipe.assembly.parts import (
+    Parts,
+    build_loss,
+    build_optimizer,
+    build_parts,
+    check_fit,
+    check_sharing,
+    check_values,
+    fit_loss,
+)
 from kdpipe.assembly.teachers import KnownTeachers, build_ensemble
 
 __all__ = [
@@ -19,6 +28,7 @@ __all__ = [
     "check_device",
     "check_fit",
     "check_selection",
+    "check_sharing",
     "check_values",
     "fit_loss",
     "forget_data",

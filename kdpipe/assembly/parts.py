@@ -1,7 +1,6 @@
 """All that a run is made of, checked before it trains."""
 
 import json
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +16,12 @@ from kdpipe.assembly.networks import build_model
 from kdpipe.assembly.teachers import KnownTeachers, build_teacher
 from kdpipe.data import ImageDataset
 from kdpipe.data.dataset import check_fractions
-from kdpipe.losses import Mutual
-from kdpipe.losses.base import Combined, Distillation, roles_of
+from kdpipe.losses import CombinedLoss, Loss
 from kdpipe.models import Classifier
 from kdpipe.models.weights import weights_digest
 from kdpipe.settings import config as settings
-from kdpipe.settings.hydra_errors import one_line
+from kdpipe.settings.errors import ConfigError
+from kdpipe.system.hardware import Hardware
 from kdpipe.system.randomness import derive_seed
 from kdpipe.training.observed import Observed
 from kdpipe.training.teacher import Peer, Teacher
@@ -69,18 +68,18 @@ def check_values(config: DictConfig) -> None:
         raise ValueError(
             f"dataset.{settings.UNLABELLED}={unlabelled}: not with train.mixup or train.cutmix; null is accepted"
         )
-    for part in (loss.first, loss.second) if isinstance(loss, Combined) else (loss,):
+    for part in loss.components.values():
         for key in ("train.mixup", "train.cutmix", f"dataset.{settings.UNLABELLED}"):
             value = OmegaConf.select(config, key)
-            if value is not None and getattr(part, "one_label", False):
+            if value is not None and part.one_label:
                 method = type(part).__name__
                 raise ValueError(f"{key}={value}: {method} needs one label for each image; null is accepted")
     build_optimizer(config, nn.Linear(1, 1), loss, steps_per_epoch=1)
     settings.check_ensemble(config)
-    if settings.is_ensemble(config.teacher) and settings.needs_teacher(config) and roles_of(loss):
+    if settings.is_ensemble(config.teacher) and settings.needs_teacher(config) and loss.roles:
         raise ValueError(
             f"model@teacher={config.teacher.name}: it answers with logits alone, and the loss asks for "
-            f"{', '.join(roles_of(loss))}; one teacher is accepted"
+            f"{', '.join(loss.roles)}; one teacher is accepted"
         )
     dataset = config.dataset
     check_fractions(dataset.train_fraction, dataset.val_fraction, dataset.test_fraction, dataset.split_seed)
@@ -111,39 +110,48 @@ def build_parts(config: DictConfig, tracker: Any, known: KnownTeachers) -> Parts
     return Parts(data, teacher, teacher_source, model, tags)
 
 
-def build_loss(config: DictConfig) -> nn.Module:
+def build_loss(config: DictConfig) -> Loss:
     """The loss, with the other method's term that is added to it, if any."""
-    loss: nn.Module = instantiate(config.loss)
+    loss = _build_loss(config, "loss")
     if "also" not in config:
         return loss
-    if getattr(loss, "teacher_learns", False):
+    if loss.teacher_learns:
         alone = f"{config.loss._target_} takes no second method"
         raise ValueError(f"also={config.also._target_}: {alone}; another loss is accepted")
-    try:
-        also = instantiate(config.also)
-    except InstantiationException as error:  # losses speak of themselves as the loss
-        raise ValueError(re.sub(r"^loss\.", "also.", one_line(error))) from error
-    if not isinstance(also, Distillation) or also.teacher_learns:
+    also = _build_loss(config, "also")
+    if not also.name or also.teacher_learns:
         raise ValueError(f"also={config.also._target_}: a method of distillation is accepted")
-    if also.name == getattr(loss, "name", None):
+    if also.name == loss.name:
         both = f"its term is called {also.name}, as that of {config.loss._target_}"
         raise ValueError(f"also={config.also._target_}: {both}; another method is accepted")
-    return Combined(loss, also)
+    return CombinedLoss(loss, also)
+
+
+def _build_loss(config: DictConfig, key: str) -> Loss:
+    try:
+        loss = instantiate(config[key])
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__.under(key) from error
+        raise
+    if not isinstance(loss, Loss):
+        raise ConfigError(f"{key}._target_", config[key]._target_, "a subclass of kdpipe.losses.Loss")
+    return loss
 
 
 def check_fit(config: DictConfig, model: Classifier, teacher: Teacher | Peer, data: ImageDataset) -> None:
     """Raise ValueError where the loss cannot compare these two networks: told before anything trains."""
     loss = build_loss(config)
-    student = Observed(model, model.network, roles_of(loss))
+    student = Observed(model, model.network, loss.roles)
     if isinstance(teacher, Teacher):
-        teacher.ask_for(roles_of(loss))
+        teacher.ask_for(loss.roles)
     fit_loss(config, loss, student, teacher, data, torch.device("cpu"))
     student.remove()
 
 
 def fit_loss(
     config: DictConfig,
-    loss: nn.Module,
+    loss: Loss,
     student: Observed,
     teacher: Teacher | Peer,
     data: ImageDataset,
@@ -154,8 +162,6 @@ def fit_loss(
     Raises:
         ValueError: the loss cannot compare them, or what it compares stays as it is.
     """
-    if not isinstance(loss, Distillation | Combined):
-        return
     positions = data.splits["train"].sort().values
     images = data.images[positions[:2]].to(device)
     student.model.eval()
@@ -165,11 +171,29 @@ def fit_loss(
             f"model.freeze={config.model.freeze}: the loss compares {', '.join(loss.roles)}, which stay as they are; "
             "none is accepted"
         )
-    if isinstance(loss, Mutual):
-        loss.peer = teacher.classifier
+    loss.adopt(teacher.classifier)
     torch.manual_seed(derive_seed(config.seed, "loss"))
-    loss.fit_to(outputs, targets, positions, data.labels[positions])
+    for key, part in loss.components.items():
+        try:
+            part.fit_to(outputs, targets, positions, data.labels[positions])
+        except ConfigError as error:
+            raise error.under(key) from error
     loss.to(device)
+
+
+def check_sharing(loss: Loss, has_unlabelled: bool, hardware: Hardware) -> None:
+    """Raise ValueError for a loss that changes when each process sees only its part of a batch."""
+    if hardware.processes == 1:
+        return
+    for part in loss.components.values():
+        if part.compares_images:
+            name = f"torchrun: {type(part).__name__}"
+            raise ValueError(f"{name} compares the images of a batch, which processes share; expected one process")
+    if any(parameter.requires_grad for parameter in loss.parameters()):
+        own = f"{type(loss).__name__} has weights of its own, which processes do not share yet"
+        raise ValueError(f"torchrun: {own}; expected one process")
+    if has_unlabelled:
+        raise ValueError("torchrun: processes would weight labelled images differently; expected one process")
 
 
 def build_optimizer(
@@ -182,7 +206,10 @@ def build_optimizer(
     except ValueError as error:
         raise ValueError(f"optimizer={config.optimizer._target_}: {error}") from error
     build = instantiate(config.scheduler)
-    return optimizer, build(optimizer, epochs=config.train.epochs, steps_per_epoch=steps_per_epoch)
+    try:
+        return optimizer, build(optimizer, epochs=config.train.epochs, steps_per_epoch=steps_per_epoch)
+    except ConfigError as error:
+        raise error.under("scheduler") from error
 
 
 def inputs_digest(data: ImageDataset, teacher: Teacher | Peer | None, model: Classifier) -> str:

@@ -5,12 +5,11 @@ from pathlib import Path
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch import nn
 
 from kdpipe.data import ImageDataset
 from kdpipe.data.augmentation import Views
 from kdpipe.data.mixing import Mixing
-from kdpipe.losses.base import roles_of
+from kdpipe.losses import Loss
 from kdpipe.models import Classifier
 from kdpipe.settings.config import mixes
 from kdpipe.settings.identity import canonical
@@ -72,7 +71,7 @@ def answer_in_advance(
 def build_features(
     config: DictConfig,
     model: Classifier,
-    loss: nn.Module,
+    loss: Loss,
     teacher: Teacher | Peer | None,
     data: ImageDataset,
     hardware: Hardware,
@@ -81,7 +80,7 @@ def build_features(
     themselves are needed: by a backbone that learns, by a teacher, by a loss that asks for what is before the head, to
     be mixed, or because more comes after the head."""
     needed = not model.frozen_backbone or (teacher and not teacher.remembers) or config.train.epochs == 0
-    if needed or mixes(config) or roles_of(loss):
+    if needed or mixes(config) or loss.roles:
         return None
     if not model.ends_with_head(data.images[data.splits["train"][:2]].to(hardware.device)):
         log.info("%s: more comes after its head, so its backbone runs in each epoch", config.model.name)

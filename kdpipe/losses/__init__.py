@@ -1,13 +1,11 @@
 """Distillation losses: one file per method, a pure function with the formula, then a thin module.
 
-A module's `forward(student, teacher, labels, indices, epoch)` takes the `Outputs` of both networks (`teacher` is None
-where none was built), the labels, int64 [N] (float [N, classes] of mixed images), the images' positions in the data
-set, int64 [N], and the epoch, counted from 1; it returns the named parts, scalars, of which `loss` is minimised.
-`uses_teacher` says whether it asks for a teacher (at `alpha` 0 none is built all the same), `roles` what it asks of
-both networks beside logits. Most modules are a `Distillation` and define its `term` alone.
+A module derives from `WeightedLoss` (ce_weight·CE + weight·term) or `AlphaLoss` ((1 − alpha)·CE + alpha·term), has a
+`@checked` constructor with its parameters, and defines `term`. `Loss`, the base of all, documents the rest.
 """
 
 from kdpipe.losses.attention import Attention, attention
+from kdpipe.losses.base import AlphaLoss, CombinedLoss, Loss, WeightedLoss
 from kdpipe.losses.correlation import Correlation, correlation
 from kdpipe.losses.crd import CRD, crd
 from kdpipe.losses.cross_entropy import CrossEntropy, cross_entropy
@@ -33,16 +31,20 @@ __all__ = [
     "PKT",
     "RKD",
     "VID",
+    "AlphaLoss",
     "Attention",
+    "CombinedLoss",
     "Correlation",
     "CrossEntropy",
     "Hint",
     "KDTutorial",
     "LabelSmoothing",
     "LogitMSE",
+    "Loss",
     "Mutual",
     "ReviewKD",
     "Similarity",
+    "WeightedLoss",
     "attention",
     "correlation",
     "crd",

@@ -1,25 +1,29 @@
 """Attention transfer: Zagoruyko & Komodakis 2017, https://arxiv.org/abs/1612.03928."""
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
-from kdpipe.losses.base import Distillation, last_pairs, smaller
+from kdpipe.losses.base import WeightedLoss, last_pairs, smaller
 from kdpipe.losses.outputs import Outputs, wide
-from kdpipe.settings.checks import check_number
+from kdpipe.settings.values import NonNegative, checked
 
 
 def attention(student: Tensor, teacher: Tensor, p: float = 2) -> Tensor:
     """Mean squared difference of attention maps: where in an image a layer's activations are large.
 
-    An attention map is the mean of |x|^p over the channels, at length 1 over an image's positions. The paper sums over
-    positions, the authors' code averages, here as there (the benchmark's weight is 1,000). Maps of different sizes are
-    averaged down to the smaller first, as in the benchmark (Tian et al. 2020, https://arxiv.org/abs/1910.10699).
+    An attention map is the mean of |x|^p over the channels, scaled to length 1 over an image's positions. The paper
+    sums over positions; like the authors' code, this averages (the benchmark's weight is 1,000). Maps of different
+    sizes are first averaged down to the smaller, as in the benchmark (Tian et al. 2020,
+    https://arxiv.org/abs/1910.10699).
 
     Args:
         student: maps, float [N, C, H, W].
         teacher: maps, float [N, C', H', W'].
-        p: from 1; larger ones look at the largest activations more.
+        p: from 1; a larger one gives more weight to the largest activations.
     """
     student, teacher = smaller(wide(student), wide(teacher))
     return F.mse_loss(_attention_map(student, p), _attention_map(teacher, p))
@@ -30,19 +34,21 @@ def _attention_map(maps: Tensor, p: float) -> Tensor:
     return F.normalize(maps.abs().pow(p).mean(dim=1).flatten(1))
 
 
-class Attention(Distillation):
+class Attention(WeightedLoss):
     """ce_weight·CE + weight·attention, summed over the stages that both networks have.
 
     Raises:
-        ValueError: a weight below 0, or p below 1.
+        ConfigError: a negative weight, or p below 1.
     """
 
     roles = ("stages",)
     name = "attention"
 
-    def __init__(self, p: float, weight: float, ce_weight: float) -> None:
+    @checked
+    def __init__(
+        self, p: Annotated[float, Field(ge=1, allow_inf_nan=False)], weight: NonNegative, ce_weight: NonNegative
+    ) -> None:
         super().__init__(weight, ce_weight)
-        check_number("loss.p", p, low=1)
         self.p = p
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor, indices: Tensor, epoch: int) -> Tensor:

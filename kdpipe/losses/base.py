@@ -1,76 +1,108 @@
-"""What the methods have in common."""
+"""The base classes of all losses, and what the methods share."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdpipe.losses.outputs import Outputs, wide
-from kdpipe.settings.checks import check_number
+from kdpipe.settings.values import NonNegative, Share, checked
 
 
 def cross_entropy(student: Tensor, labels: Tensor, label_smoothing: float = 0) -> Tensor:
-    """Cross-entropy of the student's logits with the labels, averaged over the images that have one.
+    """Cross-entropy of the student's logits, averaged over the labelled images; 0 where no image has a label.
 
     Args:
         student: logits, float [N, classes].
-        labels: int64 [N], −1 for an image without a label; or the classes' shares, float [N, classes], of mixed images.
-        label_smoothing: the share of each label that is spread evenly over all classes.
+        labels: int64 [N], −1 for unlabelled images; or class shares of mixed images, float [N, classes].
+        label_smoothing: share of each label that is spread evenly over all classes.
     """
     student = wide(student)
     if labels.is_floating_point():
         return F.cross_entropy(student, labels.to(student.dtype), label_smoothing=label_smoothing)
     labelled = labels >= 0
-    if labelled.all():
-        return F.cross_entropy(student, labels, label_smoothing=label_smoothing)
     total = F.cross_entropy(student, labels, ignore_index=-1, label_smoothing=label_smoothing, reduction="sum")
-    return total / labelled.sum().clamp(min=1)
+    mean = total / labelled.sum().clamp(min=1)  # `if labelled.all()` would make a GPU wait in each step
+    if label_smoothing == 0:
+        return mean
+    # PyTorch's own mean of smoothed labels rounds differently; it holds where every image has a label.
+    every = F.cross_entropy(student, labels.clamp(min=0), label_smoothing=label_smoothing)
+    return torch.where(labelled.all(), every, mean)
 
 
-class Distillation(nn.Module):
-    """ce_weight·CE + weight·(the method's term).
+class Loss(nn.Module):
+    """Base class of all losses: `forward` returns named parts, scalars, of which `loss` is minimised.
 
-    A method defines `term`; where it learns projections, or needs to know the images that are taught, `fit_to`, too.
+    A distillation method derives from `WeightedLoss` or `AlphaLoss` and defines `term` only; one that learns
+    projections, or needs to know the training images, also defines `fit_to`.
 
     Attributes:
+        name: of its term among the parts; "" where it has none, so that it cannot be added to another loss.
+        weight: of its term.
         uses_teacher: whether a teacher is built for it.
-        roles: what it asks of both networks beside logits, of `kdpipe.training.observed.ROLES`.
-        name: of its term among the parts.
-        teacher_learns: whether the network in the teacher's place is trained beside the student.
+        teacher_learns: whether the network in the teacher's place is trained along with the student.
+        roles: features it needs from both networks in addition to logits, of `kdpipe.losses.outputs.ROLES`.
+        one_label: whether each image needs exactly one label, neither mixed nor missing.
         compares_images: whether its term relates the images of a batch to each other.
-        one_label: whether each image has to have one label: neither mixed nor without.
-
-    Raises:
-        ValueError: a weight below 0.
     """
 
+    name: str = ""
+    weight: float = 1
     uses_teacher = True
-    roles: tuple[str, ...] = ()
-    name: str
     teacher_learns = False
-    compares_images = False
+    roles: tuple[str, ...] = ()
     one_label = False
+    compares_images = False
 
-    def __init__(self, weight: float, ce_weight: float) -> None:
-        super().__init__()
-        check_number("loss.weight", weight, low=0)
-        check_number("loss.ce_weight", ce_weight, low=0)
-        self.weight = weight
-        self.ce_weight = ce_weight
+    @property
+    def components(self) -> dict[str, "Loss"]:
+        """The losses it consists of, by config key: itself as `loss`, unless it combines several."""
+        return {"loss": self}
+
+    def adopt(self, peer: nn.Module) -> None:
+        """Take in the network in the teacher's place; where it learns, its weights become part of the loss, for the
+        optimizer and for checkpoints."""
 
     def fit_to(self, student: Outputs, teacher: Outputs, positions: Tensor, labels: Tensor) -> None:
-        """Make what depends on the two networks and on the images; called once, before the optimizer is built.
+        """Build what depends on the two networks and on the data; called once, before the optimizer is built.
 
         Args:
-            student, teacher: what they make of two images.
+            student, teacher: the two networks' outputs for two images.
             positions: of the training images in the data set, int64 [n], sorted.
-            labels: theirs, int64 [n].
+            labels: of the training images, int64 [n].
 
         Raises:
-            ValueError: the method cannot be used with these networks.
+            ConfigError: the method does not work with these networks or images; the key is relative, such as `stage`.
         """
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor, indices: Tensor, epoch: int) -> Tensor:
-        """What the teacher's answers cost the student, a scalar; see the package for the arguments."""
+        """The method's own term, a scalar without its weight; arguments as for `forward`."""
         raise NotImplementedError
+
+    def forward(
+        self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int
+    ) -> dict[str, Tensor]:
+        """The named parts of the loss on N images.
+
+        Args:
+            student, teacher: both networks' outputs; no teacher where none was built.
+            labels: int64 [N], −1 for unlabelled images; or class shares of mixed images, float [N, classes].
+            indices: the images' positions in the data set, int64 [N].
+            epoch: counted from 1.
+        """
+        raise NotImplementedError
+
+
+class WeightedLoss(Loss):
+    """ce_weight·CE + weight·(the method's term).
+
+    Raises:
+        ConfigError: a negative weight.
+    """
+
+    @checked
+    def __init__(self, weight: NonNegative, ce_weight: NonNegative) -> None:
+        super().__init__()
+        self.weight, self.ce_weight = weight, ce_weight
 
     def forward(
         self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int
@@ -81,15 +113,15 @@ class Distillation(nn.Module):
         return {"loss": self.ce_weight * ce + self.weight * term, "ce": ce, self.name: term}
 
 
-class AlphaDistillation(Distillation):
-    """(1 − alpha)·CE + alpha·(the method's term); at alpha 0 no teacher is built.
+class AlphaLoss(WeightedLoss):
+    """(1 − alpha)·CE + alpha·(the method's term); no teacher is built at alpha 0.
 
     Raises:
-        ValueError: alpha outside of [0, 1].
+        ConfigError: alpha outside [0, 1].
     """
 
-    def __init__(self, alpha: float) -> None:
-        check_number("loss.alpha", alpha, low=0, high=1)
+    @checked
+    def __init__(self, alpha: Share) -> None:
         super().__init__(weight=alpha, ce_weight=1 - alpha)
         self.alpha = alpha
 
@@ -97,29 +129,28 @@ class AlphaDistillation(Distillation):
         self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int
     ) -> dict[str, Tensor]:
         if teacher is None:
-            assert self.alpha == 0, "a teacher may be missing at alpha 0 only"
+            assert self.alpha == 0, "only alpha 0 needs no teacher"
             ce = cross_entropy(student.logits, labels)
             return {"loss": ce, "ce": ce}
         return super().forward(student, teacher, labels, indices, epoch)
 
 
-class Combined(nn.Module):
-    """A loss, and the term of another method with that one's own weight; the cross-entropy is the first one's."""
+class CombinedLoss(Loss):
+    """A loss plus the weighted term of another method; the cross-entropy is that of the first.
 
-    def __init__(self, loss: nn.Module, also: Distillation) -> None:
+    Its `components` are fitted one by one, so that an error is reported under the key of the one that raised it.
+    """
+
+    def __init__(self, loss: Loss, also: Loss) -> None:
         super().__init__()
         self.first, self.second = loss, also
-        self.uses_teacher = True
-        self.roles = tuple(dict.fromkeys([*roles_of(loss), *also.roles]))
-        self.one_label = getattr(loss, "one_label", False) or also.one_label
+        self.roles = tuple(dict.fromkeys([*loss.roles, *also.roles]))
+        self.one_label = loss.one_label or also.one_label
+        self.compares_images = loss.compares_images or also.compares_images
 
-    def fit_to(self, student: Outputs, teacher: Outputs, positions: Tensor, labels: Tensor) -> None:
-        if isinstance(self.first, Distillation):
-            self.first.fit_to(student, teacher, positions, labels)
-        try:
-            self.second.fit_to(student, teacher, positions, labels)
-        except ValueError as error:  # losses speak of themselves as the loss
-            raise ValueError(str(error).replace("loss.", "also.", 1)) from error
+    @property
+    def components(self) -> dict[str, Loss]:
+        return {"loss": self.first, "also": self.second}
 
     def forward(
         self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int
@@ -132,20 +163,14 @@ class Combined(nn.Module):
         return {**parts, "loss": parts["loss"] + self.second.weight * term, self.second.name: term}
 
 
-def roles_of(loss: nn.Module) -> tuple[str, ...]:
-    """What a loss asks of both networks beside logits."""
-    roles: tuple[str, ...] = getattr(loss, "roles", ())
-    return roles
-
-
 def last_pairs(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor]]:
-    """The stages of two networks side by side, counted from the last where one has more."""
+    """The stages of two networks in pairs, aligned at the last stage where one network has more."""
     number = min(len(student), len(teacher))
     return list(zip(student[-number:], teacher[-number:], strict=True))
 
 
 def smaller(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Two maps [N, C, H, W], both averaged down to the smaller one's height and width."""
+    """Two maps [N, C, H, W], both average-pooled to the smaller height and width."""
     height, width = (min(student.shape[side], teacher.shape[side]) for side in (2, 3))
 
     def averaged(maps: Tensor) -> Tensor:

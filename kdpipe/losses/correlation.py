@@ -2,17 +2,17 @@
 
 from torch import Tensor, nn
 
-from kdpipe.losses.base import Distillation
+from kdpipe.losses.base import WeightedLoss
 from kdpipe.losses.outputs import Outputs, wide
-from kdpipe.settings.checks import check_number
+from kdpipe.settings.values import NonNegative, PositiveInt, checked
 
 
 def correlation(student: Tensor, teacher: Tensor) -> Tensor:
-    """How large the two networks' differences are together on images that are neighbours in the batch.
+    """How large the two networks' differences are jointly on images that are neighbours in the batch.
 
-    The mean over i of |s_i − t_i| · |s_{i+1} − t_{i+1}|; 0 for a batch of 1. This is the authors' code, which the
-    benchmark has from them (Tian et al. 2020, https://arxiv.org/abs/1910.10699). The paper compares the networks'
-    kernel matrices over the batch instead.
+    The mean over i of |s_i − t_i| · |s_{i+1} − t_{i+1}|; 0 for a batch of 1. As in the authors' code and in the
+    benchmark (Tian et al. 2020, https://arxiv.org/abs/1910.10699); the paper compares the networks' kernel matrices
+    over the batch instead.
 
     Args:
         student: vectors, float [N, D].
@@ -23,14 +23,14 @@ def correlation(student: Tensor, teacher: Tensor) -> Tensor:
     return products.sum() / max(len(products), 1)
 
 
-class Correlation(Distillation):
-    """ce_weight·CE + weight·correlation of both networks' embeddings, each through a linear layer that is learned.
+class Correlation(WeightedLoss):
+    """ce_weight·CE + weight·correlation of both networks' embeddings, each after a learned linear layer.
 
     Args:
-        dimensions: of what the linear layers give.
+        dimensions: output size of the linear layers.
 
     Raises:
-        ValueError: a weight below 0, or dimensions that are no whole number from 1.
+        ConfigError: a negative weight, or dimensions that are not a whole number from 1.
     """
 
     roles = ("embedding",)
@@ -39,9 +39,9 @@ class Correlation(Distillation):
     student_projection: nn.Module
     teacher_projection: nn.Module
 
-    def __init__(self, dimensions: int, weight: float, ce_weight: float) -> None:
+    @checked
+    def __init__(self, dimensions: PositiveInt, weight: NonNegative, ce_weight: NonNegative) -> None:
         super().__init__(weight, ce_weight)
-        check_number("loss.dimensions", dimensions, low=1, integer=True)
         self.dimensions = dimensions
 
     def fit_to(self, student: Outputs, teacher: Outputs, positions: Tensor, labels: Tensor) -> None:

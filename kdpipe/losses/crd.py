@@ -1,19 +1,22 @@
 """Contrastive representation distillation: Tian, Krishnan & Isola 2020, https://arxiv.org/abs/1910.10699.
 
-A student's embedding of an image is to be told from the teacher's embeddings of other images by being close to the
-teacher's embedding of the same image, and the other way round. The others come from a memory of all training images.
+The student's embedding of an image is pulled towards the teacher's embedding of the same image and away from those of
+other images, and the other way round. The others come from a memory of all training images.
 """
 
 import math
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from kdpipe.losses.base import Distillation
+from kdpipe.losses.base import WeightedLoss
 from kdpipe.losses.outputs import Outputs, wide
-from kdpipe.settings.checks import check_number
+from kdpipe.settings.errors import ConfigError
+from kdpipe.settings.values import NonNegative, Positive, PositiveInt, checked
 
 EPSILON = 1e-7  # the authors'
 
@@ -27,7 +30,7 @@ def crd(
     log_normalizers: Tensor | None = None,
     temperature: float = 0.07,
 ) -> Tensor:
-    """Noise-contrastive estimation of which candidate is the image itself, in both directions, added.
+    """Noise-contrastive estimation of which candidate is the image itself, summed over both directions.
 
     As in the authors' code: with K negatives, n rows in the memory and the probability
     P = exp(embedding·row / temperature) / Z of each candidate, an image costs
@@ -36,18 +39,18 @@ def crd(
 
     summed over the candidates and averaged over the batch, once for the student's embeddings with the teacher's
     memory, once for the teacher's with the student's. (The paper's formulas have neither Z nor
-    1e-7.) Worked out in logarithms, which overflow at no temperature.
+    1e-7.) Computed in logarithms, which do not overflow at any temperature.
 
     Args:
         student: embeddings of length 1, float [N, D].
         teacher: embeddings of length 1, float [N, D].
-        student_memory: the student's embeddings of all training images, float [n, D]; as a constant, and it may be
-            written to before the gradient is worked out.
+        student_memory: the student's embeddings of all training images, float [n, D]; a constant, which may be
+            overwritten before the backward pass.
         teacher_memory: the teacher's, likewise.
         candidates: rows of the memories, int64 [N, 1 + K]: each image's own, then its negatives.
-        log_normalizers: log Z of the student's direction and of the teacher's, float [2], as `crd_log_normalizers`
-            gives them for the first batch of a training; None for those of this batch, as constants.
-        temperature: what the cosines are divided by, above 0.
+        log_normalizers: log Z of the student's direction and of the teacher's, float [2], from `crd_log_normalizers` on
+            the first batch of a training; None for those of this batch, as constants.
+        temperature: divides the cosines, above 0.
     """
     if log_normalizers is None:
         arguments = (student, teacher, student_memory, teacher_memory, candidates)
@@ -88,38 +91,37 @@ def crd_log_normalizers(
 
 
 def products(embeddings: Tensor, memory: Tensor, candidates: Tensor) -> Tensor:
-    """The products of embeddings [N, D] with their candidates' rows of a memory [n, D]: [N, 1 + K]."""
+    """Dot products of embeddings [N, D] with their candidates' rows of a memory [n, D]: [N, 1 + K]."""
     embeddings, memory = wide(embeddings), wide(memory)
-    # Where a good part of the memory is asked for, all of it is multiplied in one go, and products are picked: fetching
-    # a row for each pair takes ten times as long (at 16,384 negatives and 64 images, half a gigabyte of rows). The
-    # copy is for the gradient: the memory itself changes before that is worked out.
+    # Where much of the memory is needed, multiplying all of it and picking products is ten times faster than fetching
+    # a row for each pair (half a gigabyte of rows at 16,384 negatives and 64 images). The copy is for the gradient:
+    # the memory itself changes before the backward pass.
     if len(memory) <= 32 * candidates.shape[1]:
         return (embeddings @ memory.clone().t()).gather(1, candidates)
     return torch.bmm(F.embedding(candidates, memory), embeddings.unsqueeze(2)).squeeze(2)
 
 
-class CRD(Distillation):
-    """ce_weight·CE + weight·CRD, with the memory of embeddings and the two projections that make them.
+class CRD(WeightedLoss):
+    """ce_weight·CE + weight·CRD, with a memory of both networks' embeddings.
 
-    Both networks' embeddings are projected to `dimensions` and scaled to length 1; both projections learn. Z is
-    measured on the first batch of the training, and stays. Once a batch is scored, its rows of the memory become
-    `momentum`·row + (1 − `momentum`)·embedding, scaled to length 1 (in evaluation mode they stay as they are). The
-    term may rise for some epochs, while the memory fills with embeddings that are still alike; then it falls.
+    Both networks' embeddings are projected to `dimensions` by learned layers and scaled to length 1. Z is measured on
+    the first batch of the training and then fixed. Once a batch is scored, its rows of the memory become
+    `momentum`·row + (1 − `momentum`)·embedding, scaled to length 1 (not in evaluation mode). The term may rise for some
+    epochs, while the memory fills with embeddings that are still alike; then it falls.
 
-    Which negatives an image gets depends on the run's seed, the epoch and the image alone: neither on what else is in
-    its batch nor on whatever draws random numbers beside it, so that a training that goes on from a checkpoint sees
-    the same ones. As in the authors' code each image gets its own, any set of `negatives` images of other classes being
-    as likely as any other; where there are fewer of them than `negatives`, they are drawn with replacement.
+    An image's negatives depend only on the run's seed, the epoch and the image, not on the rest of its batch or on
+    other random draws, so that a resumed training sees the same ones. As in the authors' code, each image has its own,
+    a uniformly random set of `negatives` images of other classes, drawn with replacement where there are fewer.
 
     Args:
         negatives: K, for each image.
-        contrast_temperature: what the cosines are divided by; a sweep over `loss.temperature`, the logits', is not
-            meant for it.
-        momentum: of a row of the memory, from 0 to below 1.
+        contrast_temperature: divides the cosines; named so that a sweep over `loss.temperature`, that of the logits,
+            leaves it alone.
+        momentum: of the memory's rows, from 0 to below 1.
         dimensions: of the embeddings that are compared.
 
     Raises:
-        ValueError: a value outside of its range.
+        ConfigError: a value outside its range.
     """
 
     name = "crd"
@@ -134,36 +136,27 @@ class CRD(Distillation):
     class_start: Tensor
     class_size: Tensor
 
+    @checked
     def __init__(
         self,
-        weight: float = 0.8,
-        ce_weight: float = 1,
-        negatives: int = 16384,
-        contrast_temperature: float = 0.07,
-        momentum: float = 0.5,
-        dimensions: int = 128,
+        weight: NonNegative = 0.8,
+        ce_weight: NonNegative = 1,
+        negatives: PositiveInt = 16384,
+        contrast_temperature: Positive = 0.07,
+        momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5,
+        dimensions: PositiveInt = 128,
     ) -> None:
         super().__init__(weight, ce_weight)
-        check_number("loss.negatives", negatives, low=1, integer=True)
-        check_number("loss.contrast_temperature", contrast_temperature, above=0)
-        check_number("loss.momentum", momentum, low=0, below=1)
-        check_number("loss.dimensions", dimensions, low=1, integer=True)
-        self.negatives = negatives
-        self.contrast_temperature = contrast_temperature
-        self.momentum = momentum
-        self.dimensions = dimensions
+        self.negatives, self.dimensions = negatives, dimensions
+        self.contrast_temperature, self.momentum = contrast_temperature, momentum
 
     def fit_to(self, student: Outputs, teacher: Outputs, positions: Tensor, labels: Tensor) -> None:
-        """Make the projections and the memory.
-
-        Raises:
-            ValueError: all images are of one class, so that there are no negatives.
-        """
         assert student.embedding is not None and teacher.embedding is not None
         by_class = labels.argsort(stable=True)
         sizes = labels.bincount()
         if int(sizes.max()) == len(labels):
-            raise ValueError("loss=CRD: the training images are of one class; images of two or more are accepted")
+            problem = "the training images are all of one class"
+            raise ConfigError("negatives", self.negatives, "images of two or more classes", problem)
         self.student_projection = nn.Linear(student.embedding.shape[1], self.dimensions)
         self.teacher_projection = nn.Linear(teacher.embedding.shape[1], self.dimensions)
         for memory in ("student_memory", "teacher_memory"):  # rows of about length 1
@@ -171,7 +164,7 @@ class CRD(Distillation):
             self.register_buffer(memory, torch.empty(len(positions), self.dimensions).uniform_(-bound, bound))
         self.register_buffer("log_normalizers", torch.zeros(2))  # 0: not measured yet
         self.register_buffer("seed", torch.randint(2**62, ()))
-        # Where the images of each row's class are among all rows in the order of classes. The data says it.
+        # Where each row's class is among all rows in the order of classes; known from the data, so not in checkpoints.
         for name, known in (
             ("positions", positions),
             ("by_class", by_class),
@@ -181,11 +174,11 @@ class CRD(Distillation):
             self.register_buffer(name, known.clone(), persistent=False)
 
     def candidates(self, indices: Tensor, epoch: int) -> Tensor:
-        """Rows of the memory for images of the training split: each one's own, then negatives, int64 [N, 1 + K]."""
+        """Rows of the memory for training images: each image's own, then its negatives, int64 [N, 1 + K]."""
         rows = torch.searchsorted(self.positions, indices)
         drawn = np.empty((len(rows), self.negatives), dtype=np.int64)
         others = (len(self.positions) - self.class_size[rows]).tolist()
-        # NumPy draws some of many in a third of the time that it takes PyTorch to shuffle them all.
+        # NumPy draws some of many in a third of the time that PyTorch takes to shuffle them all.
         seed = int(self.seed)
         for i, (index, number) in enumerate(zip(indices.tolist(), others, strict=True)):
             generator = np.random.default_rng([seed, epoch, index])

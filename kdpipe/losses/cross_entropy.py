@@ -1,13 +1,13 @@
 """The true labels alone."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdpipe.losses.base import cross_entropy
+from kdpipe.losses.base import Loss, cross_entropy
 from kdpipe.losses.outputs import Outputs
 
 
-class CrossEntropy(nn.Module):
-    """What trains a teacher, and a student alone."""
+class CrossEntropy(Loss):
+    """Trains a teacher, or the student alone."""
 
     uses_teacher = False
 

@@ -3,23 +3,22 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdpipe.losses.base import Distillation
+from kdpipe.losses.base import WeightedLoss
 from kdpipe.losses.outputs import Outputs, wide
-from kdpipe.settings.checks import check_number
+from kdpipe.settings.values import NonNegative, Positive, checked
 
 
 def dist(student: Tensor, teacher: Tensor, beta: float, gamma: float, tau: float) -> Tensor:
     """tau²·(beta·d(each image's probabilities) + gamma·d(each class's probabilities over the batch)).
 
-    d is `pearson_distance`, so what counts is how probabilities relate, not their size. tau² is in the authors' code,
-    not in the paper.
+    d is `pearson_distance`: it compares how probabilities relate, not their size. tau² is in the authors' code, not in
+    the paper.
 
     Args:
         student: logits, float [N, classes].
         teacher: logits, float [N, classes].
         beta: weight of the relation between the classes of an image.
-        gamma: weight of the relation between the images of a batch; of one image alone it says nothing, and its
-            distance counts as 1.
+        gamma: weight of the relation between the images of a batch; for a batch of 1 its distance is 1.
         tau: the temperature that divides the logits, above 0.
     """
     soft_outputs = F.softmax(wide(student) / tau, dim=1)
@@ -39,21 +38,26 @@ def pearson_distance(one: Tensor, other: Tensor) -> Tensor:
     return 1 - correlation.mean()
 
 
-class DIST(Distillation):
+class DIST(WeightedLoss):
     """ce_weight·CE + weight·DIST.
 
     Raises:
-        ValueError: beta, gamma or a weight below 0, or a temperature that is not above 0.
+        ConfigError: a negative beta, gamma or weight, or a temperature not above 0.
     """
 
     name = "dist"
     compares_images = True
 
-    def __init__(self, beta: float, gamma: float, temperature: float, weight: float, ce_weight: float) -> None:
+    @checked
+    def __init__(
+        self,
+        beta: NonNegative,
+        gamma: NonNegative,
+        temperature: Positive,
+        weight: NonNegative,
+        ce_weight: NonNegative,
+    ) -> None:
         super().__init__(weight, ce_weight)
-        check_number("loss.beta", beta, low=0)
-        check_number("loss.gamma", gamma, low=0)
-        check_number("loss.temperature", temperature, above=0)
         self.beta, self.gamma, self.temperature = beta, gamma, temperature
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor, indices: Tensor, epoch: int) -> Tensor:

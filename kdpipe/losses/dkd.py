@@ -3,21 +3,21 @@
 import torch
 from torch import Tensor
 
-from kdpipe.losses.base import Distillation
+from kdpipe.losses.base import WeightedLoss
 from kdpipe.losses.kd import kd
 from kdpipe.losses.outputs import Outputs, wide
-from kdpipe.settings.checks import check_number
+from kdpipe.settings.values import NonNegative, Positive, checked
 
 
 def dkd(student: Tensor, teacher: Tensor, labels: Tensor, alpha: float, beta: float, temperature: float) -> Tensor:
     """T²·(alpha·KL of the target class against all others + beta·KL among the others), averaged over the batch.
 
     An image's KD is this with alpha 1 and beta 1 − (the teacher's probability of the target class), equation 7 of the
-    paper: there the surer a teacher is, the less is heard of its opinion on the other classes.
+    paper: the surer the teacher is of the target, the less the other classes count.
 
-    Both parts are worked out from logits, where the authors' code takes the logarithm of probabilities, which is −∞
-    for one that underflows. Among the others the target class is left out, where their code subtracts 1,000 from its
-    softened logit, which comes to the same unless that is hundreds above the others.
+    Both parts are computed from logits; the authors' code takes the logarithm of probabilities, which is −∞ for one
+    that underflows. Among the others the target class is left out; their code subtracts 1,000 from its softened logit,
+    which is equivalent unless that is hundreds above the others.
 
     Args:
         student: logits, float [N, classes].
@@ -34,37 +34,39 @@ def dkd(student: Tensor, teacher: Tensor, labels: Tensor, alpha: float, beta: fl
 
 
 def target_and_others(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [N, classes] as a choice between the target class and any other, [N, 2], and among the others,
-    [N, classes − 1]."""
+    """Logits [N, classes] as target against all others, [N, 2], and among the others, [N, classes − 1]."""
     numbers = torch.arange(logits.shape[1] - 1, device=logits.device)
     targets = labels.unsqueeze(1)
     others = logits.gather(1, numbers + (numbers >= targets))
     return torch.cat([logits.gather(1, targets), others.logsumexp(dim=1, keepdim=True)], dim=1), others
 
 
-class DKD(Distillation):
+class DKD(WeightedLoss):
     """ce_weight·CE + weight·min(epoch / warmup, 1)·DKD.
 
     Args:
-        alpha: of the target class's part; above 0, for alpha 0 would mean that there is no teacher, as in all losses.
-        beta: of the other classes' part.
-        warmup: epochs until the term has its whole weight, to which it grows in equal steps; 0 for at once.
+        alpha: weight of the target class's part; above 0, since alpha 0 means no teacher in all losses.
+        beta: weight of the other classes' part.
+        warmup: epochs over which the term grows linearly to its full weight; 0 for none.
 
     Raises:
-        ValueError: alpha or the temperature not above 0, or beta, warmup or a weight below 0.
+        ConfigError: alpha or the temperature not above 0, or a negative beta, warmup or weight.
     """
 
     name = "dkd"
     one_label = True
 
+    @checked
     def __init__(
-        self, alpha: float, beta: float, temperature: float, warmup: float, weight: float, ce_weight: float
+        self,
+        alpha: Positive,
+        beta: NonNegative,
+        temperature: Positive,
+        warmup: NonNegative,
+        weight: NonNegative,
+        ce_weight: NonNegative,
     ) -> None:
         super().__init__(weight, ce_weight)
-        check_number("loss.alpha", alpha, above=0)
-        check_number("loss.beta", beta, low=0)
-        check_number("loss.temperature", temperature, above=0)
-        check_number("loss.warmup", warmup, low=0)
         self.alpha, self.beta, self.temperature, self.warmup = alpha, beta, temperature, warmup
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor, indices: Tensor, epoch: int) -> Tensor:

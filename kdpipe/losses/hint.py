@@ -1,53 +1,55 @@
-"""Hints, the maps in the middle of a network: Romero et al. 2015 (FitNets), https://arxiv.org/abs/1412.6550."""
+"""Hints from the maps in the middle of a network: Romero et al. 2015 (FitNets), https://arxiv.org/abs/1412.6550."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdpipe.losses.base import Distillation, last_pairs, smaller
+from kdpipe.losses.base import WeightedLoss, last_pairs, smaller
 from kdpipe.losses.outputs import Outputs, wide
-from kdpipe.settings.checks import check_number
+from kdpipe.settings.errors import ConfigError
+from kdpipe.settings.values import NonNegative, PositiveInt, checked
 
 
 def hint(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared difference of the student's regressed maps and the teacher's, over all elements.
 
-    The benchmark's (Tian et al. 2020, https://arxiv.org/abs/1910.10699). The authors' own code takes half of the
-    squares and sums them over one axis.
+    As in the benchmark (Tian et al. 2020, https://arxiv.org/abs/1910.10699); the authors' own code halves the squares
+    and sums them over one axis.
 
     Args:
-        student: maps, float [N, C, H, W], that a regressor brought to the teacher's shape.
+        student: maps after a regressor to the teacher's shape, float [N, C, H, W].
         teacher: maps, float [N, C, H, W].
     """
     return F.mse_loss(wide(student), wide(teacher))
 
 
-class Hint(Distillation):
-    """ce_weight·CE + weight·hint, after one pair of stages, all in one training as in the benchmark.
+class Hint(WeightedLoss):
+    """ce_weight·CE + weight·hint, after one pair of stages, in a single training as in the benchmark.
 
-    The paper trains in two steps: the student's first half by the hint, then all of it by softened outputs. The
-    regressor is the benchmark's, a convolution to the teacher's channels and size, BatchNorm and ReLU. Where the
-    student's maps are smaller and not half of the teacher's, which the benchmark refuses, the teacher's are averaged
-    down.
+    The paper trains in two steps: the student's first half with the hint, then all of it with softened outputs. The
+    regressor is the benchmark's: a convolution to the teacher's channels and size, BatchNorm and ReLU. Where the
+    student's maps are smaller but not half the size of the teacher's, which the benchmark refuses, the teacher's are
+    averaged down.
 
     Args:
-        stage: which, counted from 1 over the stages that both networks have (the last ones, where one has more).
+        stage: counted from 1 among the stages that both networks have (the last ones, where one has more).
 
     Raises:
-        ValueError: a weight below 0, or a stage that is no whole number from 1.
+        ConfigError: a negative weight, or a stage that is not a whole number from 1.
     """
 
     roles = ("stages",)
     name = "hint"
     regressor: nn.Module
 
-    def __init__(self, stage: int, weight: float, ce_weight: float) -> None:
+    @checked
+    def __init__(self, stage: PositiveInt, weight: NonNegative, ce_weight: NonNegative) -> None:
         super().__init__(weight, ce_weight)
-        check_number("loss.stage", stage, low=1, integer=True)
         self.stage = stage
 
     def fit_to(self, student: Outputs, teacher: Outputs, positions: Tensor, labels: Tensor) -> None:
         pairs = last_pairs(student.stages, teacher.stages)
-        check_number("loss.stage", self.stage, low=1, high=len(pairs), integer=True)
+        if self.stage > len(pairs):
+            raise ConfigError("stage", self.stage, f"a whole number from 1 to {len(pairs)}")
         student_map, teacher_map = pairs[self.stage - 1]
         self.regressor = nn.Sequential(
             _convolution(student_map, teacher_map), nn.BatchNorm2d(teacher_map.shape[1]), nn.ReLU()
@@ -59,9 +61,8 @@ class Hint(Distillation):
 
 
 def _convolution(student: Tensor, teacher: Tensor) -> nn.Module:
-    """From the student's channels to the teacher's, and from its size as the benchmark does.
-
-    That leaves a student's map that is smaller than the teacher's, and not half of it, as it is.
+    """From the student's channels and size to the teacher's, as in the benchmark; a map that is smaller than the
+    teacher's, but not half its size, keeps its size.
     """
     (_, channels, height, width), (_, to_channels, to_height, to_width) = student.shape, teacher.shape
     if (height, width) == (2 * to_height, 2 * to_width):

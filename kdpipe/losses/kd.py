@@ -1,25 +1,23 @@
 """Distillation through softened outputs: Hinton, Vinyals & Dean 2015, https://arxiv.org/abs/1503.02531."""
 
-from collections.abc import Callable
-
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdpipe.losses.base import AlphaDistillation
+from kdpipe.losses.base import AlphaLoss
 from kdpipe.losses.outputs import Outputs, wide
-from kdpipe.settings.checks import check_choice, check_number
+from kdpipe.settings.values import Positive, Share, checked
 
 
 def kd(student: Tensor, teacher: Tensor, temperature: float, standardize: bool = False) -> Tensor:
     """T²·KL(softmax(teacher / T) ‖ softmax(student / T)), averaged over the batch.
 
-    T² keeps the gradient's size when T changes (section 2.1 of the paper).
+    T² keeps the size of the gradient when T changes (section 2.1 of the paper).
 
     Args:
         student: logits, float [N, classes].
         teacher: logits, float [N, classes].
         temperature: T, above 0.
-        standardize: whether both networks' logits are standardised before T divides them, see `standardized`.
+        standardize: standardise both networks' logits before dividing them by T, see `standardized`.
     """
     student, teacher = wide(student), wide(teacher)
     if standardize:
@@ -33,36 +31,34 @@ def kd(student: Tensor, teacher: Tensor, temperature: float, standardize: bool =
 
 
 def standardized(logits: Tensor) -> Tensor:
-    """Logits [N, classes] less their mean, divided by their standard deviation, image by image.
+    """Logits [N, classes] minus their mean, divided by their standard deviation, image by image.
 
     The student then learns how the teacher's logits relate, whatever their size: Sun et al. 2024,
-    https://arxiv.org/abs/2403.01427. As in the authors' code the variance is the sum of squares over classes − 1 (the
-    paper's is over classes), and 1e-7 is added to its root.
+    https://arxiv.org/abs/2403.01427. As in the authors' code, the variance is the sum of squares over classes − 1 (over
+    classes in the paper), and 1e-7 is added to the standard deviation.
     """
     logits = wide(logits)
     deviation = logits.std(dim=1, keepdim=True)
     return (logits - logits.mean(dim=1, keepdim=True)) / (deviation + 1e-7)
 
 
-class KD(AlphaDistillation):
+class KD(AlphaLoss):
     """(1 − alpha)·CE + alpha·T²·KL(teacher ‖ student).
 
     Raises:
-        ValueError: alpha outside of [0, 1], a temperature that is not above 0, or `standardize` neither true nor false.
+        ConfigError: alpha outside [0, 1], a temperature not above 0, or `standardize` neither true nor false.
     """
 
     name = "kd"
-    distillation_term: Callable[[Tensor, Tensor, float], Tensor] = staticmethod(kd)
 
-    def __init__(self, alpha: float, temperature: float, standardize: bool = False) -> None:
+    def __init_subclass__(cls) -> None:
+        if "distillation_term" in vars(cls):  # as of 0.4; ignored, it would train kd under the name of another method
+            raise TypeError(f"{cls.__name__}: define term instead of distillation_term, see kdpipe.losses.Loss")
+
+    @checked
+    def __init__(self, alpha: Share, temperature: Positive, standardize: bool = False) -> None:
         super().__init__(alpha)
-        check_number("loss.temperature", temperature, above=0)
-        check_choice("loss.standardize", standardize, [True, False])
-        self.temperature = temperature
-        self.standardize = standardize
+        self.temperature, self.standardize = temperature, standardize
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor, indices: Tensor, epoch: int) -> Tensor:
-        logits, targets = student.logits, teacher.logits
-        if self.standardize:  # here and not by the term: those of subclasses take three arguments
-            logits, targets = standardized(logits), standardized(targets)
-        return self.distillation_term(logits, targets, self.temperature)
+        return kd(student.logits, teacher.logits, self.temperature, self.standardize)

@@ -1,39 +1,42 @@
 """Softened labels, without a teacher: Szegedy et al. 2016, https://arxiv.org/abs/1512.00567.
 
-The control that distillation has to be better than: it is distillation from a teacher that finds all classes equally
-likely, and may be what much of a weak teacher's help comes to (Yuan et al. 2020, https://arxiv.org/abs/1909.11723).
+The control that distillation has to beat: it is distillation from a teacher that finds all classes equally likely, and
+may account for much of a weak teacher's help (Yuan et al. 2020, https://arxiv.org/abs/1909.11723).
 """
 
-from torch import Tensor, nn
+from typing import Annotated
 
-from kdpipe.losses.base import cross_entropy
+from pydantic import Field
+from torch import Tensor
+
+from kdpipe.losses.base import Loss, cross_entropy
 from kdpipe.losses.outputs import Outputs
-from kdpipe.settings.checks import check_number
+from kdpipe.settings.values import checked
 
 
 def label_smoothing(student: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """Cross-entropy with (1 − smoothing)·labels + smoothing / classes, averaged over the images that have a label.
+    """Cross-entropy with (1 − smoothing)·labels + smoothing / classes, averaged over the labelled images.
 
     Args:
         student: logits, float [N, classes].
-        labels: int64 [N], −1 for an image without a label; or the classes' shares, float [N, classes], of mixed images.
+        labels: int64 [N], −1 for unlabelled images; or class shares of mixed images, float [N, classes].
         smoothing: ε of the paper, the share of each label that is spread evenly over all classes.
     """
     return cross_entropy(student, labels, smoothing)
 
 
-class LabelSmoothing(nn.Module):
-    """Cross-entropy with smoothed labels; its part `ce` is with the labels as they are.
+class LabelSmoothing(Loss):
+    """Cross-entropy with smoothed labels; its part `ce` uses the labels as they are.
 
     Raises:
-        ValueError: smoothing outside of (0, 1).
+        ConfigError: smoothing outside (0, 1).
     """
 
     uses_teacher = False
 
-    def __init__(self, smoothing: float) -> None:
+    @checked
+    def __init__(self, smoothing: Annotated[float, Field(gt=0, lt=1)]) -> None:
         super().__init__()
-        check_number("loss.smoothing", smoothing, above=0, below=1)
         self.smoothing = smoothing
 
     def forward(

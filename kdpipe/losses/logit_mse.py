@@ -1,16 +1,16 @@
-"""Matching logits themselves: Kim et al. 2021, https://arxiv.org/abs/2105.08919."""
+"""Matching the logits themselves: Kim et al. 2021, https://arxiv.org/abs/2105.08919."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdpipe.losses.base import AlphaDistillation
+from kdpipe.losses.base import AlphaLoss
 from kdpipe.losses.outputs import Outputs, wide
 
 
 def logit_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """The squared difference of logits, averaged over the batch and the classes.
+    """Squared difference of the logits, averaged over the batch and the classes.
 
-    The paper writes the squared norm, a sum over classes; the authors' code averages over them, and so does this.
+    The paper writes the squared norm, a sum over classes; like the authors' code, this averages over them.
 
     Args:
         student: logits, float [N, classes].
@@ -19,11 +19,11 @@ def logit_mse(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(wide(student), wide(teacher))
 
 
-class LogitMSE(AlphaDistillation):
+class LogitMSE(AlphaLoss):
     """(1 − alpha)·CE + alpha·MSE; the authors train with alpha 1.
 
     Raises:
-        ValueError: alpha outside of [0, 1].
+        ConfigError: alpha outside [0, 1].
     """
 
     name = "logit_mse"

@@ -2,36 +2,42 @@
 
 from torch import Tensor, nn
 
-from kdpipe.losses.base import Distillation, cross_entropy
+from kdpipe.losses.base import WeightedLoss, cross_entropy
 from kdpipe.losses.kd import kd
 from kdpipe.losses.outputs import Outputs
-from kdpipe.settings.checks import check_number
+from kdpipe.settings.values import Positive, checked
 
 
-class Mutual(Distillation):
-    """Two students, no teacher: each learns from the labels and from what the other says,
-    CE(student) + KL(peer ‖ student) + CE(peer) + KL(student ‖ peer).
+class Mutual(WeightedLoss):
+    """Two students and no teacher, each learning from the labels and from the other's predictions:
+    CE(student) + CE(peer) + weight·(KL(peer ‖ student) + KL(student ‖ peer)).
 
-    The second student stands where a teacher would (`model@teacher`) and learns in the same step; each takes what the
-    other says as it is, without a gradient. (The paper lets them take turns; a second pass of both in each step would
-    be the price.) Its weights are part of this module: the optimizer and checkpoints have them with those of the loss.
+    The second student takes the teacher's place (`model@teacher`) and learns in the same step; no gradient flows
+    through the predictions that serve as targets. (In the paper the two take turns, which would cost a second pass of
+    both in each step.) Its weights are part of this module, so that the optimizer and checkpoints include them.
 
     Args:
         weight: of the divergences.
+
+    Raises:
+        ConfigError: a weight not above 0.
     """
 
     name = "mutual"
     teacher_learns = True
 
-    def __init__(self, weight: float) -> None:
-        check_number("loss.weight", weight, above=0)
+    @checked
+    def __init__(self, weight: Positive) -> None:
         super().__init__(weight, ce_weight=1)
-        self.peer: nn.Module = nn.Identity()  # set when it is built
+        self.peer: nn.Module = nn.Identity()
+
+    def adopt(self, peer: nn.Module) -> None:
+        self.peer = peer
 
     def forward(
         self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int
     ) -> dict[str, Tensor]:
-        assert teacher is not None, "mutual learning takes two"
+        assert teacher is not None, "mutual learning needs two networks"
         ce, peer_ce = cross_entropy(student.logits, labels), cross_entropy(teacher.logits, labels)
         term = kd(student.logits, teacher.logits.detach(), temperature=1)
         peer_term = kd(teacher.logits, student.logits.detach(), temperature=1)

@@ -1,4 +1,4 @@
-"""What a network makes of images: its logits, and the features that a loss may ask for by role."""
+"""A network's outputs for a batch: logits, and the features that a loss needs, by role."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,12 @@ ROLES = ("stages", "preactivations", "embedding")
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a network makes of N images; of the roles, those that were asked for.
+    """A network's outputs for N images; of the features, those that were requested.
 
     Attributes:
         logits: float [N, classes].
-        stages: float [N, C, H, W] each.
-        preactivations: the same before each stage's last ReLU.
+        stages: each stage's output, float [N, C, H, W].
+        preactivations: the same before the stage's last ReLU.
         embedding: float [N, D].
     """
 
@@ -30,11 +30,11 @@ class Outputs:
         return [self.logits, *self.stages, *self.preactivations, *embedding]
 
     def pack(self) -> Tensor:
-        """All of it, a row for each image: float [N, F]; the logits themselves where there is nothing else."""
+        """Everything as one row per image, float [N, F]; just the logits where there are no features."""
         return torch.cat([tensor.flatten(1) for tensor in self.tensors], dim=1)
 
     def unpack(self, rows: Tensor) -> "Outputs":
-        """`rows` as `pack` writes them, in the shapes of these outputs."""
+        """Rows from `pack`, back in the shapes of these outputs."""
         pieces = iter(rows.split([tensor[0].numel() for tensor in self.tensors], dim=1))
 
         def shaped(like: Tensor) -> Tensor:
@@ -49,10 +49,10 @@ class Outputs:
 
 
 def as_embedding(tensor: Tensor) -> Tensor:
-    """[N, D] of what a head is given; maps [N, C, H, W] are averaged over their positions."""
+    """A head's input as vectors [N, D]; maps [N, C, H, W] are averaged over their positions."""
     return tensor.mean(dim=(2, 3)) if tensor.ndim == 4 else tensor.flatten(1)
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """In float32 at least: sums over classes and T² overflow in half precision."""
+    """In at least float32: sums over classes and T² overflow in half precision."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -3,18 +3,18 @@
 import torch
 from torch import Tensor
 
-from kdpipe.losses.base import Distillation
+from kdpipe.losses.base import WeightedLoss
 from kdpipe.losses.outputs import Outputs, wide
 
 EPSILON = 1e-7  # the authors'
 
 
 def pkt(student: Tensor, teacher: Tensor) -> Tensor:
-    """Divergence of the student's probabilities that two images are neighbours from the teacher's.
+    """Divergence between the teacher's and the student's probabilities that two images are neighbours.
 
-    The probabilities are the cosine similarities, brought to [0, 1], of an image with all of the batch, at sum 1. The
-    paper sums over the pairs, the authors' code averages over all N² (the benchmark's weight is 30,000); here as in the
-    code.
+    An image's probabilities are its cosine similarities to all images of the batch, mapped to [0, 1] and scaled to sum
+    1. The paper sums over the pairs; like the authors' code, this averages over all N² (the benchmark's weight is
+    30,000).
 
     Args:
         student: embeddings, float [N, D].
@@ -29,16 +29,16 @@ def _probabilities(embeddings: Tensor) -> Tensor:
     embeddings = wide(embeddings)
     # The gradient of a length of 0 is 0, not NaN.
     directions = embeddings / (torch.linalg.vector_norm(embeddings, dim=1, keepdim=True) + EPSILON)
-    # Rounding leads below 0 for opposite vectors.
+    # For opposite vectors rounding can give values below 0.
     similarities = ((directions @ directions.T + 1) / 2).clamp(min=0)
     return similarities / similarities.sum(dim=1, keepdim=True)
 
 
-class PKT(Distillation):
+class PKT(WeightedLoss):
     """ce_weight·CE + weight·pkt of the embeddings.
 
     Raises:
-        ValueError: a weight below 0.
+        ConfigError: a negative weight.
     """
 
     roles = ("embedding",)

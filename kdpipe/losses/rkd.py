@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdpipe.losses.base import Distillation
+from kdpipe.losses.base import WeightedLoss
 from kdpipe.losses.outputs import Outputs, wide
-from kdpipe.settings.checks import check_number
+from kdpipe.settings.values import NonNegative, checked
 
 SMALLEST_DISTANCE = 1e-6  # the authors'
 
@@ -24,7 +24,7 @@ def rkd(student: Tensor, teacher: Tensor, distance_weight: float = 25, angle_wei
 def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Smooth L1 of the distances between images, each network's relative to their mean; over all N² pairs.
 
-    The pairs of an image with itself count 0 in the mean over N², as in the authors' code; 0 for a batch of 1.
+    As in the authors' code, the mean over N² includes the zeros of each image paired with itself; 0 for a batch of 1.
 
     Args:
         student: embeddings, float [N, D].
@@ -34,9 +34,9 @@ def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
-    """Smooth L1 of the cosines of the angles that images make, over all N³ triplets, as in the authors' code.
+    """Smooth L1 of the cosines of the angles between images, over all N³ triplets, as in the authors' code.
 
-    Takes memory for N³ and N²·D numbers: at N 64 and D 64 a few megabytes, at N 1024 gigabytes.
+    Needs memory for N³ and N²·D numbers: a few megabytes at N 64 and D 64, gigabytes at N 1024.
 
     Args:
         student: embeddings, float [N, D].
@@ -65,28 +65,28 @@ def _cosines(embeddings: Tensor) -> Tensor:
     """Of the angle at image i between images j and k, float [N, N, N]; 0 where two of them coincide."""
     differences = _differences(embeddings)
     lengths = torch.linalg.vector_norm(differences, dim=2, keepdim=True)
-    # Divided by infinity what has no direction is 0, and its gradient too.
+    # Dividing a difference without direction by infinity makes it and its gradient 0.
     directions = differences / torch.where(lengths > 0, lengths, torch.inf)
     return directions @ directions.transpose(1, 2)
 
 
-class RKD(Distillation):
+class RKD(WeightedLoss):
     """ce_weight·CE + weight·rkd of the embeddings.
 
     Raises:
-        ValueError: a weight below 0.
+        ConfigError: a negative weight.
     """
 
     roles = ("embedding",)
     name = "rkd"
     compares_images = True
 
-    def __init__(self, distance_weight: float, angle_weight: float, weight: float, ce_weight: float) -> None:
+    @checked
+    def __init__(
+        self, distance_weight: NonNegative, angle_weight: NonNegative, weight: NonNegative, ce_weight: NonNegative
+    ) -> None:
         super().__init__(weight, ce_weight)
-        check_number("loss.distance_weight", distance_weight, low=0)
-        check_number("loss.angle_weight", angle_weight, low=0)
-        self.distance_weight = distance_weight
-        self.angle_weight = angle_weight
+        self.distance_weight, self.angle_weight = distance_weight, angle_weight
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor, indices: Tensor, epoch: int) -> Tensor:
         assert student.embedding is not None and teacher.embedding is not None

@@ -3,18 +3,18 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdpipe.losses.base import Distillation
+from kdpipe.losses.base import WeightedLoss
 from kdpipe.losses.outputs import Outputs, wide
 
 
 def similarity(student: Tensor, teacher: Tensor) -> Tensor:
-    """How differently two networks see the images of a batch resemble each other.
+    """How differently two networks see which images of a batch resemble each other.
 
-    ‖G_t − G_s‖²_F / N², where G [N, N] has the dot products of the images' features, each row at length 1.
+    ‖G_t − G_s‖²_F / N², where G [N, N] are the dot products of the images' features, each row scaled to length 1.
 
     Args:
         student: maps or vectors, float [N, …].
-        teacher: maps or vectors, float [N, …], which may be of another size.
+        teacher: maps or vectors, float [N, …]; their size may differ.
     """
     return F.mse_loss(_similarities(student), _similarities(teacher))
 
@@ -25,11 +25,11 @@ def _similarities(features: Tensor) -> Tensor:
     return F.normalize(rows @ rows.T)
 
 
-class Similarity(Distillation):
+class Similarity(WeightedLoss):
     """ce_weight·CE + weight·similarity, after the last stage.
 
     Raises:
-        ValueError: a weight below 0.
+        ConfigError: a negative weight.
     """
 
     roles = ("stages",)

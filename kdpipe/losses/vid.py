@@ -6,20 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdpipe.losses.base import Distillation, last_pairs, smaller
+from kdpipe.losses.base import WeightedLoss, last_pairs, smaller
 from kdpipe.losses.outputs import Outputs, wide
 
 FIRST_VARIANCE, SMALLEST_VARIANCE = 5.0, 1e-5  # the authors'
 
 
 def vid(student: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
-    """Negative log-likelihood of the teacher's maps where the student expects them, with a Gaussian's spread.
+    """Negative log-likelihood of the teacher's maps under a Gaussian around the student's prediction.
 
-    ((student − teacher)² / variance + log variance) / 2, averaged over all elements; the paper sums, and has a constant
-    beside, which the authors' code leaves away.
+    ((student − teacher)² / variance + log variance) / 2, averaged over all elements; the paper sums and adds a
+    constant, which the authors' code leaves out.
 
     Args:
-        student: the mean that a regressor makes of the student's maps, float [N, C, H, W].
+        student: the mean, a regressor's output for the student's maps, float [N, C, H, W].
         teacher: maps, float [N, C, H, W].
         variance: of each channel, float [C], above 0.
     """
@@ -27,14 +27,14 @@ def vid(student: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
     return ((student - teacher) ** 2 / variance + variance.log()).mean() / 2
 
 
-class VID(Distillation):
-    """ce_weight·CE + weight·vid, summed over the stages that both networks have; it learns means and variances.
+class VID(WeightedLoss):
+    """ce_weight·CE + weight·vid, summed over the stages that both networks have; means and variances are learned.
 
     Maps of different sizes are averaged down to the smaller, as in the benchmark (Tian et al. 2020,
     https://arxiv.org/abs/1910.10699).
 
     Raises:
-        ValueError: a weight below 0.
+        ConfigError: a negative weight.
     """
 
     roles = ("stages",)
