@@ -94,7 +94,7 @@ def test_processes_do_not_share_what_a_loss_learns_and_images_without_a_label() 
     learning.regressors = nn.ModuleList([nn.Conv2d(1, 1, 1)])
     with pytest.raises(ValueError, match="VID has weights of its own"):
         check_sharing(learning, False, two)
-    with pytest.raises(ValueError, match="images with a label"):
+    with pytest.raises(ValueError, match="labelled images"):
         check_sharing(KD(0.5, 4), True, two)
 
 
