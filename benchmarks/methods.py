@@ -16,7 +16,6 @@ from omegaconf import DictConfig
 
 from kdpipe.assembly import build_loss, build_network, build_optimizer, fit_loss
 from kdpipe.data import PerImageValues
-from kdpipe.losses.base import roles_of
 from kdpipe.settings import config as settings
 from kdpipe.training.loop import Training, train_epoch
 from kdpipe.training.observed import Observed
@@ -40,7 +39,7 @@ class Method:
         torch.manual_seed(0)
         self.bench, self.name = bench, name
         self.loss = build_loss(config)
-        self.roles = roles_of(self.loss)
+        self.roles = self.loss.roles
         model = bench.model()
         student = Observed(model, model.network, self.roles)
         self.teacher = None

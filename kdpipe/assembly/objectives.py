@@ -7,10 +7,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from kdpipe.assembly.building import build
 from kdpipe.data import ImageDataset
-from kdpipe.losses.base import CombinedLoss, Loss
+from kdpipe.losses import CombinedLoss, Loss
 from kdpipe.models import Classifier
 from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.schema import Settings
+from kdpipe.system.hardware import Hardware
 from kdpipe.system.randomness import derive_seed
 from kdpipe.training.observed import Observed
 from kdpipe.training.teacher import Teacher
@@ -64,6 +65,21 @@ def fit_loss(
         except ConfigError as error:
             raise error.under(key) from error
     loss.to(device)
+
+
+def check_sharing(loss: Loss, has_unlabelled: bool, hardware: Hardware) -> None:
+    """Raise ConfigError for a loss that changes when each process sees only its part of a batch."""
+    if hardware.processes == 1:
+        return
+    problem = ""
+    if any(part.compares_images for part in loss.components.values()):
+        problem = "the loss compares the images of a batch, which processes share"
+    elif any(parameter.requires_grad for parameter in loss.parameters()):
+        problem = "the loss has weights of its own, which processes do not share yet"
+    elif has_unlabelled:
+        problem = "processes would weight labelled images differently"
+    if problem:
+        raise ConfigError("torchrun", expected="one process", problem=problem)
 
 
 def build_optimizer(

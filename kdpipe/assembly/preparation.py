@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from kdpipe.assembly.objectives import build_loss, build_optimizer, fit_loss
+from kdpipe.assembly.objectives import build_loss, build_optimizer, check_sharing, fit_loss
 from kdpipe.assembly.parts import Parts
 from kdpipe.assembly.views import build_mixing, build_views
 from kdpipe.data import ImageDataset
 from kdpipe.data.augmentation import Views
-from kdpipe.losses.base import Loss
+from kdpipe.losses import Loss
 from kdpipe.models import Classifier
 from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.schema import Settings
@@ -59,7 +59,7 @@ def prepare(settings: Settings, parts: Parts, hardware: Hardware, start: dict[st
     if teacher:
         teacher.observe(loss.roles)
         fit_loss(settings, loss, student, teacher, parts.data, device)
-    hardware.check_sharing(loss, parts.data.unlabelled != "")
+    check_sharing(loss, parts.data.unlabelled != "", hardware)
     views = build_views(settings, parts.data)
     if isinstance(teacher, FrozenTeacher) and train.epochs > 0:
         cache = cache_folder(settings, "teacher")

@@ -35,17 +35,11 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return validated(*map(_plain, args), **{name: _plain(value) for name, value in kwargs.items()})
+            return validated(*args, **kwargs)
         except ValidationError as error:
             raise _argument_error(error, signature, hints) from None
 
     return call
-
-
-def _plain(value: Any) -> Any:
-    """Lists of other kinds, such as Hydra's, as plain ones."""
-    is_other = isinstance(value, Sequence) and not isinstance(value, str | bytes | list | tuple)
-    return list(value) if is_other else value
 
 
 def _argument_error(error: ValidationError, signature: inspect.Signature, hints: Mapping[str, Any]) -> ConfigError:

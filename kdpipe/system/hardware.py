@@ -87,20 +87,6 @@ class Hardware:
             distributed.all_reduce(total)
         return total
 
-    def check_sharing(self, loss: nn.Module, has_unlabelled: bool) -> None:
-        """Raise ValueError for a loss that changes when each process sees only its part of a batch."""
-        if self.processes == 1:
-            return
-        for part in loss.modules():
-            name = f"torchrun: {type(part).__name__}"
-            if getattr(part, "compares_images", False):
-                raise ValueError(f"{name} compares the images of a batch, which processes share; expected one process")
-        if any(parameter.requires_grad for parameter in loss.parameters()):
-            own = f"{type(loss).__name__} has weights of its own, which processes do not share yet"
-            raise ValueError(f"torchrun: {own}; expected one process")
-        if has_unlabelled:
-            raise ValueError("torchrun: processes would weight labelled images differently; expected one process")
-
     def distribute(self, module: nn.Module) -> nn.Module:
         """A module that averages its gradients over all processes; with one process the module itself.
 

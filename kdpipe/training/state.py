@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from kdpipe.losses.base import Loss
+from kdpipe.losses import Loss
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.randomness import random_state, set_random_state
 from kdpipe.training.checkpoint import State

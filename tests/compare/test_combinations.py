@@ -11,10 +11,9 @@ from omegaconf import DictConfig
 from test_compare import record
 from torch import nn
 
-from kdpipe.assembly.objectives import check_fit
+from kdpipe.assembly import check_fit, check_sharing
 from kdpipe.compare.cells import Controls, make_cells
-from kdpipe.losses import DIST, KD, RKD, VID
-from kdpipe.losses.base import Combined
+from kdpipe.losses import DIST, KD, RKD, VID, CombinedLoss, Loss
 from kdpipe.models import Classifier
 from kdpipe.models.resnet import ResNet
 from kdpipe.settings import config as settings
@@ -62,8 +61,8 @@ def test_images_without_a_label_are_not_mixed(kdpipe: Callable) -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["loss=hint", "loss.stage=4"], "loss.stage=4: a whole number from 1 to 3 is accepted"),
-        (["loss=kd", "loss@also=hint", "also.stage=4"], "also.stage=4: a whole number from 1 to 3 is accepted"),
+        (["loss=hint", "loss.stage=4"], "loss.stage=4: expected a whole number from 1 to 3"),
+        (["loss=kd", "loss@also=hint", "also.stage=4"], "also.stage=4: expected a whole number from 1 to 3"),
     ],
     ids=" ".join,
 )
@@ -81,22 +80,22 @@ def test_stages_of_a_frozen_backbone_teach_nothing(composed: Callable[..., DictC
     check_fit(composed("loss=attention"), network(), Teacher(network()), some_digits())
 
 
-@pytest.mark.parametrize("loss", [RKD(25, 50, 1, 1), Combined(KD(0.5, 4), DIST(1, 1, 4, 1, 1))])
-def test_processes_do_not_share_what_compares_images(loss: nn.Module) -> None:
-    CPU.check_sharing(loss, has_unlabelled=True)
+@pytest.mark.parametrize("loss", [RKD(25, 50, 1, 1), CombinedLoss(KD(0.5, 4), DIST(1, 1, 4, 1, 1))])
+def test_processes_do_not_share_what_compares_images(loss: Loss) -> None:
+    check_sharing(loss, True, CPU)
     with pytest.raises(ValueError, match="compares the images of a batch"):
-        replace(CPU, processes=2).check_sharing(loss, has_unlabelled=False)
+        check_sharing(loss, False, replace(CPU, processes=2))
 
 
 def test_processes_do_not_share_what_a_loss_learns_and_images_without_a_label() -> None:
     two = replace(CPU, processes=2)
-    two.check_sharing(KD(0.5, 4), has_unlabelled=False)
+    check_sharing(KD(0.5, 4), False, two)
     learning = VID(1, 1)
     learning.regressors = nn.ModuleList([nn.Conv2d(1, 1, 1)])
     with pytest.raises(ValueError, match="VID has weights of its own"):
-        two.check_sharing(learning, has_unlabelled=False)
-    with pytest.raises(ValueError, match="images with a label"):
-        two.check_sharing(KD(0.5, 4), has_unlabelled=True)
+        check_sharing(learning, False, two)
+    with pytest.raises(ValueError, match="labelled images"):
+        check_sharing(KD(0.5, 4), True, two)
 
 
 def test_answers_of_other_stages_are_other_entries_of_the_cache() -> None:

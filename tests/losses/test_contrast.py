@@ -20,6 +20,7 @@ from kdpipe.losses.crd import crd_log_normalizers
 from kdpipe.losses.outputs import Outputs
 from kdpipe.models import Classifier
 from kdpipe.models.resnet import ResNet
+from kdpipe.settings.errors import ConfigError
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.interruption import Interrupted
 from kdpipe.training.loop import Training, fit
@@ -433,7 +434,7 @@ def test_a_training_that_goes_on_ends_with_the_bits_of_one_that_was_not_interrup
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "accepted"),
+    ("key", "value", "expected"),
     [
         ("negatives", 0, "a whole number from 1"),
         ("negatives", 1.5, "a whole number from 1"),
@@ -445,12 +446,15 @@ def test_a_training_that_goes_on_ends_with_the_bits_of_one_that_was_not_interrup
         ("ce_weight", "much", "a number from 0"),
     ],
 )
-def test_a_bad_value_is_refused(key: str, value: Any, accepted: str) -> None:
+def test_a_bad_value_is_refused(key: str, value: Any, expected: str) -> None:
     with pytest.raises(ValueError) as error:
         CRD(**{key: value})
-    assert str(error.value) == f"loss.{key}={value}: {accepted} is accepted"
+    assert str(error.value) == f"{key}={value}: expected {expected}"
 
 
 def test_images_of_one_class_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^loss=CRD: the training images are of one class; images of two"):
+    with pytest.raises(ConfigError) as error:
         fitted(classes=1)
+    assert str(error.value) == (
+        "negatives=10: the training images are all of one class; expected images of two or more classes"
+    )

@@ -26,6 +26,7 @@ from kdpipe.losses import (
     Correlation,
     Hint,
     Similarity,
+    WeightedLoss,
     attention,
     correlation,
     cross_entropy,
@@ -37,10 +38,9 @@ from kdpipe.losses import (
     similarity,
     vid,
 )
-from kdpipe.losses.base import Distillation
 from kdpipe.losses.outputs import Outputs
 from kdpipe.models.resnet import ResNet
-from kdpipe.settings.checks import as_typed
+from kdpipe.settings.errors import as_typed
 from kdpipe.training.observed import Observed
 
 any_invariant = settings(max_examples=15, deadline=None)
@@ -72,7 +72,7 @@ class Method:
     """What the tests that all methods share need to know of one."""
 
     term: Callable[..., Tensor]
-    module: type[Distillation]
+    module: type[WeightedLoss]
     arguments: dict[str, float]
     example: Callable[..., Tensor]
     weight: float
@@ -90,7 +90,7 @@ METHODS = {
 each_method = pytest.mark.parametrize("name", METHODS)
 
 
-def loss_of(name: str, weight: float = 1, ce_weight: float = 1, **arguments: object) -> Distillation:
+def loss_of(name: str, weight: float = 1, ce_weight: float = 1, **arguments: object) -> WeightedLoss:
     method = METHODS[name]
     return method.module(weight=weight, ce_weight=ce_weight, **{**method.arguments, **arguments})
 
@@ -106,14 +106,14 @@ NARROW = [(4, 8), (6, 4), (8, 2)]
 WIDE_AND_LONG = [(5, 32), (7, 16), (9, 8), (11, 4)]
 
 
-def fitted(name: str, student: Outputs, teacher: Outputs, **arguments: object) -> Distillation:
+def fitted(name: str, student: Outputs, teacher: Outputs, **arguments: object) -> WeightedLoss:
     torch.manual_seed(0)
     loss = loss_of(name, **arguments)
     loss.fit_to(student, teacher, torch.arange(2), torch.zeros(2, dtype=torch.int64))
     return loss
 
 
-def parts(loss: Distillation, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
+def parts(loss: WeightedLoss, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
     labels = torch.arange(len(student.logits)) % student.logits.shape[1]
     return loss(student, teacher, labels, torch.arange(len(labels)), 1)
 
@@ -505,7 +505,7 @@ def test_hint_s_stage_is_one_that_both_networks_have(stage: int, accepted: bool)
     else:
         with pytest.raises(ValueError) as error:
             fitted("hint", student, teacher, stage=stage)
-        assert str(error.value) == "loss.stage=4: a whole number from 1 to 3 is accepted"
+        assert str(error.value) == "stage=4: expected a whole number from 1 to 3"
 
 
 @pytest.mark.parametrize(("size", "to_size"), [(7, 16), (3, 4), (4, 16)])
@@ -569,7 +569,7 @@ def test_bad_values_are_refused(name: str, key: str, value: object) -> None:
     noun = "a whole number" if key in ("stage", "dimensions") else "a number"
     with pytest.raises(ValueError) as error:
         loss_of(name, **{key: value})
-    assert str(error.value) == f"loss.{key}={as_typed(value)}: {noun} from {least} is accepted"
+    assert str(error.value) == f"{key}={as_typed(value)}: expected {noun} from {least}"
 
 
 @each_method

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from kdpipe.losses import KD, CrossEntropy, KDTutorial, cross_entropy, kd, kd_tutorial
 from kdpipe.losses.outputs import Outputs
-from kdpipe.settings.checks import as_typed
+from kdpipe.settings.errors import as_typed
 
 TEMPERATURES = [0.5, 1, 2, 5, 20]
 METHODS = pytest.mark.parametrize(("module", "term"), [(KD, kd), (KDTutorial, kd_tutorial)])
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 any_invariant = settings(max_examples=25, deadline=None)
 
 
@@ -110,6 +111,38 @@ def test_cross_entropy_is_the_mean_of_minus_log_probabilities(classes: int) -> N
     log_probabilities = log_softmax(student.numpy(), axis=1)
     expected = -np.mean([row[label] for row, label in zip(log_probabilities, truth, strict=True)])
     assert cross_entropy(student, truth).item() == pytest.approx(expected)
+
+
+def synchronising_cross_entropy(student: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """The formula of kdpipe 0.4, which makes a GPU wait for `labelled.all()`."""
+    labelled = labels >= 0
+    if labelled.all():
+        return F.cross_entropy(student, labels, label_smoothing=label_smoothing)
+    total = F.cross_entropy(student, labels, ignore_index=-1, label_smoothing=label_smoothing, reduction="sum")
+    return total / labelled.sum().clamp(min=1)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+@pytest.mark.parametrize("share_unlabelled", [0, 0.3, 1])
+@pytest.mark.parametrize("label_smoothing", [0, 0.1, 0.7])
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+def test_cross_entropy_without_waiting_is_the_same_to_the_last_bit(
+    classes: int, label_smoothing: float, share_unlabelled: float, device: str
+) -> None:
+    for seed in range(20):
+        draw = np.random.default_rng([seed, classes])
+        images = int(draw.integers(1, 130))
+        truth = torch.from_numpy(draw.integers(0, classes, images))
+        truth[torch.from_numpy(draw.random(images) < share_unlabelled)] = -1
+        found = []
+        for function in (cross_entropy, synchronising_cross_entropy):
+            student = logits(seed, images, classes).float().to(device).requires_grad_()
+            value = function(student, truth.to(device), label_smoothing)
+            (0.3 * value).backward()
+            found.append((value, student.grad))
+        (value, gradient), (expected, expected_gradient) = found
+        assert torch.equal(value, expected) and torch.equal(gradient, expected_gradient)
+        assert value.isfinite()
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
@@ -258,7 +291,7 @@ def test_extreme_logits_do_not_overflow(
 def test_a_bad_alpha_is_refused(module: type[KD], term: Callable[..., Tensor], alpha: object) -> None:
     with pytest.raises(ValueError) as error:
         module(alpha, 5)
-    assert str(error.value) == f"loss.alpha={as_typed(alpha)}: a number from 0 to 1 is accepted"
+    assert str(error.value) == f"alpha={as_typed(alpha)}: expected a number from 0 to 1"
 
 
 @METHODS
@@ -266,7 +299,7 @@ def test_a_bad_alpha_is_refused(module: type[KD], term: Callable[..., Tensor], a
 def test_a_bad_temperature_is_refused(module: type[KD], term: Callable[..., Tensor], value: object) -> None:
     with pytest.raises(ValueError) as error:
         module(0.5, value)
-    assert str(error.value) == f"loss.temperature={as_typed(value)}: a number above 0 is accepted"
+    assert str(error.value) == f"temperature={as_typed(value)}: expected a number above 0"
 
 
 @METHODS

@@ -295,7 +295,7 @@ def test_a_student_is_taught_by_a_larger_network_and_its_term_falls() -> None:
 def test_a_bad_value_is_refused(key: str, value: Any) -> None:
     with pytest.raises(ValueError) as error:
         ReviewKD(**{key: value})
-    assert str(error.value) == f"loss.{key}={value}: a number from 0 is accepted"
+    assert str(error.value) == f"{key}={value}: expected a number from 0"
 
 
 def test_the_weight_is_that_of_a_pair_of_the_benchmark_or_1(composed: Callable[..., DictConfig]) -> None:

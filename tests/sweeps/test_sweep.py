@@ -193,8 +193,8 @@ def test_a_failing_cell_leaves_the_others_and_the_summary(kdpipe: Callable, teac
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["loss.alpha=0,0.5,1.5"], "loss.alpha=1.5: a number from 0 to 1 is accepted"),
-        (["loss.temperature=4,0"], "loss.temperature=0: a number above 0 is accepted"),
+        (["loss.alpha=0,0.5,1.5"], "loss.alpha=1.5: expected a number from 0 to 1"),
+        (["loss.temperature=4,0"], "loss.temperature=0: expected a number above 0"),
         (["seed=0,1,0"], "seed=0: in the grid twice; each value once is accepted"),
         (["loss.alpha=0.5,0.50"], "loss.alpha=0.5: in the grid twice"),
         (["seed=range(0,0)"], "seed=range(0,0): the grid is empty; at least one value is accepted"),
