@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kdpipe.compare.cells import Cell
 from kdpipe.compare.statistics import Interval, interval
-from kdpipe.settings import config
+from kdpipe.settings.composition import compose_settings
 from kdpipe.settings.identity import effective, what_matters
 
 TABLE = Path(__file__).with_name("published.csv")
@@ -85,7 +85,7 @@ def trained_otherwise(cell: Cell, overrides: str) -> tuple[tuple[str, str, str],
 
 @cache
 def _settings_with(overrides: str, needs_teacher: bool) -> dict[str, str]:
-    flat = effective(config.settings_composed(overrides.split()), needs_teacher)
+    flat = effective(compose_settings(overrides.split()).plain, needs_teacher)
     return {key: str(value) for key, value in what_matters(flat).items()}
 
 

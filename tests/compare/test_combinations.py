@@ -7,19 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import some_digits
-from omegaconf import DictConfig
 from test_compare import record
 from torch import nn
 
-from kdpipe.assembly import check_fit, check_sharing
+from kdpipe.assembly.objectives import check_fit, check_sharing
 from kdpipe.compare.cells import Controls, make_cells
 from kdpipe.losses import DIST, KD, RKD, VID, CombinedLoss, Loss
 from kdpipe.models import Classifier
 from kdpipe.models.resnet import ResNet
-from kdpipe.settings import config as settings
+from kdpipe.settings.schema import Settings
 from kdpipe.system.hardware import Hardware
 from kdpipe.training.precomputed import OutputRequest
-from kdpipe.training.teacher import Teacher
+from kdpipe.training.teacher import FrozenTeacher
 
 CPU = Hardware(torch.device("cpu"))
 
@@ -31,18 +30,24 @@ def network(freeze: str = "none") -> Classifier:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["loss@also=mutual"], "also=kdpipe.losses.Mutual: a method of distillation is accepted"),
-        (["loss@also=kd_tutorial"], "its term is called kd, as that of kdpipe.losses.KD; another method is accepted"),
-        (["loss@also=dkd", "train.mixup=0.2"], "train.mixup=0.2: DKD needs one label for each image; null is accepted"),
-        (["experiment=mutual", "teacher.freeze=backbone"], "teacher.freeze=backbone: a second student learns; none is"),
+        (["loss@also=mutual"], "also=kdpipe.losses.Mutual: expected a method of distillation"),
+        (["loss@also=kd_tutorial"], "its term is called kd, as that of the loss; expected another method"),
+        (
+            ["loss@also=dkd", "train.mixup=0.2"],
+            "train.mixup=0.2: the loss needs one label for each image; expected null",
+        ),
+        (
+            ["experiment=mutual", "teacher.freeze=backbone"],
+            "teacher.freeze=backbone: a second student learns; expected none",
+        ),
         (["experiment=mutual", "train.select=best"], "train.select=best: two students are best at different epochs"),
         (
             ["experiment=mutual", "model@teacher=ensemble", "teacher.members=[runs:/a]"],
-            "model@teacher=ensemble: a second student is one network",
+            "model@teacher=ensemble: expected one network, as the second student",
         ),
         (
             ["experiment=born_again", "chain=[{loss:cross_entropy},{loss:mutual}]"],
-            "chain: link 2 has two students and no teacher; in the first link it is accepted",
+            "chain: link 2 has two students and no teacher; only the first link can",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -55,7 +60,7 @@ def test_what_does_not_go_together_is_refused(kdpipe: Callable, overrides: list[
 
 def test_images_without_a_label_are_not_mixed(kdpipe: Callable) -> None:
     done = kdpipe("dataset=cifar10", "dataset.unlabelled_root=more", "train.cutmix=1")
-    assert "dataset.unlabelled_root=more: not with train.mixup or train.cutmix; null is accepted" in done.errors
+    assert "dataset.unlabelled_root=more: expected null with train.mixup or train.cutmix" in done.errors
 
 
 @pytest.mark.parametrize(
@@ -67,17 +72,17 @@ def test_images_without_a_label_are_not_mixed(kdpipe: Callable) -> None:
     ids=" ".join,
 )
 def test_a_loss_that_does_not_fit_is_known_before_a_run_begins(
-    composed: Callable[..., DictConfig], overrides: list[str], said: str
+    composed: Callable[..., Settings], overrides: list[str], said: str
 ) -> None:
     with pytest.raises(ValueError) as error:
-        check_fit(composed(*overrides), network(), Teacher(network()), some_digits())
+        check_fit(composed(*overrides), network(), FrozenTeacher(network()), some_digits())
     assert str(error.value) == said
 
 
-def test_stages_of_a_frozen_backbone_teach_nothing(composed: Callable[..., DictConfig]) -> None:
+def test_stages_of_a_frozen_backbone_teach_nothing(composed: Callable[..., Settings]) -> None:
     with pytest.raises(ValueError, match=r"model.freeze=none: the loss compares stages, which stay as they are"):
-        check_fit(composed("loss=attention"), network(freeze="backbone"), Teacher(network()), some_digits())
-    check_fit(composed("loss=attention"), network(), Teacher(network()), some_digits())
+        check_fit(composed("loss=attention"), network(freeze="backbone"), FrozenTeacher(network()), some_digits())
+    check_fit(composed("loss=attention"), network(), FrozenTeacher(network()), some_digits())
 
 
 @pytest.mark.parametrize("loss", [RKD(25, 50, 1, 1), CombinedLoss(KD(0.5, 4), DIST(1, 1, 4, 1, 1))])
@@ -92,7 +97,7 @@ def test_processes_do_not_share_what_a_loss_learns_and_images_without_a_label() 
     check_sharing(KD(0.5, 4), False, two)
     learning = VID(1, 1)
     learning.regressors = nn.ModuleList([nn.Conv2d(1, 1, 1)])
-    with pytest.raises(ValueError, match="VID has weights of its own"):
+    with pytest.raises(ValueError, match="the loss has weights of its own"):
         check_sharing(learning, False, two)
     with pytest.raises(ValueError, match="labelled images"):
         check_sharing(KD(0.5, 4), True, two)
@@ -102,28 +107,26 @@ def test_answers_of_other_stages_are_other_entries_of_the_cache() -> None:
     data, keys = some_digits(), set()
     for stages in (("layer1", "layer2"), ("layer1", "layer3")):
         torch.manual_seed(0)
-        teacher = Teacher(network())
+        teacher = FrozenTeacher(network())
         teacher.classifier.network.roles = {"stages": stages}
-        teacher.ask_for(["stages"])
-        assert teacher.asked_for == {"stages": list(stages)}
-        asked = (teacher.classifier, teacher.classifier, data, data.splits["train"], None, teacher.asked_for)
+        teacher.observe(["stages"])
+        assert teacher.observed == {"stages": list(stages)}
+        asked = (teacher.classifier, teacher.classifier, data, data.splits["train"], None, teacher.observed)
         keys.add(OutputRequest("logits, stages", "net", *asked).key(CPU))
     assert len(keys) == 2
 
 
-def test_an_ensemble_is_softened_as_the_loss_that_has_an_effect(composed: Callable[..., DictConfig]) -> None:
+def test_an_ensemble_is_softened_as_the_loss_that_has_an_effect(composed: Callable[..., Settings]) -> None:
     both = ["loss.alpha=0", "loss@also=dist", "model@teacher=ensemble", "teacher.members=[runs:/a]"]
     configs = [composed(*both, f"loss.temperature={temperature}") for temperature in (2, 10)]
-    assert {config.teacher.temperature for config in configs} == {4} == {settings.softening(configs[0])}
-    assert settings.run_identity(configs[0]) == settings.run_identity(configs[1])
+    assert {config.teacher.temperature for config in configs} == {4} == {configs[0].softening}
+    assert configs[0].identity == configs[1].identity
 
 
-def test_which_stages_a_loss_is_shown_does_not_hide_the_student_alone(composed: Callable[..., DictConfig]) -> None:
+def test_which_stages_a_loss_is_shown_does_not_hide_the_student_alone(composed: Callable[..., Settings]) -> None:
     network = ["model=torchvision", "model.name=vgg11"]
     alone = composed(*network, "loss=cross_entropy")
-    assert settings.run_identity(alone) == settings.run_identity(
-        composed(*network, "loss=cross_entropy", "model.stages=[features.2]")
-    )
+    assert alone.identity == composed(*network, "loss=cross_entropy", "model.stages=[features.2]").identity
 
 
 def test_other_images_in_the_folder_of_those_without_a_label_are_another_cell() -> None:

@@ -15,7 +15,6 @@ from omegaconf import DictConfig, OmegaConf
 from test_export import ALL, QUICK, no_store
 
 from kdpipe.assembly import finished_runs as finished
-from kdpipe.settings.saved import read_network_settings
 from kdpipe.assembly.finished_runs import open_run
 from kdpipe.export.predictor import open_predictor, read_metadata
 from kdpipe.export.writers import portable_config

@@ -18,8 +18,8 @@ from omegaconf import DictConfig
 from onnx import numpy_helper
 
 from kdpipe.assembly.datasets import forget_data
-from kdpipe.assembly.networks import build_network
 from kdpipe.assembly.finished_runs import blank_images, open_run, open_teacher
+from kdpipe.assembly.networks import build_network
 from kdpipe.export import exporting, quantize
 from kdpipe.export.predictor import numpy_forward, open_onnx, open_predictor, open_program
 from kdpipe.export.verification import check_accuracy, check_logits, subsample
