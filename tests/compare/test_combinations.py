@@ -34,11 +34,11 @@ def network(freeze: str = "none") -> Classifier:
         (["loss@also=kd_tutorial"], "its term is called kd, as that of the loss; expected another method"),
         (
             ["loss@also=dkd", "train.mixup=0.2"],
-            "train.mixup=0.2: the loss needs one label for each image; expected null",
+            "the loss needs one label for each image; expected null",
         ),
         (
             ["experiment=mutual", "teacher.freeze=backbone"],
-            "teacher.freeze=backbone: a second student learns; expected none",
+            "a second student learns; expected none",
         ),
         (["experiment=mutual", "train.select=best"], "train.select=best: two students are best at different epochs"),
         (

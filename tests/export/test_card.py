@@ -18,6 +18,7 @@ from kdpipe.assembly import finished_runs as finished
 from kdpipe.assembly.finished_runs import open_run
 from kdpipe.export.predictor import open_predictor, read_metadata
 from kdpipe.export.writers import portable_config
+from kdpipe.settings.saved import read_run_settings
 from kdpipe.tracking import RunStore
 
 
@@ -154,7 +155,7 @@ def test_a_student_is_exported_without_its_missing_teacher(
 
 def test_the_config_next_to_the_weights_has_no_folders(taught: Taught, command: Callable) -> None:
     command("export", taught.student, "--out", "files", "--format", "safetensors", *QUICK)
-    config = read_config(Path("files/config.yaml"), ["model", "dataset", "train"])
+    config = read_run_settings(Path("files/config.yaml"))
     assert config.model.name == "student_cnn" and config.dataset.name == "digits"
     assert portable_config(open_run(taught.student, RunStore(taught.uri))) == Path("files/config.yaml").read_text()
 
