@@ -298,22 +298,22 @@ def summarise(sweep: Sweep) -> None:
     if not sweep.finished:
         return
 
-    from kdpipe.compare import rendering as formats
-    from kdpipe.compare.loading import compare_sweep, image_by_image, pictures_of
+    from kdpipe.compare import frames, rendering
+    from kdpipe.compare.loading import compare_sweep, draw_pictures, with_disagreement
 
-    comparisons = [image_by_image(found, sweep.tracker) for found in compare_sweep(sweep.tracker, sweep.id)]
-    pictures = [pictures_of(comparison, sweep.tracker) for comparison in comparisons]
-    table = "\n\n".join(map(formats.as_table, comparisons))
+    comparisons = [with_disagreement(found, sweep.tracker) for found in compare_sweep(sweep.tracker, sweep.id)]
+    pictures = [draw_pictures(comparison, sweep.tracker) for comparison in comparisons]
+    table = "\n\n".join(map(rendering.to_text, comparisons))
     files = {
         "comparison.txt": table.encode(),
-        "comparison.csv": formats.as_csv(comparisons).encode(),
-        "comparison.html": formats.as_html(f"sweep {sweep.id}", comparisons, pictures).encode(),
-        **formats.numbered(pictures),
+        "comparison.csv": frames.to_csv(comparisons).encode(),
+        "comparison.html": rendering.to_html(f"sweep {sweep.id}", comparisons, pictures).encode(),
+        **rendering.picture_files(pictures),
     }
     tags = {"kdpipe.verdict": "; ".join(comparison.verdict for comparison in comparisons)}
-    tags["mlflow.note.content"] = formats.as_markdown(comparisons)
+    tags["mlflow.note.content"] = rendering.to_markdown(comparisons)
     # Several data sets or budgets have no one best cell.
-    metrics = formats.best_metrics(comparisons[0]) if len(comparisons) == 1 else {}
+    metrics = frames.best_metrics(comparisons[0]) if len(comparisons) == 1 else {}
     sweep.tracker.attach(sweep.parent, files, tags, metrics)
     print(f"\n{table}\n", flush=True)
     log.info("in MLflow (make ui):")

@@ -21,8 +21,7 @@ from scipy.special import softmax
 from torch import Tensor, nn
 
 from kdpipe.assembly import check_values, read_model
-from kdpipe.compare.__main__ import arguments_of
-from kdpipe.compare.__main__ import run as compare
+from kdpipe.compare.__main__ import run_comparison
 from kdpipe.data import ImageDataset, split
 from kdpipe.data.digits import digits
 from kdpipe.losses import KD
@@ -247,7 +246,7 @@ def test_sweeps_over_shares_and_teachers_are_compared(kdpipe: Callable, trained:
     measured = {f"{100 * run.data.metrics.get('teacher/accuracy', 0):.2f}" for run in runs()}
     assert row[2] in measured - {"0.00"}
     # At another temperature it is the same teacher.
-    assert "verdict: " in compare(arguments_of(["--where", "teacher.shares=[1, 1]"]))
+    assert "verdict: " in run_comparison(["--where", "teacher.shares=[1, 1]"])
 
     one_and_both = f"{members(trained[0])},{both.removeprefix('teacher.members=')}"
     outcome = kdpipe("-m", *ENSEMBLE, one_and_both)
@@ -262,7 +261,7 @@ def test_a_teacher_that_saw_other_images_is_found_among_several(kdpipe: Callable
     other = runs()[0]
     assert kdpipe(*ENSEMBLE, members(trained[0], other)).status == 0
     joined = runs()[0].data.tags["kdpipe.teacher_run"]
-    said = compare(arguments_of(["--where", f"kdpipe.teacher_run={joined}", "--mixed"]))
+    said = run_comparison(["--where", f"kdpipe.teacher_run={joined}", "--mixed"])
     assert "the teacher was trained with dataset.val_fraction=0.1 instead of 0.15" in said
 
 
@@ -404,7 +403,7 @@ def test_an_early_stopped_teacher(kdpipe: Callable, trained: list[Run]) -> None:
     assert early.data.tags["kdpipe.teacher_run"] == late.data.tags["kdpipe.teacher_run"] == run_id
     assert early.data.tags["kdpipe.inputs"] != late.data.tags["kdpipe.inputs"]
     assert lines(early)[0]["train/kd"] != lines(late)[0]["train/kd"]
-    table = compare(arguments_of(["--mixed"]))
+    table = run_comparison(["--mixed"])
     assert table.count("KD alpha 0.5") >= 2  # a cell each
 
     # The same file, written in other ways, and as first weights.
@@ -419,7 +418,7 @@ def test_the_accuracy_is_that_of_the_weights_that_taught(kdpipe: Callable, train
     accuracies = []
     for weights in (f"runs:/{run_id}", f"runs:/{run_id}/epoch_1"):
         assert kdpipe(*ONE_TEACHER, f"teacher.weights={weights}").status == 0
-        said = compare(arguments_of(["--where", f"teacher.weights={weights}"]))
+        said = run_comparison(["--where", f"teacher.weights={weights}"])
         (row,) = [line.split() for line in said.splitlines() if line.strip().startswith("teacher resnet20")]
         accuracies.append(row[2])
     last, earlier = accuracies

@@ -1,4 +1,4 @@
-"""The benchmark of Tian et al. 2020: its settings, pair by pair, and the published accuracies beside one's own."""
+"""The benchmark of Tian et al. 2020: the settings of each pair, and published accuracies in a comparison."""
 
 import csv
 import io
@@ -14,17 +14,17 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from scipy import stats
 
-from kdpipe.compare import __main__ as command
-from kdpipe.compare import rendering as formats
+from kdpipe.compare import frames, rendering
+from kdpipe.compare.__main__ import cli
 from kdpipe.compare.cells import make_cells
-from kdpipe.compare.comparison import Comparison, compare, with_published
+from kdpipe.compare.comparison import Comparison, compare_cells, with_published
 from kdpipe.compare.published import BEST, LAST, NONE_PUBLISHED, published_for, read_table
 from kdpipe.settings import config as settings
 from kdpipe.tracking import RunRecord
 
 Composed = Callable[..., DictConfig]
 
-# teacher, student, learning rate, DKD's beta; then what is published: teacher, student, KD, CRD, DKD
+# teacher, student, learning rate, DKD's beta; then the published accuracies: teacher, student, KD, CRD, DKD
 PAIRS = {
     "resnet56_resnet20": ("resnet56", "resnet20", 0.05, 2, "72.34 69.06 70.66 71.16 71.97"),
     "resnet110_resnet32": ("resnet110", "resnet32", 0.05, 2, "74.31 71.14 73.08 73.48 74.11"),
@@ -49,12 +49,12 @@ def experiment(pair: str) -> str:
     return f"experiment=benchmark/{pair}"
 
 
-def test_there_is_a_file_for_each_pair() -> None:
+def test_each_pair_has_a_file() -> None:
     assert set(PAIRS) == FILES - {"base", "teacher"}
 
 
 @pytest.mark.parametrize("pair", sorted(FILES - {"base", "teacher"}))
-def test_a_pair_is_trained_as_the_benchmark_trains_it(pair: str, composed: Composed) -> None:
+def test_pair_has_the_settings_of_the_benchmark(pair: str, composed: Composed) -> None:
     config = composed(experiment(pair))
     settings.check(config)
     teacher, student, learning_rate, *_ = PAIRS[pair]
@@ -76,7 +76,7 @@ def test_a_pair_is_trained_as_the_benchmark_trains_it(pair: str, composed: Compo
     assert (loss._target_, loss.alpha, loss.temperature) == ("kdpipe.losses.KD", 0.9, 4)
 
 
-def test_its_resnets_have_1x1_convolutions_as_shortcuts(composed: Composed) -> None:
+def test_resnets_have_1x1_convolutions_as_shortcuts(composed: Composed) -> None:
     model = composed(experiment("resnet56_resnet20")).model
     arguments = {key: value for key, value in model.items() if key not in settings.NOT_ARCHITECTURE}
     network = instantiate(arguments, num_classes=100)
@@ -84,7 +84,7 @@ def test_its_resnets_have_1x1_convolutions_as_shortcuts(composed: Composed) -> N
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_another_method_is_chosen_by_its_name_and_gets_what_is_its_own(loss: str, composed: Composed) -> None:
+def test_each_method_gets_its_own_tuned_values(loss: str, composed: Composed) -> None:
     config, alone = composed(experiment("wrn_40_2_wrn_16_2"), f"loss={loss}"), composed(f"loss={loss}")
     settings.check(config)
     assert settings.run_identity(config)
@@ -102,7 +102,7 @@ def test_dkd_has_the_beta_of_the_pair(pair: str, composed: Composed) -> None:
 
 
 @pytest.mark.parametrize("pair", ["resnet56_resnet20", "vgg13_mobilenetv2_half", "wrn_40_2_wrn_40_1"])
-def test_the_student_alone_is_trained_likewise(pair: str, composed: Composed) -> None:
+def test_student_alone_has_the_same_settings(pair: str, composed: Composed) -> None:
     config, taught = composed(experiment(pair), "loss=cross_entropy"), composed(experiment(pair))
     assert settings.stage(config) == "student"
     assert config.loss == {"_target_": "kdpipe.losses.CrossEntropy"}
@@ -110,14 +110,14 @@ def test_the_student_alone_is_trained_likewise(pair: str, composed: Composed) ->
         assert config[key] == taught[key]
 
 
-def test_the_student_alone_of_two_pairs_is_one_run(composed: Composed) -> None:
+def test_two_pairs_share_the_run_of_the_student_alone(composed: Composed) -> None:
     pairs = ("resnet56_resnet20", "resnet110_resnet20")
     assert len({settings.run_identity(composed(experiment(pair), "loss=cross_entropy")) for pair in pairs}) == 1
     assert len({settings.run_identity(composed(experiment(pair))) for pair in pairs}) == 2
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)
-def test_a_teacher_is_trained_such_that_its_pairs_find_it(teacher: str, composed: Composed) -> None:
+def test_teacher_has_the_settings_its_pairs_look_for(teacher: str, composed: Composed) -> None:
     config = composed(*read_table()[teacher, "", "CrossEntropy"]["overrides"].split())
     assert (settings.stage(config), config.model.name, config.optimizer.lr) == ("teacher", teacher, 0.05)
     for pair in (pair for pair, (its_teacher, *_) in PAIRS.items() if its_teacher == teacher):
@@ -127,19 +127,19 @@ def test_a_teacher_is_trained_such_that_its_pairs_find_it(teacher: str, composed
         assert {**config.model, "weights": "auto"} == taught.teacher
 
 
-def test_a_teacher_has_to_be_named(composed: Composed) -> None:
+def test_teacher_requires_a_model(composed: Composed) -> None:
     with pytest.raises(ConfigCompositionException, match="You must specify 'model'"):
         composed("experiment=benchmark/teacher")
 
 
-def test_a_pair_that_there_is_not_ends_in_a_line_with_those_that_there_are(kdpipe: Callable) -> None:
+def test_unknown_pair_lists_the_known_ones(kdpipe: Callable) -> None:
     outcome = kdpipe("experiment=benchmark/vgg13_vgg9")
     assert outcome.status == 1
     assert "experiment=benchmark/vgg13_vgg9: did you mean benchmark/vgg13_vgg8" in outcome.errors
     assert "benchmark/resnet56_resnet20, " in outcome.errors
 
 
-def test_the_command_line_wins_over_the_benchmark(composed: Composed) -> None:
+def test_command_line_overrides_the_benchmark(composed: Composed) -> None:
     overrides = ["train.epochs=2", "optimizer.lr=0.1", "loss.alpha=0.5", "dataset.val_fraction=0.1", "model.shortcut=A"]
     config = composed(experiment("resnet56_resnet20"), *overrides, "augmentation=none", "scheduler=cosine")
     assert (config.train.epochs, config.optimizer.lr, config.loss.alpha, config.loss.temperature) == (2, 0.1, 0.5, 4)
@@ -148,7 +148,7 @@ def test_the_command_line_wins_over_the_benchmark(composed: Composed) -> None:
     assert composed(experiment("vgg13_vgg8"), "model=resnet20").model.name == "resnet20"
 
 
-def test_what_a_pair_has_for_a_loss_counts_where_the_loss_takes_it(composed: Composed) -> None:
+def test_tuned_value_changes_the_identity_only_if_the_loss_uses_it(composed: Composed) -> None:
     def identity(*overrides: str) -> str:
         return settings.run_identity(composed(experiment("vgg13_vgg8"), *overrides))
 
@@ -160,7 +160,7 @@ def test_what_a_pair_has_for_a_loss_counts_where_the_loss_takes_it(composed: Com
 
 
 def run_with(config: DictConfig, seed: int, accuracy: float, **params: object) -> RunRecord:
-    """A finished run of a composed config, with other values for some `params` (train__epochs for train.epochs)."""
+    """A finished run of a composed config; `params` overrides some settings (train__epochs for train.epochs)."""
     changed = {key.replace("__", "."): value for key, value in params.items()}
     stage = settings.stage(config)
     return RunRecord(
@@ -175,18 +175,18 @@ def run_with(config: DictConfig, seed: int, accuracy: float, **params: object) -
 
 
 def compared(runs: Iterable[RunRecord], teacher: RunRecord | None = None) -> tuple[Comparison, Comparison]:
-    """The comparison of runs without, and with, the published accuracies."""
+    """The comparison of runs without and with published accuracies."""
 
     def get_run(run_id: str) -> RunRecord | None:
         return teacher if run_id == "t" else None
 
-    comparison = compare(make_cells(runs), get_run)
+    comparison = compare_cells(make_cells(runs), get_run)
     return comparison, with_published(comparison, get_run)
 
 
 @pytest.fixture
 def runs(composed: Composed) -> list[RunRecord]:
-    """ResNet-56, ResNet-20 alone on two seeds and taught on three, as in the benchmark."""
+    """ResNet-56, ResNet-20 alone with two seeds and distilled with three, with the benchmark's settings."""
     pair = experiment("resnet56_resnet20")
     teacher, alone, taught = (
         composed("experiment=benchmark/teacher", "model=resnet56", "model.shortcut=B"),
@@ -200,7 +200,7 @@ def runs(composed: Composed) -> list[RunRecord]:
     ]
 
 
-def test_the_published_accuracies_are_those_of_the_papers() -> None:
+def test_published_accuracies_match_the_papers() -> None:
     table = read_table()
     for teacher, student, _, _, published in PAIRS.values():
         lines = [
@@ -222,16 +222,16 @@ EXISTING = [
 
 
 @pytest.mark.parametrize("line", EXISTING, ids=lambda line: line["overrides"])
-def test_the_overrides_beside_a_published_accuracy_train_just_that(line: dict[str, str], composed: Composed) -> None:
+def test_overrides_of_a_published_accuracy_train_exactly_that(line: dict[str, str], composed: Composed) -> None:
     config = composed(*line["overrides"].split())
     (cell,) = make_cells([run_with(config, 0, 0.7)])
     published = published_for(cell)
     assert published is not None
     assert published.accuracy == pytest.approx(float(line["accuracy"]) / 100)
-    assert published.otherwise == ()
+    assert published.deviations == ()
 
 
-def test_the_difference_has_the_interval_of_the_seeds(runs: list[RunRecord]) -> None:
+def test_difference_has_the_interval_over_seeds(runs: list[RunRecord]) -> None:
     _, comparison = compared(runs)
     teacher, alone, taught = (row.published for row in comparison.rows)
     assert teacher and alone and taught
@@ -240,30 +240,30 @@ def test_the_difference_has_the_interval_of_the_seeds(runs: list[RunRecord]) -> 
     accuracies = [0.7100, 0.7050, 0.7130]
     low, high = stats.t.interval(0.95, 2, loc=sum(accuracies) / 3, scale=stats.sem(accuracies))
     assert [taught.difference.low, taught.difference.high] == pytest.approx([low - 0.7066, high - 0.7066])
-    texts = formats.texts_of(comparison)
+    texts = rendering.row_texts(comparison)
     assert [line["published"] for line in texts] == ["72.34 last epoch", "69.06 last epoch", "70.66 last epoch"]
     assert [line["difference"].split(" ")[0] for line in texts] == ["+0.67", "+0.14", "+0.27"]
 
 
-def test_published_accuracies_change_no_verdict_and_no_other_column(runs: list[RunRecord]) -> None:
+def test_published_accuracies_leave_verdict_and_other_columns_alone(runs: list[RunRecord]) -> None:
     without, comparison = compared(runs)
     assert comparison.verdict == without.verdict
     assert comparison.notes[: len(without.notes)] == without.notes
-    plain, beside = formats.texts_of(without), formats.texts_of(comparison)
-    assert [{**line, "published": "", "difference": ""} for line in beside] == plain
-    assert "published" not in formats.as_table(without)
-    assert not [key for record in formats.as_records(without) for key in record if "published" in key]
+    plain, published = rendering.row_texts(without), rendering.row_texts(comparison)
+    assert [{**line, "published": "", "difference": ""} for line in published] == plain
+    assert "published" not in rendering.to_text(without)
+    assert not [column for column in without.frame if "published" in column]
 
 
-def test_it_is_said_where_published_accuracies_are_from_and_how_good_the_teachers_are(runs: list[RunRecord]) -> None:
+def test_notes_give_the_sources_and_the_accuracies_of_the_teachers(runs: list[RunRecord]) -> None:
     notes = compared(runs, teacher=runs[0])[1].notes
     assert "published in Tian et al. 2020 (arXiv:1910.10699) table 1: accuracy of the last epoch" in notes
-    assert "all rows that have a published accuracy were trained with the benchmark's settings" in notes
+    assert "all rows with a published accuracy were trained with the benchmark's settings" in notes
     assert notes[-1] == "teacher resnet56: 73.01 % here, 72.34 % in Tian et al. 2020 (arXiv:1910.10699) table 1"
     assert "teacher resnet56: unknown here, 72.34 %" in compared(runs)[1].notes[-1]
 
 
-def test_settings_other_than_the_benchmark_s_are_told(composed: Composed) -> None:
+def test_notes_list_settings_that_differ_from_the_benchmark(composed: Composed) -> None:
     short = ["train.epochs=2", "train.batch_size=128", "dataset.val_fraction=0.1", "dataset.train_fraction=0.2"]
     other = ["augmentation=none", "optimizer=adam", "model.shortcut=A", "train.precision=bfloat16", "seed=7"]
     without_effect = ["dataset.split_seed=3", "train.test_each_epoch=true", "train.device=cpu", "dataset.root=there"]
@@ -272,10 +272,10 @@ def test_settings_other_than_the_benchmark_s_are_told(composed: Composed) -> Non
         for alpha in (0.1, 0.5, 0.9)
     ]
     _, comparison = compared([run_with(config, 7, 0.3) for config in configs])
-    assert [line["published"] for line in formats.texts_of(comparison)] == ["70.66 last epoch"] * 3
+    assert [line["published"] for line in rendering.row_texts(comparison)] == ["70.66 last epoch"] * 3
     (note,) = (note for note in comparison.notes if "other settings" in note)
     assert note == (
-        "3 of 3 rows that have a published accuracy were trained with other settings than the benchmark's: "
+        "3 of 3 rows with a published accuracy were trained with other settings than the benchmark's: "
         "augmentation=no_augmentation instead of CropFlip, dataset.train_fraction=0.2 instead of 1, "
         "dataset.val_fraction=0.1 instead of 0, loss.alpha=0.1 or 0.5 instead of 0.9, "
         "model.shortcut=A instead of B, optimizer=Adam instead of SGD, train.batch_size=128 instead of 64, "
@@ -283,64 +283,63 @@ def test_settings_other_than_the_benchmark_s_are_told(composed: Composed) -> Non
     )
 
 
-def test_a_setting_that_the_benchmark_does_not_have_is_told(composed: Composed) -> None:
+def test_settings_unknown_to_the_benchmark_are_deviations(composed: Composed) -> None:
     config = composed(experiment("resnet56_resnet20"))
     (cell,) = make_cells([run_with(config, 0, 0.7, loss__standardised=True, more___target_="kdpipe.losses.Hint")])
     published = published_for(cell)
     assert published is not None
-    assert published.otherwise == (("loss.standardised", "True", "none"), ("more", "Hint", "none"))
+    assert published.deviations == (("loss.standardised", "True", "none"), ("more", "Hint", "none"))
 
 
-def test_the_best_test_epoch_is_not_taken_for_the_last(runs: list[RunRecord]) -> None:
+def test_best_test_epoch_is_not_presented_as_the_last(runs: list[RunRecord]) -> None:
     dkd = {"loss._target_": "kdpipe.losses.DKD", "loss.beta": "2"}
     for run in runs[-3:]:
         run.params.update(dkd)
     _, comparison = compared(runs)
-    assert formats.texts_of(comparison)[-1]["published"] == "71.97 best test epoch"
+    assert rendering.row_texts(comparison)[-1]["published"] == "71.97 best test epoch"
     (note,) = (note for note in comparison.notes if "Zhao" in note)
-    assert note.endswith("best on the test images, more than the last one has: not comparable with those here")
+    assert note.endswith("best on the test images, which flatters: not comparable with the last epoch's here")
 
 
 @pytest.mark.parametrize(
     "params",
     [
         {"dataset__name": "cifar10", "dataset___target_": "kdpipe.data.downloaded.cifar10"},
-        {"dataset___target_": "kdpipe.data.image_folder.image_folder"},  # of that name, with who knows which images
+        {"dataset___target_": "kdpipe.data.image_folder.image_folder"},  # same name, unknown images
         {"teacher__name": "vgg13"},
         {"model__name": "resnet44"},
         {"loss___target_": "kdpipe.losses.KDTutorial"},
         {"loss___target_": "mine.KD"},
     ],
 )
-def test_what_was_not_published_shows_nothing(composed: Composed, params: dict[str, str]) -> None:
+def test_unpublished_results_show_nothing(composed: Composed, params: dict[str, str]) -> None:
     config = composed(experiment("resnet56_resnet20"))
     _, comparison = compared([run_with(config, seed, 0.7, **params) for seed in (0, 1)])
     assert comparison.notes[-1] == NONE_PUBLISHED
-    assert "difference" not in formats.as_table(comparison).replace(NONE_PUBLISHED, "")
-    (record,) = formats.as_records(comparison)
-    assert record["published_accuracy"] is record["difference"] is None
+    assert "difference" not in rendering.to_text(comparison).replace(NONE_PUBLISHED, "")
+    assert comparison.frame[["published_accuracy", "difference"]].isna().all(axis=None)
 
 
-def test_at_alpha_0_a_student_is_held_against_the_published_student_alone(composed: Composed) -> None:
+def test_student_at_alpha_0_is_compared_with_the_published_student_alone(composed: Composed) -> None:
     (cell,) = make_cells([run_with(composed(experiment("resnet56_resnet20"), "loss.alpha=0"), 0, 0.69)])
     published = published_for(cell)
     assert published is not None
-    assert (published.accuracy, published.otherwise) == (pytest.approx(0.6906), ())
+    assert (published.accuracy, published.deviations) == (pytest.approx(0.6906), ())
 
 
 def test_each_format_has_the_published_accuracies(runs: list[RunRecord]) -> None:
     _, comparison = compared([*runs, run_with_other_network(runs[-1])])
-    rows = list(csv.DictReader(io.StringIO(formats.as_csv([comparison]))))
+    rows = list(csv.DictReader(io.StringIO(frames.to_csv([comparison]))))
     assert [row["published_accuracy"] for row in rows] == ["0.7234", "0.6906", "", "0.7066"]
     assert [row["published_epoch"] for row in rows] == ["last epoch", "last epoch", "", "last epoch"]
     assert float(rows[3]["difference_low"]) < float(rows[3]["difference"]) < float(rows[3]["difference_high"])
-    (described,) = json.loads(formats.as_json([comparison]))
+    (described,) = json.loads(frames.to_json([comparison]))
     assert [row["published_accuracy"] for row in described["rows"]] == [0.7234, 0.6906, None, 0.7066]
     assert described["rows"][3]["trained_otherwise"] == ""
-    page = formats.as_html("benchmark", [comparison], [{}])
+    page = rendering.to_html("benchmark", [comparison], [{}])
     assert ">published</th>" in page and ">70.66 last epoch</td>" in page
-    assert "| 70.66 last epoch | +0.27 [" in formats.as_markdown([comparison])
-    table = formats.as_table(comparison)
+    assert "| 70.66 last epoch | +0.27 [" in rendering.to_markdown([comparison])
+    table = rendering.to_text(comparison)
     assert table.index("gain") < table.index("published") < table.index("difference") < table.index("MB")
     assert table.count("last epoch") == 4  # once in a note
 
@@ -351,7 +350,7 @@ def run_with_other_network(run: RunRecord) -> RunRecord:
 
 
 @pytest.mark.parametrize("format_", ["table", "csv"])
-def test_the_command_says_where_nothing_was_published(
+def test_command_reports_when_nothing_is_published(
     format_: str,
     runs: list[RunRecord],
     empty_store: Path,
@@ -364,17 +363,17 @@ def test_the_command_says_where_nothing_was_published(
     monkeypatch.setattr("kdpipe.tracking.Tracker.get_run", lambda self, run_id: SimpleNamespace(metrics={}, tags={}))
     arguments = ["kdpipe-compare", "--experiment", "Default", "--format", format_]
     monkeypatch.setattr(sys, "argv", [*arguments, "--published"])
-    command.cli()
+    cli()
     shown = capsys.readouterr()
     assert ("70.66 last epoch" if format_ == "table" else "0.7066,last epoch") in shown.out
     assert NONE_PUBLISHED not in shown.out + shown.err
 
     for run in runs:
         run.params["dataset.name"] = "photos"
-    command.cli()
+    cli()
     shown = capsys.readouterr()
     assert NONE_PUBLISHED in (shown.err if format_ == "csv" else shown.out)
 
     monkeypatch.setattr(sys, "argv", arguments)
-    command.cli()
+    cli()
     assert "published" not in capsys.readouterr().out
