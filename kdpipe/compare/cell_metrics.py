@@ -1,6 +1,6 @@
 """The metrics of a cell, aggregated over its runs: means, and medians of times."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from statistics import fmean, median
 
@@ -86,20 +86,16 @@ class Latencies:
     def __init__(self, cells: Iterable[Cell], where: str) -> None:
         cells = list(cells)
         metric = f"latency_ms{threads_of(cells, where)}"
-        # A teacher's own run comes last: its students' runs timed it alternating with them.
-        self._found: list[dict[Key, list[float]]] = [{}, {}, {}]
+        self._found: defaultdict[tuple[int, Key], list[float]] = defaultdict(list)
         for cell in cells:
-            for run in cell.runs.values():
-                if run.tags.get(TIMED_ON, "") != where:
-                    continue
-                for group, found in (
-                    ("model", self._found[2 * (cell.stage == "teacher")]),
-                    ("teacher", self._found[1]),
-                ):
-                    if (value := run.metrics.get(f"{group}/{metric}")) is not None:
-                        found.setdefault(architecture_of(run, group), []).append(value)
+            # A teacher's own run ranks last: its students' runs timed it alternating with them.
+            for group, rank in (("model", 2 if cell.stage == "teacher" else 0), ("teacher", 1)):
+                for run in cell.runs.values():
+                    value = run.metrics.get(f"{group}/{metric}")
+                    if value is not None and run.tags.get(TIMED_ON, "") == where:
+                        self._found[rank, architecture_of(run, group)].append(value)
 
     def of(self, run: RunRecord, group: str = "model") -> float | None:
         """The latency of the network that a run trained, or of its teacher; None if it was not timed."""
         network = architecture_of(run, group)
-        return next((median(found[network]) for found in self._found if network in found), None)
+        return next((median(self._found[rank, network]) for rank in range(3) if (rank, network) in self._found), None)

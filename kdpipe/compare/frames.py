@@ -61,59 +61,58 @@ def to_json(comparisons: Sequence[Comparison]) -> str:
 
 def best_metrics(comparison: Comparison) -> dict[str, float]:
     """The best cell's results as metrics of a sweep's parent run, fractions."""
-    best, decisive = comparison.best, comparison.decisive
+    best, decisive, disagreement = comparison.best, comparison.decisive, comparison.disagreement
     if best is None or decisive is None:
         return {}
-    metrics, disagreement = averages(decisive.cell), comparison.disagreement
-    values: dict[str, float | None] = {
-        "best/val_accuracy": best.validation.mean if best.validation else None,
-        "best/test_accuracy": decisive.test.mean if decisive.test else None,
-        "best/gained_images": disagreement.gained.mean if disagreement else None,
-        "best/lost_images": disagreement.lost.mean if disagreement else None,
-    }
-    for name in ("test/loss", "test/ece", "teacher/agreement", "model/size_mb", "model/flops"):
-        values[f"best/{name.partition('/')[2]}"] = metrics.get(name)
+    record = _record(decisive) | _bounds("validation_accuracy", best.validation)
+    if disagreement:
+        record |= {"gained_images": disagreement.gained.mean, "lost_images": disagreement.lost.mean}
     threads = threads_of([decisive.cell], timed_on(decisive.cell.runs.values()))
-    values["best/latency_ms"] = metrics.get(f"model/latency_ms{threads}")
+    sources = {
+        **{"val_accuracy": "validation_accuracy", "test_accuracy": "test_accuracy"},
+        **{"gain": "test_gain", "gain_low": "test_gain_low", "gain_high": "test_gain_high"},
+        **{"gained_images": "gained_images", "lost_images": "lost_images"},
+        **{"loss": "test/loss", "ece": "test/ece", "agreement": "teacher/agreement"},
+        **{"size_mb": "model/size_mb", "flops": "model/flops", "latency_ms": f"model/latency_ms{threads}"},
+        **{"alpha": "loss.alpha", "temperature": "loss.temperature"},
+    }
     if decisive.cell.teacher_run:  # two students that learn from each other have none
-        values["best/speedup"] = metrics.get(f"speedup/latency{threads}")
-    for name, part in (("best/gain", "mean"), ("best/gain_low", "low"), ("best/gain_high", "high")):
-        values[name] = getattr(decisive.gain, part, None)
-    for axis in ("alpha", "temperature"):
-        if (setting := best.cell.first.params.get(f"loss.{axis}")) is not None:
-            values[f"best/{axis}"] = float(setting)
-    return {name: value for name, value in values.items() if value is not None}
+        sources["speedup"] = f"speedup/latency{threads}"
+    return {f"best/{name}": value for name, key in sources.items() if isinstance(value := record.get(key), float)}
 
 
 def _records(comparison: Comparison) -> list[Record]:
-    """The rows; a metric that was not measured has no key."""
-    records = []
     rows = displayed_rows(comparison)
-    for (row, remark), difference in zip(rows, differences([row.cell for row, _ in rows]), strict=True):
-        params = row.cell.first.params
-        record: Record = {
-            "model": params["model.name"],
-            "dataset": params["dataset.name"],
-            "stage": row.cell.stage,
-            **{key: _number(value) for key, value in sorted(params.items()) if key.startswith(("loss.", "also."))},
-            "teacher": params.get("teacher.name"),
-            "teacher_run": row.cell.teacher_run or None,
-            "epochs": int(params["train.epochs"]),
-            "seeds": list(row.cell.runs),
-            "remark": remark,
-            "where_rows_differ": difference,
-            "size_mb": row.cell.first.metrics.get("model/size_mb"),
-            "seconds": fmean(run.seconds for run in row.cell.runs.values()),
-            **_bounds("validation_accuracy", row.validation),
-            **_bounds("test_accuracy", row.test),
-            **_bounds("validation_gain", row.validation_gain),
-            **_bounds("test_gain", row.gain),
-            **averages(row.cell),
-        }
-        if hardware := timed_on(row.cell.runs.values()):
-            record["timed_on"] = hardware
-        records.append(record | (_published(row) if comparison.published else {}))
-    return records
+    return [
+        _record(row, remark, difference) | (_published(row) if comparison.published else {})
+        for (row, remark), difference in zip(rows, differences([row.cell for row, _ in rows]), strict=True)
+    ]
+
+
+def _record(row: ComparisonRow, remark: str = "", difference: str = "") -> Record:
+    """A row's values; a metric that was not measured has no key."""
+    params, runs = row.cell.first.params, row.cell.runs
+    hardware = timed_on(runs.values())
+    return {
+        "model": params["model.name"],
+        "dataset": params["dataset.name"],
+        "stage": row.cell.stage,
+        **{key: _number(value) for key, value in sorted(params.items()) if key.startswith(("loss.", "also."))},
+        "teacher": params.get("teacher.name"),
+        "teacher_run": row.cell.teacher_run or None,
+        "epochs": int(params["train.epochs"]),
+        "seeds": list(runs),
+        "remark": remark,
+        "where_rows_differ": difference,
+        "size_mb": row.cell.first.metrics.get("model/size_mb"),
+        "seconds": fmean(run.seconds for run in runs.values()),
+        **_bounds("validation_accuracy", row.validation),
+        **_bounds("test_accuracy", row.test),
+        **_bounds("validation_gain", row.validation_gain),
+        **_bounds("test_gain", row.gain),
+        **averages(row.cell),
+        **({"timed_on": hardware} if hardware else {}),
+    }
 
 
 def _published(row: ComparisonRow) -> Record:

@@ -37,30 +37,20 @@ def load_comparisons(
     tracker: Tracker, sweep: str | None, where: Mapping[str, str], mixed: bool, published: bool
 ) -> list[Comparison]:
     """The comparisons of an experiment or a sweep; arguments and errors are those of `kdpipe.compare.compare_runs`."""
-    comparisons = compare_experiment(tracker, where, mixed) if sweep is None else compare_sweep(tracker, sweep, where)
     find = run_finder(tracker)
+    if sweep is not None:
+        comparisons = compare_sweep(tracker, sweep, where)
+    else:
+        cells = make_cells(tracker.finished_runs())
+        if not cells:
+            problem = f"no finished run yet in {tracker.name}; make demo trains three"
+            raise ConfigError("tracking.experiment", tracker.experiment, problem=problem)
+        cells = select_cells(cells, where)
+        if not mixed:
+            check_comparable(cells)
+        groups = families(cells, one_teacher=True) if mixed else [cells]
+        comparisons = [compare_cells(group, find) for group in groups]
     return [with_published(comparison, find) for comparison in comparisons] if published else comparisons
-
-
-def compare_experiment(tracker: Tracker, where: Mapping[str, str], mixed: bool) -> list[Comparison]:
-    """Compare all finished runs of an experiment.
-
-    Args:
-        where: settings; runs with another value are left out.
-        mixed: allow students of different data, budgets or teachers, and compare each kind by itself.
-
-    Raises:
-        ValueError: no finished run, or runs that cannot be compared.
-    """
-    cells = make_cells(tracker.finished_runs())
-    if not cells:
-        problem = f"no finished run yet in {tracker.name}; make demo trains three"
-        raise ConfigError("tracking.experiment", tracker.experiment, problem=problem)
-    cells = select_cells(cells, where)
-    if mixed:
-        return [compare_cells(family, run_finder(tracker)) for family in families(cells, one_teacher=True)]
-    check_comparable(cells)
-    return [compare_cells(cells, run_finder(tracker))]
 
 
 def compare_sweep(tracker: Tracker, sweep_id: str, where: Mapping[str, str] | None = None) -> list[Comparison]:

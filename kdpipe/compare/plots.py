@@ -10,17 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from kdpipe.compare.cell_metrics import Latencies, average, threads_of, timed_on
 from kdpipe.compare.cells import Cell, differences
-from kdpipe.compare.comparison import Comparison, ComparisonRow, uses_final_weights
+from kdpipe.compare.comparison import Comparison, uses_final_weights
 from kdpipe.compare.frames import displayed_rows
 from kdpipe.compare.statistics import Interval, interval, signed
 from kdpipe.compare.student_summary import students_of
@@ -39,6 +40,7 @@ MAX_BARS = 60  # more points than this have no error bars
 WIDTH, HEIGHT = 660, 230  # of all panels of `pareto`, roughly, in typographic points
 LINES = {"student alone": (ALONE, "--"), "student distilled": (DISTILLED, "-")}
 Curves = Mapping[int, Sequence[tuple[int, float]]]  # epochs and validation accuracies by seed
+Place = tuple[float, float]  # alpha and temperature
 
 
 def heatmap(comparison: Comparison) -> Figure | None:
@@ -47,69 +49,52 @@ def heatmap(comparison: Comparison) -> Figure | None:
     best = comparison.best
     if best is None:
         return None
-    where = {
+    rows = {
         (float(params["loss.alpha"]), float(params["loss.temperature"])): row
         for row in comparison.rows
         if row.cell.stage == "distill" and _other_settings(row.cell) == _other_settings(best.cell)
         if {"loss.alpha", "loss.temperature"} <= (params := row.cell.first.params).keys()
     }
-    if len(where) < 2:
+    if len(rows) < 2:
         return None
-    alphas, temperatures = (sorted({key[axis] for key in where}) for axis in (0, 1))
-    panels = [("test images", "gain")]
-    if any(row.validation_gain for row in where.values()):
-        panels.insert(0, ("validation images", "validation_gain"))
+    panels = {"test images": {key: row.gain for key, row in rows.items()}}
+    if any(row.validation_gain for row in rows.values()):
+        panels = {"validation images": {key: row.validation_gain for key, row in rows.items()}, **panels}
+    alphas, temperatures = (sorted({key[position] for key in rows}) for position in (0, 1))
     size = (1.2 + 1.55 * len(temperatures) * len(panels) + 1.2, max(3.2, 1.7 + 0.85 * len(alphas)))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    gains = [100 * gain.mean for row in where.values() for _, name in panels if (gain := getattr(row, name))]
-    limit = max(map(abs, gains), default=1) or 1
-    images = []
-    for axis, (title, name) in zip(axes, panels, strict=True):
-        images.append(_panel(axis, where, alphas, temperatures, name, limit, best))
-        axis.set_title(f"on {title}", fontsize=11)
+    means = [100 * gain.mean for gains in panels.values() for gain in gains.values() if gain]
+    limit = max(map(abs, means), default=1) or 1
+    chosen = next((key for key, row in rows.items() if row is best), None)
+    for axis, (images, gains) in zip(axes, panels.items(), strict=True):
+        image = _panel(axis, gains, limit, chosen)
+        axis.set_title(f"on {images}", fontsize=11)
         axis.set_xlabel("temperature")
+        axis.set_xticks(range(len(temperatures)), [f"{temperature:g}" for temperature in temperatures])
+        axis.set_yticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
     axes[0].set_ylabel("alpha")
-    bar = figure.colorbar(images[0], ax=list(axes))
-    bar.set_label("gain over the student alone, points")
-    figure.suptitle(
-        "mean gain ± half of the 95 % interval;  ∘ the interval includes 0;  frame: the best cell", fontsize=10
-    )
+    figure.colorbar(image, ax=list(axes)).set_label("gain over the student alone, points")
+    figure.suptitle("mean gain ± half of the 95 % interval;  ∘ the interval includes 0;  frame: best cell", fontsize=10)
     return figure
 
 
-def _panel(
-    axis: Axes,
-    where: Mapping[tuple[float, float], ComparisonRow],
-    alphas: Sequence[float],
-    temperatures: Sequence[float],
-    name: str,
-    limit: float,
-    best: ComparisonRow,
-) -> matplotlib.image.AxesImage:
-    gains: dict[tuple[float, float], Interval | None] = {key: getattr(row, name) for key, row in where.items()}
+def _panel(axis: Axes, gains: Mapping[Place, Interval | None], limit: float, chosen: Place | None) -> AxesImage:
+    alphas, temperatures = (sorted({key[position] for key in gains}) for position in (0, 1))
     grid = np.full((len(alphas), len(temperatures)), np.nan)
-    for (alpha, temperature), gain in gains.items():
-        if gain:
-            grid[alphas.index(alpha), temperatures.index(temperature)] = 100 * gain.mean
-    image = axis.imshow(
-        grid, cmap="PuOr", norm=TwoSlopeNorm(0, -1.8 * limit, 1.8 * limit), origin="lower", aspect="auto"
-    )
     for (alpha, temperature), gain in gains.items():
         row, column = alphas.index(alpha), temperatures.index(temperature)
         if gain is None:
             text = "–"
-        elif gain.low is None:
-            text = f"{signed(gain.mean)} ∘"
         else:
-            text = f"{signed(gain.mean)} ± {100 * gain.half_width:.1f}{' ∘' if gain.includes_zero else ''}"
+            grid[row, column] = 100 * gain.mean
+            spread = "" if gain.low is None else f" ± {100 * gain.half_width:.1f}"
+            text = f"{signed(gain.mean)}{spread}{' ∘' if gain.includes_zero else ''}"
         axis.text(column, row, text, ha="center", va="center", fontsize=10)
-        if where[alpha, temperature] is best:
-            frame = matplotlib.patches.Rectangle((column - 0.47, row - 0.47), 0.94, 0.94, fill=False, linewidth=2.5)
-            axis.add_patch(frame)
-    axis.set_xticks(range(len(temperatures)), [f"{temperature:g}" for temperature in temperatures])
-    axis.set_yticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
-    return image
+        if (alpha, temperature) == chosen:
+            axis.add_patch(Rectangle((column - 0.47, row - 0.47), 0.94, 0.94, fill=False, linewidth=2.5))
+    norm = TwoSlopeNorm(0, -1.8 * limit, 1.8 * limit)
+    return axis.imshow(grid, cmap="PuOr", norm=norm, origin="lower", aspect="auto")
 
 
 def _other_settings(cell: Cell) -> dict[str, str]:
@@ -137,7 +122,7 @@ def curves(named: Mapping[str, Curves]) -> Figure | None:
         return None
     axis.set_xlabel("epoch")
     axis.set_ylabel("validation accuracy, %")
-    axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_title("mean over seeds, 95 % interval shaded", fontsize=10)
     axis.legend(loc="lower right", frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
@@ -333,7 +318,7 @@ def _scatter(axis: Axes, panel: str, points: Mapping[int, Point], is_numbered: b
     axis.step([*(costs[number] for number in front), right], [*steps, steps[-1]], where="post", color=FRONT, zorder=1)
     is_crowded = len(points) > MAX_BARS
     diameter = 15.0 if is_numbered else 4.0 if is_crowded else 7.0
-    places = _spread(axis, points, costs, front, width, diameter)
+    places = _spread(axis, points, panel, front, width, diameter)
     _draw_points(axis, points, places, diameter)
     style: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": 8.5, "fontweight": "bold"}
     for number, point in points.items() if is_numbered else ():
@@ -346,14 +331,10 @@ def _scatter(axis: Axes, panel: str, points: Mapping[int, Point], is_numbered: b
 
 
 def _spread(
-    axis: Axes,
-    points: Mapping[int, Point],
-    costs: Mapping[int, float],
-    front: Sequence[int],
-    width: float,
-    diameter: float,
+    axis: Axes, points: Mapping[int, Point], panel: str, front: Sequence[int], width: float, diameter: float
 ) -> dict[int, float]:
     """Where on the axis of costs to draw each point, so that none covers another."""
+    costs = {number: point.costs[panel] for number, point in points.items()}
     (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
     # Placed first, moved least: the front, then the decisive point.
     order = sorted(points, key=lambda number: (number not in front, not points[number].is_decisive, number))
@@ -371,11 +352,7 @@ def _draw_points(axis: Axes, points: Mapping[int, Point], places: Mapping[int, f
     is_crowded = len(points) > MAX_BARS
     for stage, (color, marker, _) in STAGES.items():
         for is_decisive in (False, True):
-            group = [
-                number
-                for number in points
-                if (points[number].stage, points[number].is_decisive) == (stage, is_decisive)
-            ]
+            group = [n for n, point in points.items() if (point.stage, point.is_decisive) == (stage, is_decisive)]
             if not group:
                 continue
             accuracies = [points[number].accuracy for number in group]
