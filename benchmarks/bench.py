@@ -372,7 +372,7 @@ def bookkeeping_line(bench: Bench, images_per_second: float) -> dict[str, Any]:
 
         def save() -> None:
             save_checkpoint(folder, {"training": training.state(), "history": current.rows})
-            current.deliver()
+            current.commit()
 
         saving = statistics.median(bench.seconds(save) for _ in range(5))
 

@@ -36,7 +36,7 @@ from kdpipe.evaluation.inference import evaluate
 from kdpipe.evaluation.report import cost_table, epoch_line, result_table
 from kdpipe.models import Classifier, Ensemble
 from kdpipe.runs.claim import ClaimedError, claim
-from kdpipe.runs.journal import CHECKPOINTS, NOT_YET, Journal, is_unfinished, rows_since, sync_command
+from kdpipe.runs.journal import CHECKPOINTS, NOT_CREATED, Journal, is_unfinished, rows_since, sync_command
 from kdpipe.runs.names import CONFIG, IMAGE_SHAPE, PEER_WEIGHTS, TIMED_ON, UNLABELLED_IMAGES, WEIGHTS, epoch_file
 from kdpipe.runs.store import PATIENCE, store_uri, wait_for_store
 from kdpipe.settings import config as settings
@@ -81,9 +81,9 @@ def run(config: DictConfig) -> float:
         return follow(config, tracker, hardware)
     folder = Path(HydraConfig.get().runtime.output_dir)
     if not config.sweep.job:
-        tracker.settle_all(folder.parent)
+        tracker.recover_all(folder.parent)
     with claim(folder):
-        tracker.settle(folder)
+        tracker.recover(folder)
         parts = build_parts(config, tracker, {})
         if finished := find_finished(config, parts, tracker, hardware):
             log.info("this run is finished already (train.resume=never trains anew)")
@@ -117,7 +117,7 @@ def lead(config: DictConfig, parts: Parts, tracker: Any, folder: Path, hardware:
         def keep(state: dict[str, Any]) -> None:
             about = {"tags": parts.tags, "run": current.id, "history": current.rows, "seconds": current.seconds}
             save_checkpoint(folder / CHECKPOINTS, {**about, "training": state})
-            current.deliver()
+            current.commit()
 
         def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
             report_epoch(current, config.train.epochs, epoch, metrics)
@@ -155,7 +155,7 @@ def what_is_begun(config: DictConfig, parts: Parts, folder: Path) -> tuple[str |
         remove_checkpoints(folder / CHECKPOINTS)
         return None, None
     journal, start = Journal.read(folder), load_checkpoint(folder / CHECKPOINTS)
-    if journal and not journal.is_of(parts.tags):
+    if journal and not journal.matches(parts.tags):
         if not journal.delivered:
             raise ValueError(
                 f"{folder} has a run of another teacher or other images, of which {journal.store} has not got all; "
@@ -166,7 +166,7 @@ def what_is_begun(config: DictConfig, parts: Parts, folder: Path) -> tuple[str |
         log.warning("the run that was begun here is another one, of other images or another teacher: this one is new")
         remove_checkpoints(folder / CHECKPOINTS)
         start = None
-    if journal and journal.run_id != NOT_YET:
+    if journal and journal.run_id != NOT_CREATED:
         return journal.run_id, start
     return start["run"] if start else None, start
 

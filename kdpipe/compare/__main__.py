@@ -57,7 +57,7 @@ def run_comparison(words: list[str] | None = None) -> str:
     from kdpipe.tracking import Tracker
 
     tracker = Tracker(uri, arguments.experiment, arguments.output_dir / "mlartifacts", create=False)
-    tracker.settle_all(arguments.output_dir / "runs")
+    tracker.recover_all(arguments.output_dir / "runs")
     comparisons = load_comparisons(tracker, arguments.sweep, where, arguments.mixed, arguments.published)
     if arguments.format != "csv":
         comparisons = [with_disagreement(comparison, tracker) for comparison in comparisons]

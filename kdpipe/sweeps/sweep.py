@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from torch import distributed
 
 from kdpipe.assembly import KnownTeachers, build_data, build_model, check_device, check_selection, check_values
-from kdpipe.runs.claim import ClaimedError, locked, wait_until_free, worker_of_ours
+from kdpipe.runs.claim import ClaimedError, locked, wait_until_free, worker_pid
 from kdpipe.runs.journal import is_unfinished
 from kdpipe.runs.store import PATIENCE, check_uri, store_uri, wait_for_store
 from kdpipe.settings import config as settings
@@ -97,7 +97,7 @@ def run_sweep(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
 
     # The store is made here, once: processes that start together would make it at the same time.
     tracker = Tracker(uri, first.tracking.experiment, Path(first.output_dir) / "mlartifacts")
-    tracker.settle_all(Path(first.output_dir) / "runs")
+    tracker.recover_all(Path(first.output_dir) / "runs")
     sweep = Sweep(sweeper, axes, grid, links, drafts, tracker)
     planned = plan(axes, drafts[0], tracker, sweep.teachers, link=1 if sweep.is_chain else None)
     check_networks(drafts[1:], tracker)
@@ -180,7 +180,7 @@ def train_missing(sweep: Sweep, planned: Sequence[Planned]) -> dict[str, str]:
         wait_for_store(sweep.tracker.uri, PATIENCE)
         for run in missing:  # a process that was killed leaves its run open
             with suppress(TimeoutError, FileNotFoundError), locked(run.folder):
-                sweep.tracker.settle(run.folder)
+                sweep.tracker.recover(run.folder)
         left = [run for run in missing if not take_finished(sweep, run)]
         again = undecided if len(left) < len(missing) else []  # as long as something gets done
         for run in left:
@@ -238,7 +238,7 @@ def launch(sweep: Sweep, missing: Sequence[Planned]) -> tuple[dict[str, str], li
 
 def workers_of(runs: Sequence[Planned]) -> list[int]:
     """The processes that train them for this one."""
-    return [worker for run in runs if (worker := worker_of_ours(run.folder))]
+    return [worker for run in runs if (worker := worker_pid(run.folder))]
 
 
 def check_confirmation(sweep: Sweep, planned: Sequence[Planned]) -> None:

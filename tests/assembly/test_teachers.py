@@ -284,7 +284,7 @@ def test_the_loss_s_temperature_is_the_teacher_s_and_no_setting_of_its_own(compo
         (["teacher.members=runs:/a"], "teacher.members=runs:/a: a list of runs"),
         (["teacher.members=[a.pth]"], "teacher.members=a.pth: a list of runs"),
         (["teacher.members=[runs:/a,runs:/a]"], "teacher.members=runs:/a: it is there twice"),
-        (["teacher.members=[runs:/a,runs:/b]"], "teacher.members=runs:/a: there is no such run in sqlite"),
+        (["teacher.members=[runs:/a,runs:/b]"], "teacher.members=runs:/a: run not found in sqlite"),
         (["teacher.members=[runs:/a]", "teacher.shares=[1,2]"], "teacher.shares=[1, 2]: a number for each of the 1 "),
         (["teacher.members=[runs:/a]", "teacher.shares=[0]"], "teacher.shares=[0]: a number for each of the 1 "),
         (["teacher.members=[runs:/a]", "teacher.shares=[-1]"], "teacher.shares=-1: a number from 0 is accepted"),
@@ -327,7 +327,7 @@ def test_runs_that_cannot_teach_are_refused_in_one_line(kdpipe: Callable, traine
     unfinished = client().create_run(first.info.experiment_id)
     assert f"teacher.members=runs:/{unfinished.info.run_id}: this run has no config.yaml" in refusal(first, unfinished)
     client().log_artifact(unfinished.info.run_id, str(folder_of(first) / "config.yaml"))
-    assert "this run has no model.safetensors; the id of a finished run" in refusal(first, unfinished)
+    assert "this run has no model.safetensors; expected runs:/<id of a finished run>" in refusal(first, unfinished)
     no_such_epoch = refusal(f"{first.info.run_id}/epoch_2")
     assert "this run has no epoch_2.safetensors, but model.safetensors, epoch_1.safetensors;" in no_such_epoch
 

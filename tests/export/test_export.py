@@ -299,10 +299,10 @@ def test_checked_images_are_spread_over_the_split() -> None:
             "--register digits: registers the ONNX model, so add --format onnx",
         ),
         (["--out", "x", "--uri", "sqlite:///none.db"], "none.db: MLflow store not found"),
-        (["--out", "x", "--register", "a/b"], "--register a/b: a name without / and : is accepted"),
+        (["--out", "x", "--register", "a/b"], "--register a/b: expected a name without / and :"),
         (
             ["--out", "x", "--register", "a", "--alias", "v1"],
-            "--alias v1: letters, digits, - and _ are accepted, but not latest",
+            "--alias v1: expected letters, digits, - and _, but not latest",
         ),
     ],
 )
