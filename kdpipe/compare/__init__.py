@@ -51,6 +51,6 @@ def compare_runs(
     from kdpipe.tracking import Tracker
 
     tracker = Tracker(store, experiment, Path(output_dir) / "mlartifacts", create=False)
-    tracker.settle_all(Path(output_dir) / "runs")
+    tracker.recover_all(Path(output_dir) / "runs")
     comparisons = load_comparisons(tracker, sweep, where or {}, mixed, published)
     return [with_disagreement(comparison, tracker) for comparison in comparisons]
