@@ -31,25 +31,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tutorial
 
-from kdpipe.assembly import build_data, build_loss, build_network, build_optimizer, use_hardware
+from kdpipe.assembly.datasets import build_data
+from kdpipe.assembly.devices import use_hardware
+from kdpipe.assembly.networks import build_network
+from kdpipe.assembly.objectives import build_loss, build_optimizer
 from kdpipe.data import ImageDataset, PerImageValues, split
 from kdpipe.data.dataset import Source
-from kdpipe.settings import config as settings
+from kdpipe.settings.composition import compose_settings, register_resolvers
+from kdpipe.settings.schema import Settings
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.progress import progress
 from kdpipe.tracking import Tracker
 from kdpipe.training.checkpoint import save_checkpoint, save_weights
-from kdpipe.training.loop import Training, train_epoch
+from kdpipe.training.loop import Hooks, Recipe, train_epoch
 from kdpipe.training.observed import Observed
 from kdpipe.training.precomputed import OutputRequest, compute_outputs
-from kdpipe.training.teacher import Teacher
+from kdpipe.training.state import Training
+from kdpipe.training.teacher import FrozenTeacher
 
 EPOCH = 50_000  # images, whatever the number measured on
 SECTIONS = 10
@@ -61,7 +64,7 @@ class Bench:
     """The data, the networks and how they are measured."""
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
-        settings.register_resolvers()
+        register_resolvers()
         self.folder = folder
         data = ["dataset=digits"]  # for whole runs
         if arguments.root:
@@ -80,9 +83,8 @@ class Bench:
         self.data = replace(whole, splits={"train": train}).moved_to(self.hardware.device)
         self.sections = list(train.chunk(SECTIONS))
 
-    def config(self, *overrides: str) -> DictConfig:
-        with initialize_config_dir(str(settings.CONF), version_base="1.3"):
-            return compose("config", [*self.overrides, *overrides])
+    def config(self, *overrides: str) -> Settings:
+        return compose_settings([*self.overrides, *overrides])
 
     def model(self, *overrides: str) -> Any:
         config = self.config("model.weights=null", *overrides)
@@ -90,7 +92,7 @@ class Bench:
         return build_network("model", config.model, self.data, config.model.freeze).to(self.hardware.device)
 
     def epoch(
-        self, learner: nn.Module, data: ImageDataset, loss: str = "cross_entropy", teacher: Teacher | None = None
+        self, learner: nn.Module, data: ImageDataset, loss: str = "cross_entropy", teacher: FrozenTeacher | None = None
     ) -> Callable[[Tensor], float]:
         """A function that trains on the images at some positions and says how many it took a second."""
         config = self.config(f"loss={loss}")
@@ -101,11 +103,8 @@ class Bench:
             metrics = train_epoch(
                 Training(Observed(learner), criterion, optimizer, scheduler, self.hardware),
                 replace(data, splits={"train": positions}),
-                teacher=teacher,
-                views=None,
-                epochs=1,
-                batch_size=tutorial.BATCH_SIZE,
-                seed=0,
+                Recipe(epochs=1, batch_size=tutorial.BATCH_SIZE, seed=0, teacher=teacher),
+                Hooks(),
             )
             return metrics["train/images_per_second"]
 
@@ -203,7 +202,7 @@ def loops(bench: Bench) -> dict[str, Any]:
     """Student alone, distilling, and a teacher's head: each section of the data once through every loop."""
     data, device = bench.data, bench.hardware.device
     teacher_overrides = [f"model={TEACHER}", "model.freeze=none"]
-    teacher = Teacher(bench.model(*teacher_overrides))
+    teacher = FrozenTeacher(bench.model(*teacher_overrides))
     classes = data.num_classes
     everything = torch.arange(len(data.labels), device=data.splits["train"].device)
     # What the answers are does not matter for the time that it takes to look them up.
@@ -372,7 +371,7 @@ def bookkeeping_line(bench: Bench, images_per_second: float) -> dict[str, Any]:
 
         def save() -> None:
             save_checkpoint(folder, {"training": training.state(), "history": current.rows})
-            current.deliver()
+            current.commit()
 
         saving = statistics.median(bench.seconds(save) for _ in range(5))
 

@@ -12,14 +12,17 @@ from pathlib import Path
 
 import torch
 from bench import Bench, machine
-from omegaconf import DictConfig
 
-from kdpipe.assembly import build_loss, build_network, build_optimizer, fit_loss
+from kdpipe.assembly.networks import build_network
+from kdpipe.assembly.objectives import build_loss, build_optimizer, fit_loss
 from kdpipe.data import PerImageValues
-from kdpipe.settings import config as settings
-from kdpipe.training.loop import Training, train_epoch
+from kdpipe.settings.composition import CONF
+from kdpipe.settings.schema import Settings
+from kdpipe.system.tables import markdown_table
+from kdpipe.training.loop import Hooks, Recipe, train_epoch
 from kdpipe.training.observed import Observed
-from kdpipe.training.teacher import Teacher
+from kdpipe.training.state import Training
+from kdpipe.training.teacher import FrozenTeacher
 
 NO_TEACHER = ("cross_entropy", "label_smoothing")
 BATCH_SIZE = 64
@@ -45,16 +48,16 @@ class Method:
         self.teacher = None
         if name not in NO_TEACHER:
             network = build_network("teacher", config.teacher, bench.data, "none").to(bench.hardware.device)
-            self.teacher = self.taught_by(config, Teacher(network), student)
+            self.teacher = self.taught_by(config, FrozenTeacher(network), student)
         self.learned = sum(parameter.numel() for parameter in self.loss.parameters())
         optimizer, scheduler = build_optimizer(config, model, self.loss, 1)
         self.training = Training(student, self.loss.to(bench.hardware.device), optimizer, scheduler, bench.hardware)
 
-    def taught_by(self, config: DictConfig, teacher: Teacher, student: Observed) -> Teacher:
+    def taught_by(self, config: Settings, teacher: FrozenTeacher, student: Observed) -> FrozenTeacher:
         """The teacher with answers for the first section, made up: what they are does not matter for the time."""
         data, device = self.bench.data, self.bench.hardware.device
         positions = data.splits["train"].sort().values
-        teacher.ask_for(self.roles)
+        teacher.observe(self.roles)
         fit_loss(config, self.loss, student, teacher, data, device)
         like = teacher.answer(data.images[positions[:2]].to(device))
         section = positions[:SECTION]
@@ -70,11 +73,8 @@ class Method:
         metrics = train_epoch(
             self.training,
             replace(data, splits={"train": section}),
-            teacher=self.teacher,
-            views=None,
-            epochs=1,
-            batch_size=BATCH_SIZE,
-            seed=0,
+            Recipe(epochs=1, batch_size=BATCH_SIZE, seed=0, teacher=self.teacher),
+            Hooks(),
         )
         return metrics["train/images_per_second"]
 
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="default: %(default)s")
     parser.add_argument("--device", default="auto", help="default: %(default)s")
     arguments = parser.parse_args()
-    names = sorted(path.stem for path in (settings.CONF / "loss").glob("*.yaml") if path.stem != "mutual")
+    names = sorted(path.stem for path in (CONF / "loss").glob("*.yaml") if path.stem != "mutual")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(arguments, Path(folder))
         print(f"{machine(bench.hardware)}; {bench.what}; {arguments.teacher} → {arguments.model}, batch {BATCH_SIZE}")
@@ -99,18 +99,17 @@ def main() -> None:
                 rate = method.rate()
                 if number > 0:  # the first one warms up
                     rates[name].append(rate)
-        for line in table(methods, rates):
-            print(line)
+        print(table(methods, rates))
 
 
-def table(methods: dict[str, Method], rates: dict[str, list[float]]) -> list[str]:
-    rows = [["loss", "asks for", "learns", "images/s", "beside kd"], ["---", "---", *3 * ["---:"]]]
+def table(methods: dict[str, Method], rates: dict[str, list[float]]) -> str:
+    rows = []
     for name, method in methods.items():
         rate = statistics.median(rates[name])
-        beside = statistics.median(mine / kd for mine, kd in zip(rates[name], rates["kd"], strict=True))
+        ratio = statistics.median(mine / kd for mine, kd in zip(rates[name], rates["kd"], strict=True))
         asks = "nothing" if name in NO_TEACHER else ", ".join(method.roles) or "logits"
-        rows.append([f"`{name}`", asks, f"{method.learned:,}", f"{rate:,.0f}", f"{beside:.2f}"])
-    return [f"| {' | '.join(row)} |" for row in rows]
+        rows.append([f"`{name}`", asks, f"{method.learned:,}", f"{rate:,.0f}", f"{ratio:.2f}"])
+    return markdown_table(["loss", "asks for", "learns", "images/s", "next to kd"], rows, left=(0, 1))
 
 
 if __name__ == "__main__":

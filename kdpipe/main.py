@@ -26,7 +26,7 @@ from kdpipe.evaluation.inference import evaluate
 from kdpipe.evaluation.report import cost_table, epoch_line, result_table
 from kdpipe.models import Classifier, Ensemble
 from kdpipe.runs.claim import ClaimedError, claim
-from kdpipe.runs.journal import CHECKPOINTS, NOT_YET, Journal, is_unfinished, rows_since, sync_command
+from kdpipe.runs.journal import CHECKPOINTS, NOT_CREATED, Journal, is_unfinished, rows_since, sync_command
 from kdpipe.runs.names import CONFIG, IMAGE_SHAPE, PEER_WEIGHTS, TIMED_ON, UNLABELLED_IMAGES
 from kdpipe.runs.store import PATIENCE, store_uri, wait_for_store
 from kdpipe.settings.addresses import WEIGHTS, epoch_file
@@ -46,7 +46,7 @@ from kdpipe.training.precomputed import logits_of_test_images
 from kdpipe.training.teacher_check import warn_once
 
 if TYPE_CHECKING:
-    from kdpipe.tracking import Run, RunRecord, Tracker
+    from kdpipe.tracking import ActiveRun, RunRecord, Tracker
 
 log = logging.getLogger("kdpipe")
 # At import, and not in `cli`: the workers of a sweep import this module to call `job`, and compose before that.
@@ -74,9 +74,9 @@ def run(settings: Settings, folder: Path, invocation: Invocation) -> float:
     if hardware.rank > 0:  # computes, while the first process keeps the books
         return _follow(settings, invocation, folder, tracker, hardware)
     if not settings.sweep.job:
-        tracker.settle_all(folder.parent)
+        tracker.recover_all(folder.parent)
     with claim(folder):
-        tracker.settle(folder)
+        tracker.recover(folder)
         parts = build_parts(settings, invocation, tracker, {})
         if finished := _find_finished(settings, folder, parts, tracker, hardware):
             log.info("this run is already finished (train.resume=never trains anew)")
@@ -111,7 +111,7 @@ def _lead(settings: Settings, parts: Parts, tracker: "Tracker", folder: Path, ha
         def keep(state: dict[str, Any]) -> None:
             about = {"tags": parts.tags, "run": current.id, "history": current.rows, "seconds": current.seconds}
             save_checkpoint(folder / CHECKPOINTS, {**about, "training": state})
-            current.deliver()
+            current.commit()
 
         def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
             current.log(metrics, step=epoch)
@@ -198,7 +198,7 @@ def _what_is_begun(settings: Settings, parts: Parts, folder: Path) -> tuple[str 
         remove_checkpoints(folder / CHECKPOINTS)
         return None, None
     journal, start = Journal.read(folder), load_checkpoint(folder / CHECKPOINTS)
-    if journal and not journal.is_of(parts.tags):
+    if journal and not journal.matches(parts.tags):
         if not journal.delivered:
             raise ValueError(
                 f"{folder} has a run of another teacher or other images that {journal.store} does not have completely; "
@@ -209,7 +209,7 @@ def _what_is_begun(settings: Settings, parts: Parts, folder: Path) -> tuple[str 
         log.warning("the unfinished run in this folder is of other images or another teacher: starting a new one")
         remove_checkpoints(folder / CHECKPOINTS)
         start = None
-    if journal and journal.run_id != NOT_YET:
+    if journal and journal.run_id != NOT_CREATED:
         return journal.run_id, start
     return start["run"] if start else None, start
 
@@ -244,7 +244,7 @@ def _run_tags(settings: Settings, parts: Parts, hardware: Hardware) -> dict[str,
     return tags
 
 
-def _describe_inputs(settings: Settings, current: "Run", tracker: "Tracker", parts: Parts) -> None:
+def _describe_inputs(settings: Settings, current: "ActiveRun", tracker: "Tracker", parts: Parts) -> None:
     """Save the settings and log the data set."""
     file, data = current.folder / CONFIG, parts.data
     composed = {key: value for key, value in settings.plain.items() if key not in ("tracking", "sweep")}
@@ -256,7 +256,7 @@ def _describe_inputs(settings: Settings, current: "Run", tracker: "Tracker", par
     tracker.log_dataset(current.id, data.name, data.fingerprint, settings.dataset.root, sizes)
 
 
-def _save_earlier_epochs(settings: Settings, current: "Run", epoch: int) -> None:
+def _save_earlier_epochs(settings: Settings, current: "ActiveRun", epoch: int) -> None:
     """Save the weights that were kept before `epoch`, where the training continues, among the run's artifacts."""
     over = [current.folder / epoch_file(number) for number in range(1, epoch)]
     for file in current.folder.glob(epoch_file("*")):

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from kdpipe.data.decode import ImageFile, decoded_source, read_image
 from kdpipe.data.dogs_vs_cats import dogs_vs_cats
 from kdpipe.models.weights import read_weights
-from kdpipe.runs.claim import worker_of_ours
+from kdpipe.runs.claim import worker_pid
 from kdpipe.runs.journal import Journal, read_rows, write_rows
 from kdpipe.settings.composition import CONF, explain
 from kdpipe.settings.yaml_files import check_foreign
@@ -271,7 +271,7 @@ def journals(photo: Callable[..., Image.Image], folder: Path) -> tuple[Read, lis
         (folder / "tracking.json").write_bytes(content)
         (folder / "owner.json").write_bytes(content)
         Journal.read(folder)
-        worker_of_ours(folder)
+        worker_pid(folder)
 
     return read, [(folder / "tracking.json").read_bytes(), b'{"pid": 1, "host": "here"}']
 

@@ -1,5 +1,56 @@
-"""`python -m kdpipe.compare`: the finished runs of an experiment side by side, and whether distillation helped.
+"""The comparison of finished runs, and whether distillation helped: `python -m kdpipe.compare`, or in Python
 
-cells → comparison (with statistics) → formats and pictures. A distilled student is held against the same student alone,
-seed by seed, and image by image (`answers`); `worth` knows what networks cost, `published` what papers report.
+    from kdpipe.compare import compare_runs
+
+    for comparison in compare_runs("demo"):
+        print(comparison.verdict)
+        comparison.frame  # pandas, a row for each cell
+
+`loading` reads runs from MLflow, `cells` groups them by seed, `comparison` pairs students and judges with `statistics`,
+`frames`, `rendering` and `plots` show the result.
 """
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdpipe.runs.command_line import existing_store
+
+if TYPE_CHECKING:
+    from kdpipe.compare.comparison import Comparison
+
+
+def compare_runs(
+    experiment: str = "kdpipe",
+    sweep: str | None = None,
+    *,
+    where: Mapping[str, str] | None = None,
+    mixed: bool = False,
+    published: bool = False,
+    uri: str | None = None,
+    output_dir: str | Path = "outputs",
+) -> "list[Comparison]":
+    """Compare the finished runs of an experiment: one comparison, or several with `sweep` or `mixed`.
+
+    Args:
+        experiment: name of the MLflow experiment.
+        sweep: id of a sweep; compares its runs only, each data set and budget by itself.
+        where: settings by key; runs with another value are left out.
+        mixed: allow students of different data, budgets or teachers in an experiment, and compare each kind by itself.
+        published: add published accuracies.
+        uri: the MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db in `output_dir`).
+        output_dir: where the runs were written.
+
+    Raises:
+        ValueError: no store, no finished runs, or runs that cannot be compared.
+    """
+    store = existing_store(argparse.Namespace(uri=uri, output_dir=Path(output_dir)))
+
+    from kdpipe.compare.loading import load_comparisons, with_disagreement  # imports mlflow, which takes seconds
+    from kdpipe.tracking import Tracker
+
+    tracker = Tracker(store, experiment, Path(output_dir) / "mlartifacts", create=False)
+    tracker.recover_all(Path(output_dir) / "runs")
+    comparisons = load_comparisons(tracker, sweep, where or {}, mixed, published)
+    return [with_disagreement(comparison, tracker) for comparison in comparisons]

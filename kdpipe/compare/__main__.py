@@ -5,84 +5,81 @@ import sys
 from pathlib import Path
 
 from kdpipe.runs.command_line import add_store_arguments, existing_store, run_command
+from kdpipe.settings.errors import ConfigError
 
 FORMATS = ("table", "csv", "json", "html")
 
 
-def arguments_of(words: list[str] | None = None) -> argparse.Namespace:
+def _parse(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="kdpipe-compare",
-        description="The finished runs of an experiment side by side, and whether distillation helped.",
+        description="Compare the finished runs of an experiment, and say whether distillation helped.",
     )
     parser.add_argument("--experiment", default="kdpipe", help="MLflow experiment (default: %(default)s)")
-    parser.add_argument("--sweep", metavar="ID", help="only the runs of a sweep, and the student alone from anywhere")
     parser.add_argument(
-        "--where", metavar="KEY=VALUE", action="append", default=[], help="leave out runs that have another value there"
+        "--sweep", metavar="ID", help="only the runs of a sweep, and students alone from the whole experiment"
     )
     parser.add_argument(
-        "--mixed", action="store_true", help="students of different data, budgets or teachers: each kind by itself"
+        "--where", metavar="KEY=VALUE", action="append", default=[], help="leave out runs with another value"
     )
     parser.add_argument(
-        "--published",
-        action="store_true",
-        help="beside the accuracies those of the papers, for what experiment=benchmark/… trains",
+        "--mixed", action="store_true", help="compare students of different data, budgets or teachers, each by itself"
+    )
+    parser.add_argument(
+        "--published", action="store_true", help="add published accuracies for the pairs of experiment=benchmark/…"
     )
     parser.add_argument("--format", choices=FORMATS, default="table", help="default: %(default)s")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="write there, with the pictures, instead of printing")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="write to this folder, with plots, instead of printing")
     add_store_arguments(parser)
     return parser.parse_args(words)
 
 
-def run(arguments: argparse.Namespace) -> str:
-    """The comparison that was asked for, as text, or what was written where.
+def run_comparison(words: list[str] | None = None) -> str:
+    """Run the command with these arguments (default: the command line's); the text to print.
 
     Raises:
         ValueError: no store, no runs, or runs that cannot be compared.
     """
-    pairs = [_pair(condition) for condition in arguments.where]
-    where = dict(pairs)
-    if len(where) < len(pairs):
-        raise ValueError(f"--where {' --where '.join(arguments.where)}: one value for a key is accepted")
+    arguments = _parse(words)
+    where = dict(map(_pair, arguments.where))
+    if len(where) < len(arguments.where):
+        raise ConfigError("--where", " --where ".join(arguments.where), "one value for each key")
     if arguments.sweep is not None and arguments.mixed:
-        raise ValueError("--mixed: not with --sweep, which takes each data set and budget of its grid by itself anyway")
+        raise ConfigError("--mixed", problem="not with --sweep, which compares each kind by itself anyway")
     uri = existing_store(arguments)
     if arguments.out and arguments.out.exists() and not arguments.out.is_dir():
-        raise ValueError(f"--out {arguments.out}: a folder is accepted, this is a file")
+        raise ConfigError("--out", arguments.out, "a folder", "this is a file")
 
     # Seconds of imports, after what can fail sooner.
-    from kdpipe.compare import rendering as formats
-    from kdpipe.compare.comparison import with_published
-    from kdpipe.compare.loading import compare_experiment, compare_sweep, image_by_image, pictures_of, run_finder
+    from kdpipe.compare import frames, rendering
+    from kdpipe.compare.loading import draw_pictures, load_comparisons, with_disagreement
     from kdpipe.compare.published import NONE_PUBLISHED
     from kdpipe.tracking import Tracker
 
     tracker = Tracker(uri, arguments.experiment, arguments.output_dir / "mlartifacts", create=False)
-    tracker.settle_all(arguments.output_dir / "runs")
-    if arguments.sweep is not None:
-        comparisons = compare_sweep(tracker, arguments.sweep, where)
-    else:
-        comparisons = compare_experiment(tracker, where, arguments.mixed)
-    if arguments.published:
-        comparisons = [with_published(comparison, run_finder(tracker)) for comparison in comparisons]
-        found = any(row.published for comparison in comparisons for row in comparison.rows)
-        if arguments.format == "csv" and not found:  # the other formats have notes
-            print(NONE_PUBLISHED, file=sys.stderr)
-    if arguments.format in ("table", "json", "html"):
-        comparisons = [image_by_image(comparison, tracker) for comparison in comparisons]
-    title = f"sweep {arguments.sweep}" if arguments.sweep else arguments.experiment
-    drawn = []
+    tracker.recover_all(arguments.output_dir / "runs")
+    comparisons = load_comparisons(tracker, arguments.sweep, where, arguments.mixed, arguments.published)
+    if arguments.format != "csv":
+        comparisons = [with_disagreement(comparison, tracker) for comparison in comparisons]
+    elif arguments.published and not any(row.published for comparison in comparisons for row in comparison.rows):
+        print(NONE_PUBLISHED, file=sys.stderr)  # a note in the other formats
+    pictures = []
     if arguments.out or arguments.format == "html":
-        drawn = [pictures_of(comparison, tracker) for comparison in comparisons]
-    text = {
-        "table": lambda: "\n\n".join(map(formats.as_table, comparisons)),
-        "csv": lambda: formats.as_csv(comparisons),
-        "json": lambda: formats.as_json(comparisons),
-        "html": lambda: formats.as_html(title, comparisons, drawn),
-    }[arguments.format]()
+        pictures = [draw_pictures(comparison, tracker) for comparison in comparisons]
+    match arguments.format:
+        case "csv":
+            text = frames.to_csv(comparisons)
+        case "json":
+            text = frames.to_json(comparisons)
+        case "html":
+            title = f"sweep {arguments.sweep}" if arguments.sweep else arguments.experiment
+            text = rendering.to_html(title, comparisons, pictures)
+        case _:
+            text = "\n\n".join(map(rendering.to_text, comparisons))
     if not arguments.out:
         return text
     suffix = arguments.format.replace("table", "txt")
-    files = {f"comparison.{suffix}": text.encode(), **formats.numbered(drawn)}
+    files = {f"comparison.{suffix}": text.encode(), **rendering.picture_files(pictures)}
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (arguments.out / name).write_bytes(content)
@@ -93,13 +90,13 @@ def run(arguments: argparse.Namespace) -> str:
 def _pair(condition: str) -> tuple[str, str]:
     key, equals, value = condition.partition("=")
     if not (key and equals):
-        raise ValueError(f"--where {condition}: KEY=VALUE is accepted, such as train.epochs=10")
+        raise ConfigError("--where", condition, "KEY=VALUE, such as train.epochs=10")
     return key, value
 
 
 def cli() -> None:
     """`kdpipe-compare` and `python -m kdpipe.compare`."""
-    run_command("kdpipe-compare", lambda: run(arguments_of()))
+    run_command("kdpipe-compare", run_comparison)
 
 
 if __name__ == "__main__":

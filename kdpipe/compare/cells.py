@@ -1,23 +1,30 @@
-"""Cells: finished runs that differ by their seed alone."""
+"""Cells: finished runs that differ only in their seed."""
 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from kdpipe.settings.identity import LABELS_ALONE, UNLABELLED, what_matters
 from kdpipe.tracking import RunRecord
 
+Key = frozenset[tuple[str, str]]
 STAGES = ("teacher", "student", "distill")
 LINK = "kdpipe.link"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A configuration without its seed, and its newest finished run of each seed."""
+    """A configuration without its seed, and the newest finished run of each seed."""
 
-    settings: frozenset[tuple[str, str]]
+    settings: dict[str, str]
     runs: dict[int, RunRecord]  # by seed
+
+    @cached_property
+    def key(self) -> Key:
+        """The settings, to look the cell up by."""
+        return frozenset(self.settings.items())
 
     @property
     def first(self) -> RunRecord:
@@ -29,120 +36,120 @@ class Cell:
 
     @property
     def teacher_run(self) -> str:
-        """The run or the file that the teacher's weights are from, several runs with commas between them; "" where
-        there was none."""
+        """The run or file that the teacher's weights come from, comma-separated for several; "" without a teacher."""
         return self.first.tags.get("kdpipe.teacher_run", "")
 
     @property
     def teacher_runs(self) -> list[str]:
-        """Several of an ensemble; in a chain each seed has its own."""
+        """The teachers of all seeds: several for an ensemble, one per seed in a chain."""
         return list(dict.fromkeys(source for run in self.runs.values() for source in teacher_runs(run)))
 
     @property
     def is_alone(self) -> bool:
-        """Whether it is a student trained on the labels alone, over which others gain."""
-        return self.stage == "student" and dict(self.settings)["loss._target_"] == LABELS_ALONE
+        """Whether this is a student trained on the labels alone, the baseline of every gain."""
+        return self.stage == "student" and self.settings["loss._target_"] == LABELS_ALONE
 
     @property
     def has_gain(self) -> bool:
-        """Whether it is a student that is held against the one alone: distilled, or trained by another loss."""
+        """Whether this is a student to compare with the baseline: distilled, or trained with another loss."""
         return self.stage != "teacher" and not self.is_alone
 
     @property
     def loss(self) -> str:
         """The loss and its settings, such as "KD alpha 0.5 temperature 5 + Attention weight 1000"."""
-        settings = dict(sorted(self.settings))
-        told = []
+        settings = dict(sorted(self.settings.items()))
+        losses = []
         for group in ("loss", "also"):
             if target := settings.pop(f"{group}._target_", ""):
                 keys = [key for key in settings if key.startswith(f"{group}.")]
                 values = [f"{key.removeprefix(f'{group}.')} {settings[key]}" for key in keys]
-                told.append(" ".join([target.rpartition(".")[2], *values]))
-        return " + ".join(told)
+                losses.append(" ".join([target.rpartition(".")[2], *values]))
+        return " + ".join(losses)
 
     @property
     def title(self) -> str:
-        """A short name: what is trained, and how."""
+        """A short name: the network, and how it is trained."""
         name = self.first.params["model.name"]
         return f"{name} {self.loss if self.has_gain else 'alone' if self.is_alone else 'teacher'}"
 
     @property
     def link(self) -> int:
-        """Its place in a chain, from 1."""
-        return int(dict(self.settings).get(LINK, 1))
+        """The position in a chain, from 1."""
+        return int(self.settings.get(LINK, 1))
 
     def values(self, metric: str) -> dict[int, float]:
-        """The metric of each seed that has it."""
+        """The metric by seed, for the seeds that have it."""
         return {seed: run.metrics[metric] for seed, run in self.runs.items() if metric in run.metrics}
 
     def only(self, seeds: Iterable[int]) -> "Cell":
-        """The cell with these of its seeds."""
+        """The cell restricted to these seeds."""
         return Cell(self.settings, {seed: self.runs[seed] for seed in seeds if seed in self.runs})
 
     def settings_without(self, *groups: str) -> dict[str, str]:
-        """The settings that remain without some config groups: what two cells share."""
-        return {key: value for key, value in self.settings if key.split(".")[0] not in groups}
+        """The settings outside these config groups."""
+        return {key: value for key, value in self.settings.items() if key.split(".")[0] not in groups}
 
 
 def teacher_runs(record: RunRecord) -> list[str]:
-    """The runs, or the one file, that a run's teachers are from."""
+    """The runs, or the one file, that the weights of a run's teachers come from."""
     source = record.tags.get("kdpipe.teacher_run", "")
     return source.split(",") if "teacher.members" in record.params else [source] if source else []
 
 
 def make_cells(records: Iterable[RunRecord], chain: Iterable[RunRecord] = ()) -> list[Cell]:
-    """The cells of finished runs (newest first), teachers before students before distilled students.
+    """The cells of finished runs (newest first): teachers, then students, then distilled students.
 
     Args:
-        chain: runs that taught each other. Those whose teachers are of one cell are of one cell, too.
+        chain: runs that taught each other. Runs whose teachers share a cell share a cell, too.
     """
     links = {record.id: record for record in chain}
-    found: dict[frozenset[tuple[str, str]], dict[int, RunRecord]] = {}
+    found: dict[Key, Cell] = {}
     for record in records:
-        found.setdefault(_settings(record, links), {}).setdefault(int(record.params["seed"]), record)
-    cells = [Cell(settings, dict(sorted(runs.items()))) for settings, runs in found.items()]
+        cell = Cell(_settings(record, links), {})
+        found.setdefault(cell.key, cell).runs.setdefault(int(record.params["seed"]), record)
+    cells = [cell.only(sorted(cell.runs)) for cell in found.values()]
     return sorted(cells, key=_place)
 
 
-def _settings(record: RunRecord, links: Mapping[str, RunRecord]) -> frozenset[tuple[str, str]]:
+def _settings(record: RunRecord, links: Mapping[str, RunRecord]) -> dict[str, str]:
     settings = what_matters(record.params)
     del settings["seed"]
     sources = {key: record.tags.get(key, "") for key in ("kdpipe.stage", "kdpipe.data", "kdpipe.teacher_run")}
     if "kdpipe.unlabelled" in record.tags:
         sources["kdpipe.unlabelled"] = record.tags["kdpipe.unlabelled"]
-    if sources["kdpipe.teacher_run"]:  # a file may hold other weights than it did
+    if sources["kdpipe.teacher_run"]:  # the weights, too: a file may have been overwritten
         sources["kdpipe.teacher_weights"] = record.tags.get("kdpipe.inputs", "").rpartition("-")[2]
         if teacher := links.get(sources["kdpipe.teacher_run"]):
             its = _settings(teacher, links)
-            number = int(dict(its).get(LINK, 1))
+            number = int(its.get(LINK, 1))
             settings["teacher.weights"] = f"link {number}"
-            cell = hashlib.sha256(json.dumps(sorted(its)).encode()).hexdigest()
+            cell = hashlib.sha256(json.dumps(sorted(its.items())).encode()).hexdigest()
             sources |= {LINK: str(number + 1), "kdpipe.teacher_weights": "", "kdpipe.teacher_run": cell}
-    return frozenset((settings | sources).items())
+    return settings | sources
 
 
 class Controls:
-    """The students alone among some cells, found by what other students share with them."""
+    """The students alone among some cells, looked up by what other students share with them."""
 
     def __init__(self, cells: Iterable[Cell]) -> None:
-        self._found: dict[frozenset[tuple[str, str]], Cell] = {}
+        self._found: dict[Key, Cell] = {}
         for cell in cells:
             if cell.is_alone:
                 self._found.setdefault(self._shared(cell), cell)
 
     def of(self, cell: Cell) -> Cell | None:
-        """The same student alone: same settings and images, but for the loss and the teacher."""
+        """The same student alone: same images and settings except for the loss and the teacher."""
         return self._found.get(self._shared(cell))
 
     @staticmethod
-    def _shared(cell: Cell) -> frozenset[tuple[str, str]]:
+    def _shared(cell: Cell) -> Key:
         shared = cell.settings_without("loss", "also", "teacher", "stage", "kdpipe", "distillation")
         shared = {key: value for key, value in shared.items() if key not in (UNLABELLED, "model.stages")}
         return frozenset({**shared, "kdpipe.data": cell.first.tags["kdpipe.data"]}.items())
 
 
 def differences(cells: Sequence[Cell]) -> list[str]:
-    """For each cell the settings, beyond those in the table's own columns, in which cells of its stage differ."""
+    """For each cell the settings in which cells of its stage differ, except those with a column of their own."""
     own_column = ("model", "loss", "also", "stage", "kdpipe")
     shown = [cell.settings_without(*own_column) for cell in cells]
     values: dict[tuple[str, str], set[str | None]] = {}
@@ -161,6 +168,6 @@ def differences(cells: Sequence[Cell]) -> list[str]:
 
 
 def _place(cell: Cell) -> tuple[object, ...]:
-    settings = dict(cell.settings)
+    settings = cell.settings
     numbers = [float(settings.get(key, 0)) for key in ("loss.alpha", "loss.temperature")]
     return (STAGES.index(cell.stage), settings["model.name"], settings["loss._target_"], *numbers, cell.loss)

@@ -1,29 +1,30 @@
-"""Three pictures of a comparison: accuracy against size and time, where alpha and temperature pay, how validation
-accuracy grew.
+"""Plots of a comparison: the gain by alpha and temperature, validation accuracy by epoch, accuracy against size and
+latency.
 
-Blue and orange are the colours that readers with any colour vision tell apart (Okabe & Ito 2008).
+Blue and orange can be told apart with any kind of colour vision (Okabe & Ito 2008).
 """
 
-import io
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from kdpipe.compare.cell_metrics import Latencies, average, threads_of, timed_on
 from kdpipe.compare.cells import Cell, differences
-from kdpipe.compare.comparison import Comparison, Row, taught_by_last_weights
-from kdpipe.compare.rendering import rows_of
+from kdpipe.compare.comparison import Comparison, uses_final_weights
+from kdpipe.compare.frames import displayed_rows
 from kdpipe.compare.statistics import Interval, interval, signed
-from kdpipe.compare.worth import Latencies, average, students_of, threads_of, timed_on
+from kdpipe.compare.student_summary import students_of
 
 ALONE, DISTILLED, TEACHER, FRONT = "#D55E00", "#0072B2", "#555555", "#999999"
 STAGES = {
@@ -32,98 +33,77 @@ STAGES = {
     "distill": (DISTILLED, "D", "student distilled"),
 }
 SIZE, LATENCY = "size", "latency"  # the panels
-VERDICT = ", the verdict is on it"
-MOST_NUMBERS = 12  # points that are numbered; more are told apart by their stage alone
-LONG = 50  # characters of a remark
-MOST_BARS = 60  # points that have bars
-WIDTH, HEIGHT = 660, 230  # of the panels of `pareto`, about, in typographic points
+VERDICT = ", the verdict's student"
+MAX_NUMBERED = 12  # more points than this show their stage only
+MAX_DIFFERENCE = 50  # characters
+MAX_BARS = 60  # more points than this have no error bars
+WIDTH, HEIGHT = 660, 230  # of all panels of `pareto`, roughly, in typographic points
 LINES = {"student alone": (ALONE, "--"), "student distilled": (DISTILLED, "-")}
-Curves = Mapping[int, Sequence[tuple[int, float]]]  # by seed: epochs and validation accuracies
-
-
-def to_png(figure: Figure) -> bytes:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=150, bbox_inches="tight")
-    return content.getvalue()
+Curves = Mapping[int, Sequence[tuple[int, float]]]  # epochs and validation accuracies by seed
+Place = tuple[float, float]  # alpha and temperature
 
 
 def heatmap(comparison: Comparison) -> Figure | None:
-    """Alpha × temperature: the mean gain in each cell with its spread, on validation images, by which the best cell
-    was chosen, and on test images. None where neither varies."""
+    """The mean gain with its spread by alpha and temperature, on validation images, which decide the best cell, and on
+    test images. None if neither varies."""
     best = comparison.best
     if best is None:
         return None
-    where = {
+    rows = {
         (float(params["loss.alpha"]), float(params["loss.temperature"])): row
         for row in comparison.rows
-        if row.cell.stage == "distill" and _besides(row.cell) == _besides(best.cell)
+        if row.cell.stage == "distill" and _other_settings(row.cell) == _other_settings(best.cell)
         if {"loss.alpha", "loss.temperature"} <= (params := row.cell.first.params).keys()
     }
-    if len(where) < 2:
+    if len(rows) < 2:
         return None
-    alphas, temperatures = (sorted({key[axis] for key in where}) for axis in (0, 1))
-    panels = [("test images", "gain")]
-    if any(row.validation_gain for row in where.values()):
-        panels.insert(0, ("validation images", "validation_gain"))
+    panels = {"test images": {key: row.gain for key, row in rows.items()}}
+    if any(row.validation_gain for row in rows.values()):
+        panels = {"validation images": {key: row.validation_gain for key, row in rows.items()}, **panels}
+    alphas, temperatures = (sorted({key[position] for key in rows}) for position in (0, 1))
     size = (1.2 + 1.55 * len(temperatures) * len(panels) + 1.2, max(3.2, 1.7 + 0.85 * len(alphas)))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    gains = [100 * gain.mean for row in where.values() for _, name in panels if (gain := getattr(row, name))]
-    limit = max(map(abs, gains), default=1) or 1
-    images = []
-    for axis, (title, name) in zip(axes, panels, strict=True):
-        images.append(_panel(axis, where, alphas, temperatures, name, limit, best))
-        axis.set_title(f"on {title}", fontsize=11)
+    means = [100 * gain.mean for gains in panels.values() for gain in gains.values() if gain]
+    limit = max(map(abs, means), default=1) or 1
+    chosen = next((key for key, row in rows.items() if row is best), None)
+    for axis, (images, gains) in zip(axes, panels.items(), strict=True):
+        image = _panel(axis, gains, limit, chosen)
+        axis.set_title(f"on {images}", fontsize=11)
         axis.set_xlabel("temperature")
+        axis.set_xticks(range(len(temperatures)), [f"{temperature:g}" for temperature in temperatures])
+        axis.set_yticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
     axes[0].set_ylabel("alpha")
-    bar = figure.colorbar(images[0], ax=list(axes))
-    bar.set_label("points over the student alone")
-    figure.suptitle("mean gain ± half of the 95 % interval;  ∘ the interval includes 0;  framed: chosen", fontsize=10)
+    figure.colorbar(image, ax=list(axes)).set_label("gain over the student alone, points")
+    figure.suptitle("mean gain ± half of the 95 % interval;  ∘ the interval includes 0;  frame: best cell", fontsize=10)
     return figure
 
 
-def _panel(
-    axis: Axes,
-    where: Mapping[tuple[float, float], Row],
-    alphas: Sequence[float],
-    temperatures: Sequence[float],
-    name: str,
-    limit: float,
-    best: Row,
-) -> matplotlib.image.AxesImage:
-    gains: dict[tuple[float, float], Interval | None] = {key: getattr(row, name) for key, row in where.items()}
+def _panel(axis: Axes, gains: Mapping[Place, Interval | None], limit: float, chosen: Place | None) -> AxesImage:
+    alphas, temperatures = (sorted({key[position] for key in gains}) for position in (0, 1))
     grid = np.full((len(alphas), len(temperatures)), np.nan)
-    for (alpha, temperature), gain in gains.items():
-        if gain:
-            grid[alphas.index(alpha), temperatures.index(temperature)] = 100 * gain.mean
-    image = axis.imshow(
-        grid, cmap="PuOr", norm=TwoSlopeNorm(0, -1.8 * limit, 1.8 * limit), origin="lower", aspect="auto"
-    )
     for (alpha, temperature), gain in gains.items():
         row, column = alphas.index(alpha), temperatures.index(temperature)
         if gain is None:
             text = "–"
-        elif gain.low is None:
-            text = f"{signed(gain.mean)} ∘"
         else:
-            text = f"{signed(gain.mean)} ± {100 * gain.half_width:.1f}{' ∘' if gain.includes_zero else ''}"
+            grid[row, column] = 100 * gain.mean
+            spread = "" if gain.low is None else f" ± {100 * gain.half_width:.1f}"
+            text = f"{signed(gain.mean)}{spread}{' ∘' if gain.includes_zero else ''}"
         axis.text(column, row, text, ha="center", va="center", fontsize=10)
-        if where[alpha, temperature] is best:
-            frame = matplotlib.patches.Rectangle((column - 0.47, row - 0.47), 0.94, 0.94, fill=False, linewidth=2.5)
-            axis.add_patch(frame)
-    axis.set_xticks(range(len(temperatures)), [f"{temperature:g}" for temperature in temperatures])
-    axis.set_yticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
-    return image
+        if (alpha, temperature) == chosen:
+            axis.add_patch(Rectangle((column - 0.47, row - 0.47), 0.94, 0.94, fill=False, linewidth=2.5))
+    norm = TwoSlopeNorm(0, -1.8 * limit, 1.8 * limit)
+    return axis.imshow(grid, cmap="PuOr", norm=norm, origin="lower", aspect="auto")
 
 
-def _besides(cell: Cell) -> dict[str, str]:
-    """The settings of a cell beside alpha and temperature."""
-    return {key: value for key, value in cell.settings if key not in ("loss.alpha", "loss.temperature")}
+def _other_settings(cell: Cell) -> dict[str, str]:
+    return {key: value for key, value in cell.settings.items() if key not in ("loss.alpha", "loss.temperature")}
 
 
 def curves(named: Mapping[str, Curves]) -> Figure | None:
-    """Validation accuracy by epoch of "student alone" and "student distilled": the mean over seeds with its 95 %
-    interval. None where there is no second epoch."""
+    """Validation accuracy by epoch of "student alone" and "student distilled", the mean over seeds with its 95 %
+    interval. None for fewer than two epochs."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axis = figure.subplots()
     for name, runs in named.items():
@@ -142,7 +122,7 @@ def curves(named: Mapping[str, Curves]) -> Figure | None:
         return None
     axis.set_xlabel("epoch")
     axis.set_ylabel("validation accuracy, %")
-    axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_title("mean over seeds, 95 % interval shaded", fontsize=10)
     axis.legend(loc="lower right", frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
@@ -151,11 +131,11 @@ def curves(named: Mapping[str, Curves]) -> Figure | None:
 
 @dataclass(frozen=True)
 class Point:
-    """A network of a comparison: what it costs, and how good it is.
+    """A network with its cost and accuracy.
 
     Attributes:
-        stage: the key of `STAGES`.
-        costs: by panel, MB and ms; without those that are not known.
+        stage: a key of `STAGES`.
+        costs: by panel, in MB and ms, if known.
         accuracy: on the test images, a fraction.
         is_decisive: whether the verdict is about it.
     """
@@ -168,23 +148,23 @@ class Point:
 
 
 def points_of(comparison: Comparison) -> list[Point]:
-    """Teachers, students alone and distilled students, from the best to the worst. The decisive student and its student
-    alone are those of the verdict's seeds; its teacher is there even if it has no row."""
+    """Teachers, students alone and distilled students, best first. The decisive student and its student alone count on
+    the verdict's seeds; its teacher is included even without a row."""
     decisive = comparison.decisive
     cells = [row.cell for row in comparison.rows]
     taught_by: list[str] = []
     if decisive:
         alone, distilled = students_of(decisive)
-        of_the_verdict = {cell.settings: cell for cell in (alone, distilled) if cell}
-        cells = [of_the_verdict.pop(cell.settings, cell) for cell in cells] + list(of_the_verdict.values())
-        taught_by = distilled.teacher_runs if taught_by_last_weights(distilled) else []
-    latencies = Latencies(cells, timed_on_of(comparison))
+        of_the_verdict = {cell.key: cell for cell in (alone, distilled) if cell}
+        cells = [of_the_verdict.pop(cell.key, cell) for cell in cells] + list(of_the_verdict.values())
+        taught_by = distilled.teacher_runs if uses_final_weights(distilled) else []
+    latencies = Latencies(cells, _hardware(comparison))
     points, has_teacher = [], False
     for cell, name in zip(cells, _names(cells), strict=True):
         accuracy = interval(list(cell.values("test/accuracy").values()))
         if accuracy is None:
             continue
-        is_decisive = decisive is not None and cell.settings == decisive.cell.settings
+        is_decisive = decisive is not None and cell.key == decisive.cell.key
         has_teacher |= any(run.id in taught_by for run in cell.runs.values())
         costs = {SIZE: average(cell, "model/size_mb"), LATENCY: latencies.of(cell.first)}
         points.append(Point(name, cell.stage, _known(costs), accuracy, is_decisive))
@@ -197,29 +177,29 @@ def points_of(comparison: Comparison) -> list[Point]:
 
 
 def _names(cells: Sequence[Cell]) -> list[str]:
-    """Titles, and where several have the same in what they differ."""
+    """Titles; cells of one title also say how they differ."""
     titles = Counter(cell.title for cell in cells)
     return [
-        f"{cell.title} ({where if len(where) < LONG else f'{where[:LONG]}…'})"
-        if titles[cell.title] > 1 and where
+        f"{cell.title} ({difference if len(difference) < MAX_DIFFERENCE else f'{difference[:MAX_DIFFERENCE]}…'})"
+        if titles[cell.title] > 1 and difference
         else cell.title
-        for cell, where in zip(cells, differences(cells), strict=True)
+        for cell, difference in zip(cells, differences(cells), strict=True)
     ]
 
 
 def _known(costs: Mapping[str, float | None]) -> dict[str, float]:
-    return {panel: cost for panel, cost in costs.items() if cost}  # a logarithmic axis has no 0
+    return {panel: cost for panel, cost in costs.items() if cost}  # 0 has no place on a log scale
 
 
-def timed_on_of(comparison: Comparison) -> str:
-    """The hardware of the times in a picture: the decisive student's, for times of several cannot be compared."""
+def _hardware(comparison: Comparison) -> str:
+    """The hardware of the latencies shown, that of the decisive student: those of others are not comparable."""
     decisive = comparison.decisive
     cells = [decisive.cell] if decisive else [row.cell for row in comparison.rows]
     return timed_on(run for cell in cells for run in cell.runs.values())
 
 
 def front_of(places: Sequence[tuple[float, float]]) -> list[int]:
-    """Which of some places, cost and accuracy, nothing beats in both: the Pareto front, from the cheapest on."""
+    """The Pareto front: the indices of the costs and accuracies that no others beat in both, cheapest first."""
     front: list[int] = []
     for number in sorted(range(len(places)), key=lambda number: (places[number][0], -places[number][1])):
         if not front or places[number][1] > places[front[-1]][1]:
@@ -228,14 +208,14 @@ def front_of(places: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def pareto(comparison: Comparison) -> Figure | None:
-    """Test accuracy against size and against the time for one image, every row a point, with the Pareto front. Panels
-    that have no two points are left out; None where none has."""
+    """Test accuracy against size and against latency, a point for each network, with the Pareto front. Panels with
+    fewer than two points are left out; None if no panel is left."""
     points = points_of(comparison)
     panels = [panel for panel in (SIZE, LATENCY) if sum(panel in point.costs for point in points) > 1]
     if not panels:
         return None
     points = [point for point in points if any(panel in point.costs for panel in panels)]
-    is_numbered = len(points) <= MOST_NUMBERS
+    is_numbered = len(points) <= MAX_NUMBERED
     figure = Figure(figsize=(10, 4.4 + (0.23 * len(points) if is_numbered else 0.5)), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     low, high = _limits([point.accuracy for point in points])
@@ -245,8 +225,8 @@ def pareto(comparison: Comparison) -> Figure | None:
         _scatter(axis, panel, shown, is_numbered, width=WIDTH / len(panels))
     axes[0].set_ylabel("test accuracy, %")
     if LATENCY in panels:
-        where = timed_on_of(comparison)
-        one = ", one thread" if threads_of([row.cell for row, _ in rows_of(comparison)], where) else ""
+        where = _hardware(comparison)
+        one = ", one thread" if threads_of([row.cell for row, _ in displayed_rows(comparison)], where) else ""
         timed = f"\ntimed on {where}" if where else ""
         axes[-1].set_xlabel(f"latency, ms (one image{one}; log scale){timed}")
     if SIZE in panels:
@@ -256,7 +236,7 @@ def pareto(comparison: Comparison) -> Figure | None:
 
 
 def _limits(accuracies: Sequence[Interval]) -> tuple[float, float]:
-    """Of the axis. Bars that are much longer than accuracies differ, as those of two seeds can be, are cut."""
+    """Limits of the axis. They cut error bars much longer than the range of accuracies, as two seeds can give."""
     means = [accuracy.mean for accuracy in accuracies]
     most = max(max(means) - min(means), 0.02)
     low = min(_ends(accuracy)[0] for accuracy in accuracies)
@@ -267,30 +247,30 @@ def _limits(accuracies: Sequence[Interval]) -> tuple[float, float]:
 
 
 def _ends(accuracy: Interval) -> tuple[float, float]:
-    """Of the bar, fractions."""
+    """Ends of the error bar, fractions."""
     if accuracy.low is None or accuracy.high is None:
         return accuracy.mean, accuracy.mean
     return accuracy.low, accuracy.high
 
 
 def pareto_caption(comparison: Comparison) -> str:
-    where = timed_on_of(comparison)
+    where = _hardware(comparison)
     timed = f"; one image at a time, timed on {where}" if where else ""
     return (
-        "Accuracy on the test images against size and time, means with 95 % intervals over seeds; what is below the "
-        f"line is beaten by a network that is no larger, or no slower{timed}. Points of one size or time stand side by "
-        "side; the same network has the same time, however it was trained"
+        "Test accuracy against size and latency, means with 95 % intervals over seeds; networks below the line are "
+        f"beaten by one that is no larger, or no slower{timed}. Points of equal size or latency stand side by side; a "
+        "network is as fast however it was trained"
     )
 
 
 def _columns(points: Sequence[Point]) -> int:
-    if len(points) > MOST_NUMBERS:
+    if len(points) > MAX_NUMBERED:
         return 3
     return 2 if max(len(point.name) for point in points) < 45 else 1
 
 
 def _legend(points: Sequence[Point], is_numbered: bool) -> list[Line2D]:
-    """A line for each point, or one for each stage, and one for the front."""
+    """An entry for each point or each stage, and for the front."""
 
     def line(label: str, stage: str, is_decisive: bool = False) -> Line2D:
         color, marker, _ = STAGES[stage]
@@ -298,8 +278,8 @@ def _legend(points: Sequence[Point], is_numbered: bool) -> list[Line2D]:
             [], [], color=color, marker=marker, linestyle="none", markersize=9, label=label, **_edge(is_decisive)
         )
 
-    front = Line2D([], [], color=FRONT, label="Pareto front: the best for its size or time")
-    aside = Line2D([], [], linestyle="none", label="bars: 95 % intervals; side by side: of one size or time")
+    front = Line2D([], [], color=FRONT, label="Pareto front: best for its size or latency")
+    aside = Line2D([], [], linestyle="none", label="bars: 95 % intervals; side by side: equal size or latency")
     if is_numbered:
         lines = [
             line(
@@ -322,11 +302,11 @@ def _edge(is_decisive: bool) -> dict[str, Any]:
 
 
 def _scatter(axis: Axes, panel: str, points: Mapping[int, Point], is_numbered: bool, width: float) -> None:
-    """One panel.
+    """Draw one panel.
 
     Args:
-        points: by their number in the picture.
-        width: of the panel, about, in typographic points.
+        points: by their number in the plot.
+        width: of the panel, roughly, in typographic points.
     """
     costs = {number: point.costs[panel] for number, point in points.items()}
     left, right = min(costs.values()) / 1.5, max(costs.values()) * 1.5
@@ -336,36 +316,51 @@ def _scatter(axis: Axes, panel: str, points: Mapping[int, Point], is_numbered: b
     front = [numbers[place] for place in front_of([(costs[number], points[number].accuracy.mean) for number in points])]
     steps = [100 * points[number].accuracy.mean for number in front]
     axis.step([*(costs[number] for number in front), right], [*steps, steps[-1]], where="post", color=FRONT, zorder=1)
-
-    # The front stands where it is, others give way to it, what is decisive the least.
-    order = sorted(points, key=lambda number: (number not in front, not points[number].is_decisive, number))
-    is_crowded = len(points) > MOST_BARS
+    is_crowded = len(points) > MAX_BARS
     diameter = 15.0 if is_numbered else 4.0 if is_crowded else 7.0
-    bottom, top = axis.get_ylim()
+    places = _spread(axis, points, panel, front, width, diameter)
+    _draw_points(axis, points, places, diameter)
+    style: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": 8.5, "fontweight": "bold"}
+    for number, point in points.items() if is_numbered else ():
+        axis.text(places[number], 100 * point.accuracy.mean, str(number), color="white", zorder=5, **style)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _spread(
+    axis: Axes, points: Mapping[int, Point], panel: str, front: Sequence[int], width: float, diameter: float
+) -> dict[int, float]:
+    """Where on the axis of costs to draw each point, so that none covers another."""
+    costs = {number: point.costs[panel] for number, point in points.items()}
+    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+    # Placed first, moved least: the front, then the decisive point.
+    order = sorted(points, key=lambda number: (number not in front, not points[number].is_decisive, number))
     places = []
     for number in order:
         accuracy = points[number].accuracy
-        ends = [accuracy.mean, *((accuracy.mean, accuracy.mean) if is_crowded else _ends(accuracy))]
-        heights = [HEIGHT * (100 * end - bottom) / (top - bottom) for end in ends]
+        bar = (accuracy.mean, accuracy.mean) if len(points) > MAX_BARS else _ends(accuracy)
+        heights = [HEIGHT * (100 * end - bottom) / (top - bottom) for end in (accuracy.mean, *bar)]
         places.append((width * math.log(costs[number] / left) / math.log(right / left), *heights))
-    for number, aside in zip(order, side_by_side(places, diameter), strict=True):
-        costs[number] *= (right / left) ** (aside / width)
+    moved = zip(order, side_by_side(places, diameter), strict=True)
+    return {number: costs[number] * (right / left) ** (aside / width) for number, aside in moved}
 
+
+def _draw_points(axis: Axes, points: Mapping[int, Point], places: Mapping[int, float], diameter: float) -> None:
+    is_crowded = len(points) > MAX_BARS
     for stage, (color, marker, _) in STAGES.items():
         for is_decisive in (False, True):
-            some = [
-                number
-                for number in points
-                if (points[number].stage, points[number].is_decisive) == (stage, is_decisive)
-            ]
-            if not some:
+            group = [n for n, point in points.items() if (point.stage, point.is_decisive) == (stage, is_decisive)]
+            if not group:
                 continue
-            accuracies = [points[number].accuracy for number in some]
+            accuracies = [points[number].accuracy for number in group]
             has_bars = is_decisive or not is_crowded
             axis.errorbar(
-                [costs[number] for number in some],
+                [places[number] for number in group],
                 [100 * accuracy.mean for accuracy in accuracies],
-                # Not a number, and not drawn, where there is no interval.
+                # NaN, which is not drawn, for a point without an interval.
                 yerr=[100 * accuracy.half_width for accuracy in accuracies] if has_bars else None,
                 color=color,
                 marker=marker,
@@ -376,28 +371,20 @@ def _scatter(axis: Axes, panel: str, points: Mapping[int, Point], is_numbered: b
                 zorder=4 if is_decisive else 3,
                 **(_edge(is_decisive) if has_bars else {}),
             )
-    for number, point in points.items() if is_numbered else ():
-        style: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": 8.5, "fontweight": "bold"}
-        axis.text(costs[number], 100 * point.accuracy.mean, str(number), color="white", zorder=5, **style)
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def side_by_side(places: Sequence[Sequence[float]], diameter: float) -> list[float]:
-    """How far to the right each point has to move to touch none of those before it: the nearest free place, no more
-    than eight diameters away. Bars may come nearer to each other than points.
+    """How far each point has to move to the right (or left, if negative) to touch none of those before it: the nearest
+    free place within eight diameters. Error bars may come closer to each other than points.
 
     Args:
-        places: x and y of a point, and from where to where in y its bar reaches; all in one unit.
+        places: for each point x, y, and the ends of its error bar; all in one unit.
     """
     taken = np.empty((len(places), 4))
     moved = []
     for number, (x, y, low, high) in enumerate(places):
         others = taken[:number]
-        # How near each of the others may come.
+        # How close each of the others may come.
         near = np.where(np.abs(others[:, 1] - y) < diameter, diameter, 0)
         near = np.where((others[:, 2] < high) & (others[:, 3] > low), np.maximum(near, diameter / 2), near)
         steps = (diameter * half / 2 * sign for half in range(17) for sign in (1, -1))

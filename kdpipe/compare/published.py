@@ -1,7 +1,7 @@
-"""What papers report, for `python -m kdpipe.compare --published`; where it is from stands in published.csv."""
+"""Published accuracies, for `python -m kdpipe.compare --published`; published.csv gives their sources."""
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,37 +14,37 @@ from kdpipe.settings.identity import effective, what_matters
 TABLE = Path(__file__).with_name("published.csv")
 LAST, BEST = "last epoch", "best test epoch"
 DATA = {"dataset.name": "cifar100", "dataset._target_": "kdpipe.data.downloaded.cifar100"}
-# Where they differ, the result is the same (dataset.split_seed: or another setting differs, too), or is spoken of
-# elsewhere (teacher.weights).
+# Differences that leave the result as it is (dataset.split_seed: unless another setting differs, too), or that another
+# note covers (teacher.weights).
 NOT_COMPARED = ("stage", "teacher.weights", "train.test_each_epoch", "dataset.split_seed")
 NONE_PUBLISHED = (
-    "published: no row has a published accuracy; known are, on CIFAR-100 with its own test images, KD, CRD and DKD "
-    "of the pairs of experiment=benchmark/…, and their networks alone"
+    "published: no row has a published accuracy; there are some on CIFAR-100 and its own test images, for KD, CRD and "
+    "DKD with the pairs of experiment=benchmark/…, and for their networks alone"
 )
 
 
 @dataclass(frozen=True)
 class Published:
-    """What a paper reports for a cell.
+    """A published result for a cell.
 
     Attributes:
         accuracy: on the test images, a fraction.
-        epoch: whose accuracy that is, `LAST` or `BEST`.
+        epoch: `LAST` or `BEST`, the epoch of that accuracy.
         source: the paper and its table.
-        difference: the cell's test accuracy minus the published one, fractions; None where the cell has none.
-        otherwise: settings of the cell that are not the benchmark's: key, value, the benchmark's value.
+        difference: the cell's test accuracy minus the published one, fractions; None if the cell has none.
+        deviations: settings that differ from the benchmark's: key, value, the benchmark's value.
     """
 
     accuracy: float
     epoch: str
     source: str
     difference: Interval | None
-    otherwise: tuple[tuple[str, str, str], ...]
+    deviations: tuple[tuple[str, str, str], ...]
 
 
 def published_for(cell: Cell) -> Published | None:
-    """What is published for a cell's networks and method on CIFAR-100; None where nothing is."""
-    settings = dict(cell.settings)
+    """The published result for a cell's networks and method on CIFAR-100, or None."""
+    settings = cell.settings
     if "also._target_" in settings or settings.get("loss.standardize") == "True":  # another method
         return None
     if any(settings.get(key, value) != value for key, value in DATA.items()):
@@ -56,7 +56,7 @@ def published_for(cell: Cell) -> Published | None:
         return None
     accuracy = float(line["accuracy"]) / 100
     difference = interval([value - accuracy for value in cell.values("test/accuracy").values()])
-    return Published(accuracy, line["epoch"], line["source"], difference, trained_otherwise(cell, line["overrides"]))
+    return Published(accuracy, line["epoch"], line["source"], difference, find_deviations(cell, line["overrides"]))
 
 
 @cache
@@ -66,10 +66,10 @@ def read_table() -> dict[tuple[str, str, str], dict[str, str]]:
     return {(line["network"], line["teacher"], line["loss"]): line for line in csv.DictReader(lines)}
 
 
-def trained_otherwise(cell: Cell, overrides: str) -> tuple[tuple[str, str, str], ...]:
-    """The settings of a cell that are other than with these overrides: key, value, value with them. Of a part that is
-    another one altogether, such as the optimizer, the name alone."""
-    mine, theirs = dict(cell.settings), _settings_with(overrides, cell.stage == "distill")
+def find_deviations(cell: Cell, overrides: str) -> tuple[tuple[str, str, str], ...]:
+    """The settings of a cell that differ from those of the overrides: key, value, their value. For a component that is
+    another one altogether, such as the optimizer, only its name."""
+    mine, theirs = cell.settings, _settings_with(overrides, cell.stage == "distill")
     found: list[tuple[str, str, str]] = []
     for key, value in sorted(mine.items()):
         group, target = key.split(".")[0], f"{key.split('.')[0]}._target_"
@@ -90,31 +90,30 @@ def _settings_with(overrides: str, needs_teacher: bool) -> dict[str, str]:
 
 
 def teacher_note(name: str, accuracy: float | None) -> str:
-    """How good a teacher is beside the paper's; a student learns from what its teacher knows."""
+    """A teacher's accuracy next to the published one: students depend on it."""
     line = read_table()[name, "", "CrossEntropy"]
     here = "unknown here" if accuracy is None else f"{100 * accuracy:.2f} % here"
     return f"teacher {name}: {here}, {line['accuracy']} % in {line['source']}"
 
 
-def notes_on(published: Iterable[Published]) -> list[str]:
-    """What a reader has to know of published accuracies: where they are from, and what was done otherwise here."""
-    all_of_them = list(published)
-    if not all_of_them:
+def published_notes(found: Sequence[Published]) -> list[str]:
+    """What a reader has to know about published accuracies: their sources, and which settings differ here."""
+    if not found:
         return [NONE_PUBLISHED]
-    said = []
-    best = "of the epoch that was best on the test images, more than the last one has: not comparable with those here"
+    notes = []
+    best = "of the epoch that was best on the test images, which flatters: not comparable with the last epoch's here"
     for epoch, remark in ((LAST, "of the last epoch"), (BEST, best)):
-        if sources := sorted({one.source for one in all_of_them if one.epoch == epoch}):
-            said.append(f"published in {' and '.join(sources)}: accuracy {remark}")
-    if any(one.difference and one.difference.low is not None for one in all_of_them):
-        said.append("the interval of a difference to a published accuracy covers the seeds here, not the paper's")
-    different = [one for one in all_of_them if one.otherwise]
+        if sources := sorted({result.source for result in found if result.epoch == epoch}):
+            notes.append(f"published in {' and '.join(sources)}: accuracy {remark}")
+    if any(result.difference and result.difference.low is not None for result in found):
+        notes.append("the interval of a difference to a published accuracy covers the seeds here, not the paper's")
+    different = [result for result in found if result.deviations]
     if not different:
-        return [*said, "all rows that have a published accuracy were trained with the benchmark's settings"]
+        return [*notes, "all rows with a published accuracy were trained with the benchmark's settings"]
     values: dict[tuple[str, str], set[str]] = {}
-    for one in different:
-        for key, value, theirs in one.otherwise:
+    for result in different:
+        for key, value, theirs in result.deviations:
             values.setdefault((key, theirs), set()).add(value)
     what = ", ".join(f"{key}={' or '.join(sorted(mine))} instead of {theirs}" for (key, theirs), mine in values.items())
-    number = f"{len(different)} of {len(all_of_them)} rows that have a published accuracy were trained with"
-    return [*said, f"{number} other settings than the benchmark's: {what}"]
+    number = f"{len(different)} of {len(found)} rows with a published accuracy were trained with"
+    return [*notes, f"{number} other settings than the benchmark's: {what}"]

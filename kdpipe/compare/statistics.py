@@ -1,4 +1,4 @@
-"""Means with their intervals, and what they allow to say."""
+"""Means over seeds with their intervals, and the verdict that they support."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +11,8 @@ HELPED, HURT, NO_EVIDENCE, CANNOT_TELL = "distillation helped", "distillation hu
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds and its 95 % interval (Student's t); no bounds for one seed, or where seeds do not differ.
-
-    All are fractions.
-    """
+    """A mean over seeds with its 95 % interval (Student's t), as fractions; no bounds for a single seed, or if seeds do
+    not differ."""
 
     mean: float
     low: float | None
@@ -23,17 +21,17 @@ class Interval:
 
     @property
     def half_width(self) -> float:
-        """Half of the interval: a mean nearer to 0 than this cannot be told from it."""
+        """Half of the interval: a mean closer to 0 cannot be told from 0. NaN without bounds."""
         return (self.high - self.low) / 2 if self.low is not None and self.high is not None else float("nan")
 
     @property
     def includes_zero(self) -> bool:
-        """Whether 0 is inside, or no bounds say that it is not."""
+        """Whether 0 is possible; True without bounds."""
         return self.low is None or self.high is None or self.low <= 0 <= self.high
 
 
 def interval(values: Sequence[float]) -> Interval | None:
-    """The interval of values, one for each seed; None where there are none."""
+    """The interval of some values, one per seed; None for no values."""
     if not values:
         return None
     if len(values) < 2 or max(values) - min(values) < 1e-9:
@@ -44,7 +42,7 @@ def interval(values: Sequence[float]) -> Interval | None:
 
 
 def verdict(gain: Interval | None) -> str:
-    """What the gain in test accuracy of a student over the same student alone, paired by seed, says of distillation."""
+    """What a gain in test accuracy over the same student alone, paired by seed, says about distillation."""
     if gain is None:
         return f"{CANNOT_TELL}: no seed in common with the student alone"
     points = f"{signed(gain.mean)} points on the test set"
@@ -53,7 +51,8 @@ def verdict(gain: Interval | None) -> str:
     if gain.low is None or gain.high is None:
         return f"{CANNOT_TELL}: {points} for each of {gain.number} seeds show no spread; repeat with more"
     word = HELPED if gain.low > 0 else HURT if gain.high < 0 else NO_EVIDENCE
-    text = f"{word}: {points} (95 % interval {plain(gain.low)} to {plain(gain.high)}, {gain.number} seeds)"
+    low, high = (signed(bound).removeprefix("+") for bound in (gain.low, gain.high))
+    text = f"{word}: {points} (95 % interval {low} to {high}, {gain.number} seeds)"
     if word == NO_EVIDENCE:
         least = 100 * gain.half_width
         text += f"; with {gain.number} seeds that vary so much, a mean gain counts from {least:.1f} points on"
@@ -63,8 +62,3 @@ def verdict(gain: Interval | None) -> str:
 def signed(fraction: float) -> str:
     """+2.9 or −0.4, in points."""
     return f"{100 * fraction:+.1f}".replace("-", "−")
-
-
-def plain(fraction: float) -> str:
-    """2.9 or −0.4, in points."""
-    return f"{100 * fraction:.1f}".replace("-", "−")

@@ -76,7 +76,7 @@ def examine(learner: nn.Module, data: ImageDataset, hardware: Hardware, teacher_
         ValueError: logits that are NaN or infinite.
     """
     positions, labels = data.splits["test"].cpu(), data.labels.cpu()
-    student = check_logits("the trained network", logits_of(learner, data, "test", hardware))
+    student = check_finite("the trained network", logits_of(learner, data, "test", hardware))
     temperature = None
     if "validation" in data.splits:
         validation = logits_of(learner, data, "validation", hardware)
@@ -86,7 +86,7 @@ def examine(learner: nn.Module, data: ImageDataset, hardware: Hardware, teacher_
     return Exam(positions, labels[positions], student, teacher_logits, temperature)
 
 
-def check_logits(network: str, logits: Tensor) -> Tensor:
+def check_finite(network: str, logits: Tensor) -> Tensor:
     """The logits [n, classes].
 
     Raises:
@@ -102,7 +102,7 @@ def write_exam(exam: Exam, data: ImageDataset, folder: Path, with_figures: bool)
     earlier run left in the folder are removed."""
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
-    tables = {PREDICTIONS: prediction_table(exam, data.class_names), CLASSES: class_table(exam, data.class_names)}
+    tables = {PREDICTIONS: prediction_frame(exam, data.class_names), CLASSES: class_frame(exam, data.class_names)}
     contents = {name: table.to_csv(index=False, lineterminator="\n").encode() for name, table in tables.items()}
     if with_figures:
         contents |= draw(exam, data)
@@ -124,7 +124,7 @@ def caveats(exam: Exam, class_names: Sequence[str]) -> list[str]:
     return found
 
 
-def prediction_table(exam: Exam, class_names: Sequence[str]) -> pd.DataFrame:
+def prediction_frame(exam: Exam, class_names: Sequence[str]) -> pd.DataFrame:
     """For each image its position in the data set, its label, and each prediction (`answer`) with its probability."""
     columns = {"image": exam.positions.tolist(), "label": [class_names[label] for label in exam.labels.tolist()]}
     columns["answer"], columns["probability"] = _predictions(exam.student, class_names)
@@ -139,7 +139,7 @@ def _predictions(logits: Tensor, class_names: Sequence[str]) -> tuple[list[str],
     return [class_names[label] for label in predicted.tolist()], [f"{share:.4f}" for share in probabilities.tolist()]
 
 
-def class_table(exam: Exam, class_names: Sequence[str]) -> pd.DataFrame:
+def class_frame(exam: Exam, class_names: Sequence[str]) -> pd.DataFrame:
     """For each class its number of images, the accuracy on them (the teacher's, too), and what they are mistaken for
     most often."""
     counts = confusion(exam.student, exam.labels)

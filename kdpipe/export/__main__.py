@@ -132,7 +132,7 @@ def register_export(exported: "Export", arguments: argparse.Namespace, store: "R
         exported.registry_tags(name),
         np.zeros((2, *run.image_shape), np.uint8),
     )
-    return version.told()
+    return version.summary()
 
 
 def refusals(exported: "Export") -> str:

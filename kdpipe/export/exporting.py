@@ -29,7 +29,13 @@ from kdpipe.export.predictor import (
 )
 from kdpipe.export.quantize import CALIBRATION_IMAGES, write_int8
 from kdpipe.export.sources import Sources, fitted_temperature
-from kdpipe.export.verification import check_accuracy, check_logits, largest_difference, subsample, top1_accuracy
+from kdpipe.export.verification import (
+    check_int8_accuracy,
+    check_same_logits,
+    largest_difference,
+    subsample,
+    top1_accuracy,
+)
 from kdpipe.export.writers import portable_config, quiet, trace_classifier, write_onnx, write_program, write_weights
 from kdpipe.models import Classifier, Ensemble, size_mb
 from kdpipe.runs.names import CONFIG, WEIGHTS
@@ -187,9 +193,9 @@ def check_file(export: Export, name: str, reference: Reference, max_loss: float)
     one_thread, all_threads = open_file(export.folder / name)
     logits = all_threads.logits(reference.images)
     if name == INT8:
-        check_accuracy(logits, reference.logits, reference.labels, max_loss)
+        check_int8_accuracy(logits, reference.logits, reference.labels, max_loss)
     else:
-        check_logits(logits, reference.logits)
+        check_same_logits(logits, reference.logits)
     if name == WEIGHTS:  # once opened, they are the student in PyTorch
         return
     export.measurements.append(

@@ -24,7 +24,7 @@ def largest_difference(logits: Logits, expected: Logits) -> float:
     return float(np.abs(logits - expected).max())
 
 
-def check_logits(logits: Logits, expected: Logits) -> None:
+def check_same_logits(logits: Logits, expected: Logits) -> None:
     """Raise ValueError if the logits [N, classes] of a float file differ from PyTorch's by more than rounding."""
     check_finite(logits, expected)
     tolerance = TOLERANCE * max(1.0, float(np.abs(expected).max()))
@@ -33,7 +33,7 @@ def check_logits(logits: Logits, expected: Logits) -> None:
         raise ValueError(f"its logits differ from PyTorch's by up to {difference:.3g}, more than {tolerance:.3g}")
 
 
-def check_accuracy(logits: Logits, expected: Logits, labels: NDArray[np.int64], max_loss: float) -> None:
+def check_int8_accuracy(logits: Logits, expected: Logits, labels: NDArray[np.int64], max_loss: float) -> None:
     """Raise ValueError if a quantized file loses more than `max_loss` points of accuracy."""
     check_finite(logits, expected)
     accuracy, before = (100 * top1_accuracy(each, labels) for each in (logits, expected))

@@ -1,1 +1,1 @@
-"""A run's folder: file names and tags, journal, claim, and where the MLflow store is."""
+"""A run's folder: names of files and tags, journal, claim; and the URI of the MLflow store."""

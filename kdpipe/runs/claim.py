@@ -1,4 +1,4 @@
-"""A run belongs to one process at a time: no two train it, and what a killed one left behind is recognised."""
+"""Locks on a run's folder: one process trains it at a time, and a killed process leaves no lock behind."""
 
 import json
 import os
@@ -12,34 +12,34 @@ from filelock import FileLock, Timeout
 
 from kdpipe.system.files import write_atomically
 
-# The operating system gives the lock back when its process dies, whatever it dies of.
+# The operating system releases it when its process dies, for whatever reason.
 LOCK = ".claim"
 OWNER = "owner.json"
-SETTLING = 20  # seconds, in which another process puts right what a dead one left
+RECOVERY_TIMEOUT = 20  # seconds for another process to recover what a dead one left
 
 
 class ClaimedError(ValueError):
-    """Another process has this run in progress."""
+    """Another process is running this run."""
 
 
 @contextmanager
 def claim(folder: Path) -> Iterator[None]:
-    """Have a run's folder to oneself, as the one who trains it.
+    """Lock a run's folder in order to train it.
 
     Raises:
-        ClaimedError: another living process has it.
+        ClaimedError: another process trains it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
-        # The lock without a living owner is that of somebody who only tidies up.
-        lock.acquire(timeout=0 if _lives(_owner(folder)) else SETTLING)
+        # A lock without a living owner is held for a short recovery.
+        lock.acquire(timeout=0 if _is_alive(_owner(folder)) else RECOVERY_TIMEOUT)
     except Timeout:
         owner = _owner(folder)
         who = f"process {owner['pid']} on {owner['host']}" if "pid" in owner else "another process"
         raise ClaimedError(f"{who} has this run in progress ({folder})") from None
     try:
-        write_atomically(folder / OWNER, json.dumps(_me()).encode())
+        write_atomically(folder / OWNER, json.dumps(_this_process()).encode())
         yield
     finally:
         (folder / OWNER).unlink(missing_ok=True)
@@ -48,40 +48,40 @@ def claim(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Have a run's folder to oneself, without training it.
+    """Lock a run's folder without training it.
 
     Raises:
-        TimeoutError: another process has it.
+        TimeoutError: another process has locked it.
     """
     with FileLock(folder / LOCK).acquire(timeout=0):
         yield
 
 
-def is_of_this_machine(folder: Path) -> bool:
-    """Whether the last process that had the run was of this machine, whose locks tell that it is gone."""
+def is_local(folder: Path) -> bool:
+    """Whether the run's last process was on this machine, where its lock shows whether it is gone."""
     return _owner(folder).get("host", socket.gethostname()) == socket.gethostname()
 
 
-def worker_of_ours(folder: Path) -> int | None:
-    """The number of the process that trains a run for this one, which started it; None where there is none."""
+def worker_pid(folder: Path) -> int | None:
+    """The process id of the child of this process that trains the run; None without one."""
     owner = _owner(folder)
     mine = (owner.get("host"), owner.get("parent")) == (socket.gethostname(), os.getpid())
-    return int(owner["pid"]) if mine and _lives(owner) else None
+    return int(owner["pid"]) if mine and _is_alive(owner) else None
 
 
 def wait_until_free(folder: Path) -> None:
-    """Return when no process has the run of this folder in progress."""
+    """Return when no process has locked the folder."""
     if (folder / LOCK).exists():
         with FileLock(folder / LOCK):
             pass
 
 
-def _me() -> dict[str, Any]:
+def _this_process() -> dict[str, Any]:
     return {"pid": os.getpid(), "parent": os.getppid(), "host": socket.gethostname()}
 
 
-def _lives(owner: dict[str, Any]) -> bool:
-    """Whether the process may be there: of another machine it is not known."""
+def _is_alive(owner: dict[str, Any]) -> bool:
+    """Whether a process may be alive; on another machine, always."""
     if not owner:
         return False
     if owner["host"] != socket.gethostname():
@@ -90,7 +90,7 @@ def _lives(owner: dict[str, Any]) -> bool:
         os.kill(owner["pid"], 0)
     except ProcessLookupError:
         return False
-    except (OSError, OverflowError):  # of another user, or of a system with larger numbers
+    except (OSError, OverflowError):  # another user's, or an id that is out of range here
         return True
     return True
 
@@ -98,7 +98,7 @@ def _lives(owner: dict[str, Any]) -> bool:
 def _owner(folder: Path) -> dict[str, Any]:
     try:
         owner = json.loads((folder / OWNER).read_text())
-    except (OSError, ValueError):  # nobody, or killed while writing
+    except (OSError, ValueError):  # no owner, or one killed while writing
         return {}
-    is_one = isinstance(owner, dict) and isinstance(owner.get("pid"), int) and isinstance(owner.get("host"), str)
-    return owner if is_one else {}
+    is_valid = isinstance(owner, dict) and isinstance(owner.get("pid"), int) and isinstance(owner.get("host"), str)
+    return owner if is_valid else {}

@@ -1,7 +1,7 @@
-"""What a run has to tell MLflow, as files in its folder: written first, and told as soon as the store takes it.
+"""What a run logs, written to its folder first and delivered to MLflow as soon as the store takes it.
 
-`metrics.jsonl` has a line for each epoch and one for the end; `tracking.json` says which run of which store they are
-for, how the run ended, and whether the store knows all of it.
+`metrics.jsonl` has a line for each epoch and one for the end. `tracking.json` names the store and the run there, and
+says how the run ended and whether the store has all of it.
 """
 
 import json
@@ -23,12 +23,13 @@ log = logging.getLogger("kdpipe")
 METRICS = "metrics.jsonl"
 TRACKING = "tracking.json"
 CHECKPOINTS = "checkpoints"  # a folder
-BEGUN = "kdpipe.begun"  # a tag: a token that the folder knows before the store has the run, and gives it an id
-NOT_YET = ""  # the id of such a run
-RUNNING, FINISHED, KILLED, FAILED = "RUNNING", "FINISHED", "KILLED", "FAILED"  # as MLflow has them
+# A tag with a token that is in the folder before the store creates the run and gives it an id.
+CREATION_TOKEN = "kdpipe.begun"
+NOT_CREATED = ""  # the id of a run that the store may not have created
+RUNNING, FINISHED, KILLED, FAILED = "RUNNING", "FINISHED", "KILLED", "FAILED"  # as in MLflow
 
 Row = dict[str, float]  # {"step": 3, "train/loss": 0.5, …}
-KINDS = {  # of what tracking.json holds
+TYPES = {  # in tracking.json
     "uri": str,
     "run_id": str,
     "tags": dict,
@@ -45,19 +46,20 @@ KINDS = {  # of what tracking.json holds
 
 @dataclass
 class Journal:
-    """What is known of the run in a folder.
+    """The state of the run in a folder, as in tracking.json.
 
     Attributes:
-        uri, run_id: of the store, and of the run there; NOT_YET until the store has answered.
-        tags: those that say which run this is.
+        uri: of the store.
+        run_id: of the run there; NOT_CREATED until the store has answered.
+        tags: those that identify the run.
         status: RUNNING, FINISHED, KILLED or FAILED.
         reason: why it was KILLED or FAILED.
         ended: milliseconds since 1970; 0 while it runs.
         seconds: that processes have worked on it.
-        files: names in the folder, to be kept as artifacts.
-        released: how many lines of metrics.jsonl stand, because there is a checkpoint of what they tell of.
-        times: of these lines, in milliseconds: told twice with the same one, a line is in MLflow once.
-        delivered: whether the store knows all of this, and of the rows.
+        files: names in the folder, to be stored as artifacts.
+        released: how many lines of metrics.jsonl are final, because a checkpoint covers them.
+        times: of these lines, in milliseconds. MLflow stores a metric once that is sent twice with the same time.
+        delivered: whether the store has all of this, and the rows.
     """
 
     folder: Path
@@ -75,12 +77,12 @@ class Journal:
 
     @property
     def store(self) -> str:
-        """The store's URI, to be shown."""
+        """The store's URI without its password."""
         return without_password(self.uri)
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
-        """The journal in a folder; None where there is none, or none that can be read."""
+        """The journal in a folder; None where it is missing or unreadable."""
         try:
             content = json.loads((folder / TRACKING).read_text())
         except FileNotFoundError:
@@ -88,7 +90,7 @@ class Journal:
         except (OSError, ValueError, RecursionError):
             content = None
         if not _is_well_formed(content):
-            log.warning("%s cannot be read: left out of account", folder / TRACKING)
+            log.warning("%s cannot be read and is ignored", folder / TRACKING)
             return None
         return cls(folder=folder, **content)
 
@@ -97,28 +99,28 @@ class Journal:
         write_atomically(self.folder / TRACKING, json.dumps(content, indent=1).encode())
 
     def end(self, status: str, reason: str = "") -> None:
-        """The run is over, for now at least.
+        """Note that the run is over, at least for now.
 
         Raises:
-            OSError: that it is FINISHED could not be written. Any other end stands without that, in memory.
+            OSError: FINISHED could not be written. Any other end is noted in memory then.
         """
-        over: dict[str, Any] = {"status": status, "reason": reason, "ended": now(), "delivered": False}
+        end: dict[str, Any] = {"status": status, "reason": reason, "ended": now(), "delivered": False}
         try:
-            replace(self, **over).write()
+            replace(self, **end).write()
         except OSError:
             if status == FINISHED:
                 raise
-        for name, value in over.items():
+        for name, value in end.items():
             setattr(self, name, value)
 
-    def is_of(self, tags: Mapping[str, str]) -> bool:
-        """Whether it is about the run with these tags."""
+    def matches(self, tags: Mapping[str, str]) -> bool:
+        """Whether this is the journal of the run with these tags."""
         return tags.items() <= self.tags.items()
 
-    def settled(self) -> None:
-        """The store knows all of it: what is only there to go on from is not needed, unless the run is to go on."""
+    def mark_delivered(self) -> None:
+        """Note that the store has everything. A finished run needs no checkpoints and no journal any more."""
         self.delivered = True
-        with suppress(OSError):  # then it is told again
+        with suppress(OSError):  # then it is delivered again
             if self.status == FINISHED:
                 shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
                 (self.folder / TRACKING).unlink(missing_ok=True)
@@ -129,36 +131,35 @@ class Journal:
 def _is_well_formed(content: Any) -> bool:
     return (
         isinstance(content, dict)
-        and {name: type(value) for name, value in content.items()} == KINDS
+        and {name: type(value) for name, value in content.items()} == TYPES
         and content["status"] in (RUNNING, FINISHED, KILLED, FAILED)
         and all(isinstance(text, str) for text in [*content["tags"].values(), *content["files"]])
-        and (content["run_id"] != NOT_YET or BEGUN in content["tags"])
+        and (content["run_id"] != NOT_CREATED or CREATION_TOKEN in content["tags"])
         and all(isinstance(time, int) for time in content["times"])
     )
 
 
 def is_unfinished(folder: Path, tags: Mapping[str, str]) -> bool:
-    """Whether a run with these tags was begun in a folder and did not come to its end, whatever came of an earlier
-    one."""
+    """Whether the newest run in a folder has these tags and is not FINISHED."""
     journal = Journal.read(folder)
-    return journal is not None and journal.is_of(tags) and journal.status != FINISHED
+    return journal is not None and journal.matches(tags) and journal.status != FINISHED
 
 
 def sync_command(folder: Path) -> str:
-    """The command that tells the stores what they missed of the runs beside this folder's."""
+    """The command that delivers what stores lack of this run and of those next to it."""
     output_dir = folder.parent.parent
     here = output_dir.resolve() == Path("outputs").resolve()
     return shlex.join(["python", "-m", "kdpipe.sync", *([] if here else ["--output-dir", str(output_dir)])])
 
 
 def undelivered(runs: Path) -> list[Path]:
-    """The folders in `runs` that have something to tell, or whose process may be gone."""
+    """The folders in `runs` with something to deliver, or whose process may be gone."""
     journals = [Journal.read(file.parent) for file in sorted(runs.glob(f"*/{TRACKING}"))]
     return [journal.folder for journal in journals if journal and not journal.delivered]
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """The lines of metrics.jsonl, up to one that a killed process left torn."""
+    """The lines of metrics.jsonl, up to one that a killed process left incomplete."""
     rows: list[Row] = []
     try:
         lines = (folder / METRICS).read_text(errors="replace").splitlines()
@@ -178,14 +179,14 @@ def read_rows(folder: Path) -> list[Row]:
 
 
 def rows_since(folder: Path, history: list[Row]) -> list[Row]:
-    """The rows of a run: those of a checkpoint, and what was released after it (it is not the newest, then)."""
+    """The rows of a run: those of a checkpoint, and final ones after it, where a newer checkpoint was damaged."""
     journal = Journal.read(folder)
     rows = read_rows(folder)[: max(journal.released if journal else 0, len(history))]
     return rows if rows[: len(history)] == history else history
 
 
 def write_rows(folder: Path, rows: list[Row]) -> None:
-    """Have these lines in metrics.jsonl, and no others."""
+    """Replace the lines of metrics.jsonl."""
     write_atomically(folder / METRICS, "".join(map(_line, rows)).encode())
 
 
@@ -194,12 +195,12 @@ def append_row(folder: Path, row: Row) -> None:
 
 
 def has_row(rows: list[Row], step: int, names: Mapping[str, Any]) -> bool:
-    """Whether one of the rows is for this step and has these metrics."""
+    """Whether a row has this step and these metrics."""
     return any(row["step"] == step and row.keys() >= names.keys() for row in rows)
 
 
 def now() -> int:
-    """In milliseconds since 1970."""
+    """Milliseconds since 1970."""
     return int(time.time() * 1000)
 
 

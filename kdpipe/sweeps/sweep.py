@@ -19,7 +19,7 @@ from kdpipe.assembly.devices import check_device
 from kdpipe.assembly.networks import build_model
 from kdpipe.assembly.parts import check_components
 from kdpipe.assembly.teachers import KnownTeachers
-from kdpipe.runs.claim import ClaimedError, locked, wait_until_free, worker_of_ours
+from kdpipe.runs.claim import ClaimedError, locked, wait_until_free, worker_pid
 from kdpipe.runs.journal import is_unfinished
 from kdpipe.runs.store import PATIENCE, check_uri, store_uri, wait_for_store
 from kdpipe.settings.commands import compare_command
@@ -117,7 +117,7 @@ def run_sweep(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
 
     # The store is made here, once: processes that start together would make it at the same time.
     tracker = Tracker(uri, first.tracking.experiment, Path(first.output_dir) / "mlartifacts")
-    tracker.settle_all(Path(first.output_dir) / "runs")
+    tracker.recover_all(Path(first.output_dir) / "runs")
     sweep = Sweep(sweeper, axes, grid, links, drafts, tracker)
     planned = plan(axes, drafts[0], tracker, sweep.teachers, link=1 if sweep.is_chain else None)
     check_networks(drafts[1:], tracker)
@@ -200,7 +200,7 @@ def train_missing(sweep: Sweep, planned: Sequence[PlannedRun]) -> dict[str, str]
         wait_for_store(sweep.tracker.uri, PATIENCE)
         for run in missing:  # a process that was killed leaves its run open
             with suppress(TimeoutError, FileNotFoundError), locked(run.folder):
-                sweep.tracker.settle(run.folder)
+                sweep.tracker.recover(run.folder)
         left = [run for run in missing if not take_finished(sweep, run)]
         again = undecided if len(left) < len(missing) else []  # as long as something gets done
         for run in left:
@@ -257,7 +257,7 @@ def launch(sweep: Sweep, missing: Sequence[PlannedRun]) -> tuple[dict[str, str],
 
 def workers_of(runs: Sequence[PlannedRun]) -> list[int]:
     """The processes that train them for this one."""
-    return [worker for run in runs if (worker := worker_of_ours(run.folder))]
+    return [worker for run in runs if (worker := worker_pid(run.folder))]
 
 
 def check_confirmation(sweep: Sweep, planned: Sequence[PlannedRun]) -> None:
@@ -320,22 +320,22 @@ def summarise(sweep: Sweep) -> None:
     if not sweep.finished:
         return
 
-    from kdpipe.compare import rendering as formats
-    from kdpipe.compare.loading import compare_sweep, image_by_image, pictures_of
+    from kdpipe.compare import frames, rendering
+    from kdpipe.compare.loading import compare_sweep, draw_pictures, with_disagreement
 
-    comparisons = [image_by_image(found, sweep.tracker) for found in compare_sweep(sweep.tracker, sweep.id)]
-    pictures = [pictures_of(comparison, sweep.tracker) for comparison in comparisons]
-    table = "\n\n".join(map(formats.as_table, comparisons))
+    comparisons = [with_disagreement(found, sweep.tracker) for found in compare_sweep(sweep.tracker, sweep.id)]
+    pictures = [draw_pictures(comparison, sweep.tracker) for comparison in comparisons]
+    table = "\n\n".join(map(rendering.to_text, comparisons))
     files = {
         "comparison.txt": table.encode(),
-        "comparison.csv": formats.as_csv(comparisons).encode(),
-        "comparison.html": formats.as_html(f"sweep {sweep.id}", comparisons, pictures).encode(),
-        **formats.numbered(pictures),
+        "comparison.csv": frames.to_csv(comparisons).encode(),
+        "comparison.html": rendering.to_html(f"sweep {sweep.id}", comparisons, pictures).encode(),
+        **rendering.picture_files(pictures),
     }
     tags = {"kdpipe.verdict": "; ".join(comparison.verdict for comparison in comparisons)}
-    tags["mlflow.note.content"] = formats.as_markdown(comparisons)
+    tags["mlflow.note.content"] = rendering.to_markdown(comparisons)
     # Several data sets or budgets have no one best cell.
-    metrics = formats.best_metrics(comparisons[0]) if len(comparisons) == 1 else {}
+    metrics = frames.best_metrics(comparisons[0]) if len(comparisons) == 1 else {}
     sweep.tracker.attach(sweep.parent, files, tags, metrics)
     print(f"\n{table}\n", flush=True)
     log.info("in MLflow (make ui):")

@@ -1,9 +1,10 @@
-"""From a run's folder to the store: told twice is as good as told once."""
+"""Delivery of a run's folder to its MLflow store. Sending anything twice changes nothing."""
 
 import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from uuid import uuid4
 
@@ -12,10 +13,10 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from kdpipe.runs.journal import (
-    BEGUN,
+    CREATION_TOKEN,
     FINISHED,
     KILLED,
-    NOT_YET,
+    NOT_CREATED,
     RUNNING,
     Journal,
     Row,
@@ -29,15 +30,14 @@ from kdpipe.runs.store import check_uri, describe_error
 
 log = logging.getLogger("kdpipe")
 
-AT_THE_END = 30.0  # seconds that a finished run waits for the store
-IN_A_HURRY = 4.0  # where somebody waits for the process to end
-PAUSES = (1, 2, 4, 8, 15)  # seconds between attempts
-# Of MLflow: what will not be another time.
-FINAL = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")
+FINISH_TIMEOUT = 30.0  # seconds that a finished run waits for the store
+STOP_TIMEOUT = 4.0  # the same for a run that was stopped or failed
+RETRY_PAUSES = (1, 2, 4, 8, 15)  # seconds between attempts
+PERMANENT_ERRORS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")  # of MLflow
 
 
-class Run:
-    """The run in progress. What it is told stands in its folder when the call returns, and reaches the store later."""
+class ActiveRun:
+    """The run in progress. What it logs is in its folder when the call returns, and reaches the store later."""
 
     def __init__(self, client: MlflowClient, journal: Journal, rows: list[Row]) -> None:
         self.id = journal.run_id
@@ -48,10 +48,10 @@ class Run:
         self._started = time.monotonic() - journal.seconds
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Add a line to metrics.jsonl, unless an earlier process that came to this step did.
+        """Add a line to metrics.jsonl, unless an earlier process that got to this step has done so.
 
         Raises:
-            ValueError: the store refuses what it was told before, and would refuse it again.
+            ValueError: the store refused earlier metrics for good.
         """
         if not has_row(self.rows, step, metrics):
             row = {"step": step, **metrics}
@@ -60,14 +60,14 @@ class Run:
             self._journal.times.append(now())
         self._delivery.raise_refusal()
 
-    def deliver(self) -> None:
-        """Let all that was logged stand, and have the store told: a process that goes on will not log it again."""
+    def commit(self) -> None:
+        """Make what was logged so far final and deliver it: a process that resumes the run will not log it again."""
         self._journal.released, self._journal.seconds = len(self.rows), self.seconds
         self._journal.write()
         self._delivery.wake()
 
     def save(self, file: Path) -> None:
-        """Keep a file of the run's folder as an artifact."""
+        """Store a file of the run's folder as an artifact."""
         if file.name not in self._journal.files:
             self._journal.files.append(file.name)
             self._journal.write()
@@ -79,10 +79,10 @@ class Run:
         return time.monotonic() - self._started
 
     def end(self, status: str, reason: str = "") -> None:
-        """Close the run, once, and wait a little for the store to have it all; else say how it gets it later.
+        """Close the run, once, and wait for the store for a while; log how to deliver what it still lacks.
 
         Raises:
-            OSError: the disk does not take that it is FINISHED.
+            OSError: FINISHED could not be written to disk.
         """
         if self._journal.status != RUNNING:
             return
@@ -90,159 +90,180 @@ class Run:
         if status == FINISHED:
             self._journal.released = len(self.rows)
         self._journal.end(status, reason)
-        if not self._delivery.finish(AT_THE_END if status == FINISHED else IN_A_HURRY):
+        if not self._delivery.finish(FINISH_TIMEOUT if status == FINISHED else STOP_TIMEOUT):
             log.warning(
-                "%s has not got all of this run%s; %s has, and this delivers it: %s",
+                "%s does not have all of this run%s; %s does, and this command delivers it: %s",
                 self._journal.store,
-                self._delivery.why_not(),
+                self._delivery.refusal_reason(),
                 self.folder,
                 sync_command(self.folder),
             )
 
 
+class _Stage(Enum):
+    """Of a delivery; after the first two its thread ends."""
+
+    OPEN = "the run is in progress"
+    CLOSING = "the run has ended, and the store is to have all of it"
+    DELIVERED = "the store has all of it"
+    REFUSED = "the store will never take it"
+    ABANDONED = "nobody waits any more"
+
+
 class Delivery:
-    """Tells the store what a journal and its rows have, in a thread of its own, until it has it all."""
+    """Sends a journal and its rows to the store from a thread of its own, and retries until the store has it all."""
 
     def __init__(self, client: MlflowClient, journal: Journal, rows: list[Row]) -> None:
         self._client, self._journal, self._rows = client, journal, rows
-        self._told = Told()
-        self._state = threading.Condition()
-        self._work = self._ending = self._done = self._given_up = False
+        self._known = Known()
+        self._changed = threading.Condition()  # guards what follows
+        self._stage = _Stage.OPEN
+        self._pending = False
         self._failures = 0
         self._refusal: Exception | None = None
         threading.Thread(target=self._run, name="kdpipe-delivery", daemon=True).start()
 
     def wake(self) -> None:
-        """Tell the store of the files that there are, and of the rows that stand."""
-        with self._state:
-            self._work = True
-            self._state.notify_all()
+        """Deliver the files and the rows that are final by now."""
+        with self._changed:
+            self._pending = True
+            self._changed.notify_all()
 
     def finish(self, patience: float) -> bool:
-        """Tell the store how the run ended, and no more after that.
+        """Deliver the rest and how the run ended, and nothing afterwards.
+
+        Args:
+            patience: seconds to wait. A store that is known to be down gets one more attempt.
 
         Returns:
-            Whether the store has it all, within so many seconds; earlier where it is known not to answer.
+            Whether the store has everything.
         """
-        with self._state:
-            known_as_down = self._failures > 0
+        with self._changed:
+            attempts = 1 if self._failures else 2
             self._failures = 0
-            self._work = self._ending = True
-            self._state.notify_all()
+            if self._stage is _Stage.OPEN:
+                self._move(_Stage.CLOSING)
             try:
-                self._state.wait_for(
-                    lambda: self._done or self._refusal or self._failures > (0 if known_as_down else 1), patience
+                self._changed.wait_for(
+                    lambda: self._stage is not _Stage.CLOSING or self._failures >= attempts, patience
                 )
             finally:
-                self._given_up = True  # the folder may be another process's from now on
-                self._state.notify_all()
-            return self._done
+                if self._stage is _Stage.CLOSING:  # another process may own the folder from now on
+                    self._move(_Stage.ABANDONED)
+            return self._stage is _Stage.DELIVERED
 
-    def why_not(self) -> str:
+    def refusal_reason(self) -> str:
         return f" ({describe_error(self._refusal)})" if self._refusal else ""
 
     def raise_refusal(self) -> None:
         if self._refusal:
             raise ValueError(f"MLflow refuses this run's data: {describe_error(self._refusal)}") from self._refusal
 
+    def _move(self, stage: _Stage) -> None:
+        with self._changed:
+            self._stage = stage
+            self._changed.notify_all()
+
     def _run(self) -> None:
-        silent = False
+        is_down = False
         while True:
-            with self._state:
-                self._state.wait_for(lambda: self._work)
-                if self._given_up:
+            with self._changed:
+                self._changed.wait_for(lambda: self._pending or self._stage is not _Stage.OPEN)
+                stage = self._stage
+                if stage not in (_Stage.OPEN, _Stage.CLOSING):
                     return
-                self._work = False
-                rows, ending = self._rows[: self._journal.released], self._ending
+                self._pending = False
+                rows = self._rows[: self._journal.released]
             try:
-                deliver(self._client, self._journal, rows, self._told, lambda: not self._given_up, ending)
+                send(self._client, self._journal, rows, self._known, self._is_wanted, stage is _Stage.CLOSING)
             except Exception as error:  # of MLflow, SQLAlchemy, drivers, requests
-                if is_final(error):
-                    with self._state:
-                        self._refusal = error
-                        self._state.notify_all()
+                if is_permanent(error):
+                    self._refusal = error
+                    self._move(_Stage.REFUSED)
                     return
-                if not silent:
+                if not is_down:
                     log.warning(
-                        "%s does not take metrics now (%s): training goes on, they are kept and told later",
+                        "%s takes no metrics now (%s): training goes on, they are kept and delivered later",
                         self._journal.store,
                         describe_error(error),
                     )
-                silent = True
-                with self._state:
-                    self._failures += 1
-                    self._work = True
-                    self._state.notify_all()
-                    pause = PAUSES[min(self._failures, len(PAUSES)) - 1]
-                    if ending:
-                        self._state.wait(pause)
-                    else:
-                        self._state.wait_for(lambda: self._ending, pause)
+                is_down = True
+                self._pause(stage)
                 continue
-            if silent:
+            if is_down:
                 log.info("%s is back, and has what it missed", self._journal.store)
-            silent = False
-            with self._state:
+            is_down = False
+            with self._changed:
                 self._failures = 0
-                if ending and not self._given_up:
-                    self._journal.settled()
-                    self._done = True
-                    self._state.notify_all()
-                    return
+                if stage is self._stage is _Stage.CLOSING:
+                    self._journal.mark_delivered()
+                    self._move(_Stage.DELIVERED)
+
+    def _is_wanted(self) -> bool:
+        return self._stage in (_Stage.OPEN, _Stage.CLOSING)
+
+    def _pause(self, stage: _Stage) -> None:
+        """After a failure, wait for the next attempt: at most until the next stage."""
+        with self._changed:
+            self._failures += 1
+            self._pending = True
+            self._changed.notify_all()
+            pause = RETRY_PAUSES[min(self._failures, len(RETRY_PAUSES)) - 1]
+            self._changed.wait_for(lambda: self._stage is not stage, pause)
 
 
-class Told:
-    """What this process has told the store, or found there."""
+class Known:
+    """What the store is known to have of a run."""
 
     def __init__(self) -> None:
         self.rows: int | None = None  # how many; None before the store was asked
         self.files: set[str] = set()
 
 
-def deliver(
-    client: MlflowClient, journal: Journal, rows: list[Row], told: Told, wanted: Callable[[], bool], closing: bool
+def send(
+    client: MlflowClient, journal: Journal, rows: list[Row], known: Known, is_wanted: Callable[[], bool], closing: bool
 ) -> None:
-    """Tell the store what it does not know yet of a run: rows, files and, where it is `closing`, how it ended.
+    """Send what the store lacks of a run: rows, files and, where it is `closing`, how it ended.
 
     Args:
-        wanted: whether to go on.
+        is_wanted: asked before each request whether to go on.
 
     Raises:
-        Exception: whatever MLflow raises; some of it may have been told.
+        Exception: whatever MLflow raises; part of it may have been sent.
     """
     times = journal.times + [now()] * (len(rows) - len(journal.times))
-    if told.rows is None:
-        told.rows = rows_known(client, journal.run_id, rows)
-    for number in range(told.rows, len(rows)):
-        if not wanted():
+    if known.rows is None:
+        known.rows = count_rows(client, journal.run_id, rows)
+    for number in range(known.rows, len(rows)):
+        if not is_wanted():
             return
         row = rows[number]
         metrics = [
             Metric(name, float(value), times[number], int(row["step"])) for name, value in row.items() if name != "step"
         ]
         client.log_batch(journal.run_id, metrics=metrics)
-        told.rows = number + 1
-    for name in [name for name in journal.files if name not in told.files]:
-        if not wanted():
+        known.rows = number + 1
+    for name in [name for name in journal.files if name not in known.files]:
+        if not is_wanted():
             return
         if (journal.folder / name).exists():
             client.log_artifact(journal.run_id, str(journal.folder / name))
         else:
-            log.warning("%s is gone: MLflow does not get it", journal.folder / name)
-        told.files.add(name)
+            log.warning("%s is missing: MLflow does not get it", journal.folder / name)
+        known.files.add(name)
     if closing:
-        if wanted():
-            remove_doubles(client, journal)
+        if is_wanted():
+            delete_duplicates(client, journal)
         tags = {"kdpipe.seconds": f"{journal.seconds:.1f}", "kdpipe.reason": journal.reason}
         for key, value in tags.items():
-            if value and wanted():
+            if value and is_wanted():
                 client.set_tag(journal.run_id, key, value)
-        if wanted():
+        if is_wanted():
             client.set_terminated(journal.run_id, journal.status, end_time=journal.ended)
 
 
-def rows_known(client: MlflowClient, run_id: str, rows: Sequence[Row]) -> int:
-    """How many of the rows the store has, which is told them in turn."""
+def count_rows(client: MlflowClient, run_id: str, rows: Sequence[Row]) -> int:
+    """How many of the rows the store has; they are sent in order."""
     steps: dict[str, set[int]] = {}
     for number, row in enumerate(rows):
         name = next(key for key in row if key != "step")
@@ -253,80 +274,82 @@ def rows_known(client: MlflowClient, run_id: str, rows: Sequence[Row]) -> int:
     return len(rows)
 
 
-def begun_token(experiment_id: str) -> str:
-    """A new token for BEGUN, which says in what experiment the run with this tag is."""
+def new_token(experiment_id: str) -> str:
+    """A new CREATION_TOKEN, which names the experiment of its run."""
     return f"{experiment_id}/{uuid4().hex}"
 
 
-def remove_doubles(client: MlflowClient, journal: Journal) -> None:
-    """Delete the runs that the store began beside the journal's: MLflow's client asks again where a server died or
-    hung before it answered, and the server may carry out both requests, the first one long after."""
-    if token := journal.tags.get(BEGUN):
-        for run_id in runs_begun(client, token):
+def delete_duplicates(client: MlflowClient, journal: Journal) -> None:
+    """Delete other runs with the journal's token. MLflow's client repeats a request when a server dies or hangs before
+    it answers, and the server may carry out both, the first one long after."""
+    if token := journal.tags.get(CREATION_TOKEN):
+        for run_id in runs_with_token(client, token):
             if run_id != journal.run_id:
                 client.delete_run(run_id)
 
 
-def runs_begun(client: MlflowClient, token: str) -> list[str]:
-    """The ids of the runs whose BEGUN is this token, the first one first."""
+def runs_with_token(client: MlflowClient, token: str) -> list[str]:
+    """The ids of the runs with this CREATION_TOKEN, oldest first."""
     experiment = token.partition("/")[0]
-    runs = client.search_runs([experiment], f"tags.`{BEGUN}` = '{token}'", order_by=["attributes.start_time ASC"])
+    runs = client.search_runs(
+        [experiment], f"tags.`{CREATION_TOKEN}` = '{token}'", order_by=["attributes.start_time ASC"]
+    )
     return [run.info.run_id for run in runs]
 
 
-def is_final(error: Exception) -> bool:
-    """Whether the store will refuse the same again: it is there, and does not want it."""
-    return isinstance(error, MlflowException) and error.error_code in FINAL
+def is_permanent(error: Exception) -> bool:
+    """Whether the store answered and would refuse the same again."""
+    return isinstance(error, MlflowException) and error.error_code in PERMANENT_ERRORS
 
 
-class Stores:
-    """Clients of the stores that journals name; a store that did not answer is not asked again."""
+class Recovery:
+    """Delivers what dead or disconnected processes left behind. A store that did not answer is not asked again.
 
-    def __init__(self, known: Mapping[str, MlflowClient] | None = None) -> None:
-        self._clients = dict(known or {})
+    Args:
+        clients: of stores that are open already, by their URIs.
+    """
+
+    def __init__(self, clients: Mapping[str, MlflowClient] | None = None) -> None:
+        self._clients = dict(clients or {})
         self._problems: dict[str, str] = {}
 
-    def settle(self, folder: Path) -> str:
-        """Put right what a process left in a run's folder when it died or could not reach the store; the folder is
-        locked by the caller.
+    def recover(self, folder: Path) -> str:
+        """Deliver the rest of a run whose process is gone, from its folder, which the caller has locked.
 
         Returns:
-            Why the store does not take what the folder has; "" where it has it all.
+            Why the store does not take it; "" where it has everything.
         """
         journal = Journal.read(folder)
         if journal is None or journal.delivered:
             return ""
         if journal.status == RUNNING:
             journal.end(KILLED, "its process is gone")
-            log.info(
-                "run %s was left unfinished by a process that is gone: it is KILLED", journal.run_id or folder.name
-            )
+            log.info("run %s: its process is gone, so it is marked KILLED", journal.run_id or folder.name)
         uri = journal.uri
         try:
             if uri not in self._problems and uri not in self._clients:
-                check_there(uri)
+                _check_exists(uri)
                 self._clients[uri] = MlflowClient(tracking_uri=uri)
             if uri not in self._problems:
-                if journal.run_id == NOT_YET:
-                    journal.run_id = next(iter(runs_begun(self._clients[uri], journal.tags[BEGUN])), NOT_YET)
-                if journal.run_id == NOT_YET:  # there is nothing to tell of it
-                    journal.settled()
-                    return ""
-                rows = read_rows(folder)[: journal.released]
-                deliver(self._clients[uri], journal, rows, Told(), lambda: True, closing=True)
-                journal.settled()
+                if journal.run_id == NOT_CREATED:
+                    created = runs_with_token(self._clients[uri], journal.tags[CREATION_TOKEN])
+                    journal.run_id = next(iter(created), NOT_CREATED)
+                if journal.run_id != NOT_CREATED:
+                    rows = read_rows(folder)[: journal.released]
+                    send(self._clients[uri], journal, rows, Known(), lambda: True, closing=True)
+                journal.mark_delivered()
                 return ""
         except Exception as error:  # as in `Delivery`
-            if is_final(error):  # such as a run that was deleted there: the folder keeps it, and may go on in a new one
+            if is_permanent(error):  # such as a deleted run: the folder keeps its data, and may continue as a new run
                 journal.delivered = True
                 journal.write()
-                return f"{journal.store} refuses what this run has, for good ({describe_error(error)})"
+                return f"{journal.store} refuses this run's data for good ({describe_error(error)})"
             self._problems[uri] = describe_error(error)
-        return f"{journal.store} does not take what this run has ({self._problems[uri]})"
+        return f"{journal.store} does not take this run's data ({self._problems[uri]})"
 
 
-def check_there(uri: str) -> None:
-    """Raise ValueError for a store that does not answer, or a sqlite file that is gone: a new one would be made."""
+def _check_exists(uri: str) -> None:
+    """Raise ValueError for a store that does not answer, or a missing sqlite file: MLflow would create a new one."""
     check_uri(uri)
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
-        raise ValueError("there is no such file")
+        raise ValueError("no such file")

@@ -1,4 +1,4 @@
-"""MLflow's registry of models: exported ONNX files under a name, with their signature and an alias."""
+"""MLflow's model registry: exported ONNX files under a name, with signature and alias."""
 
 import hashlib
 import json
@@ -19,15 +19,15 @@ from mlflow.types import Schema, TensorSpec
 from numpy.typing import NDArray
 
 from kdpipe.runs.store import describe_error, without_password
+from kdpipe.settings.errors import ConfigError
 from kdpipe.tracking.runs import RunStore
 
 FOLDER = "exported"  # among the run's artifacts
 DESCRIPTION = (
     "Raw uint8 images in, logits out, one for each class in the order of the tag class_names (also in the ONNX file's "
-    "metadata); probabilities are softmax(logits / temperature), which is a tag, too."
+    "metadata); probabilities are softmax(logits / temperature), with the temperature in a tag of that name."
 )
-ABSENT = "RESOURCE_DOES_NOT_EXIST"
-THERE = "RESOURCE_ALREADY_EXISTS"
+NOT_FOUND, EXISTS = "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"  # error codes of MLflow
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Registered:
     uri: str  # of the store
     image_shape: tuple[int, ...]
 
-    def told(self) -> str:
-        """For a terminal, with the command that answers."""
+    def summary(self) -> str:
+        """For a terminal, with a command that predicts."""
         shape = ", ".join(map(str, self.image_shape))
         return "\n".join(
             [
                 f"registered: {self.name} version {self.version}, alias {self.alias}",
-                f"it answers: MLFLOW_TRACKING_URI={quote(without_password(self.uri))} mlflow models predict "
-                f"-m {quote(f'models:/{self.name}@{self.alias}')} --env-manager local -i input.json -o answers.json",
+                f"to predict: MLFLOW_TRACKING_URI={quote(without_password(self.uri))} mlflow models predict "
+                f"-m {quote(f'models:/{self.name}@{self.alias}')} --env-manager local -i input.json -o logits.json",
                 f'where input.json is {{"inputs": {{"images": IMAGES}}}}, IMAGES nested lists [batch, {shape}] of '
                 "numbers from 0 to 255",
             ]
@@ -55,16 +55,16 @@ class Registered:
 
 
 def check_registry(store: RunStore, name: str, alias: str) -> None:
-    """Raise ValueError for a name or an alias that the registry would refuse, and for a store that has none."""
+    """Raise ConfigError for a name or an alias that the registry would refuse, and for a store without a registry."""
     if not name.strip() or any(letter in name for letter in "/:"):
-        raise ValueError(f"--register {name}: a name without / and : is accepted")
+        raise ConfigError("--register", name, "a name without / and :")
     if not re.fullmatch(r"[\w-]{1,255}", alias, re.ASCII) or re.fullmatch(r"latest|v\d+", alias, re.IGNORECASE):
-        raise ValueError(f"--alias {alias}: letters, digits, - and _ are accepted, but not latest, nor v and a number")
+        raise ConfigError("--alias", alias, "letters, digits, - and _, but not latest or v and a number")
     try:
         store.client.get_registered_model(name)
     except MlflowException as error:
-        if error.error_code != ABSENT:
-            raise ValueError(f"--register {name}: {describe_error(error)}") from error
+        if error.error_code != NOT_FOUND:
+            raise ConfigError("--register", name, problem=describe_error(error)) from error
 
 
 def register(
@@ -76,38 +76,40 @@ def register(
     tags: Mapping[str, str],
     example: NDArray[np.uint8],
 ) -> Registered:
-    """Keep an exported ONNX file among its run's artifacts, as a new version of a registered model with an alias.
+    """Add an exported ONNX file to its run's artifacts, as a new version of a registered model, with an alias.
 
-    The run itself stays as it is: finished, when it was.
+    The run's status and end time stay as they are.
 
     Args:
-        example: uint8 [2, C, H, W], of which the signature is made.
+        example: uint8 [2, C, H, W], for the signature.
 
     Raises:
-        ValueError: the store takes no models, or cannot be written.
+        ConfigError: the store takes no models, or cannot be written.
     """
     client = store.client
     try:
-        folder = f"{FOLDER}/{file.stem}-{digest(file)}"  # so that a later export leaves what this version has
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+        folder = f"{FOLDER}/{file.stem}-{digest}"  # a later export must not overwrite this version
         with TemporaryDirectory() as temporary:
-            save(file, Path(temporary) / "model", example)
+            save_model(file, Path(temporary) / "model", example)
             client.log_artifacts(run_id, str(Path(temporary) / "model"), folder)
         try:
             client.create_registered_model(name)
         except MlflowException as error:
-            if error.error_code != THERE:
+            if error.error_code != EXISTS:
                 raise
         version = client.create_model_version(
             name, f"runs:/{run_id}/{folder}", run_id, tags=dict(tags), description=DESCRIPTION
         )
         client.set_registered_model_alias(name, alias, version.version)
-    except Exception as error:  # those of requests and of stores of artifacts come through, too
-        raise ValueError(f"--register {name}: {store.name} did not take the model ({describe_error(error)})") from error
+    except Exception as error:  # also of requests and artifact stores
+        problem = f"{store.name} did not take the model ({describe_error(error)})"
+        raise ConfigError("--register", name, problem=problem) from error
     return Registered(name, str(version.version), alias, store.uri, example.shape[1:])
 
 
-def save(file: Path, folder: Path, example: NDArray[np.uint8]) -> None:
-    """An exported ONNX file as MLflow keeps such models, with what it takes and gives."""
+def save_model(file: Path, folder: Path, example: NDArray[np.uint8]) -> None:
+    """Write an exported ONNX file in MLflow's format, with its signature."""
     import mlflow.onnx
     import onnx
 
@@ -131,7 +133,3 @@ def save(file: Path, folder: Path, example: NDArray[np.uint8]) -> None:
             )
     finally:
         logging.disable(before)
-
-
-def digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""An experiment in an MLflow store: its runs are begun, found and read here."""
+"""An experiment in an MLflow store, where runs are created and found."""
 
 import hashlib
 import json
@@ -18,14 +18,14 @@ from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Param
 from mlflow.exceptions import MlflowException
 from mlflow.store.entities import PagedList
 
-from kdpipe.runs.claim import ClaimedError, claim, is_of_this_machine, locked
+from kdpipe.runs.claim import ClaimedError, claim, is_local, locked
 from kdpipe.runs.journal import (
-    BEGUN,
+    CREATION_TOKEN,
     FAILED,
     FINISHED,
     KILLED,
     METRICS,
-    NOT_YET,
+    NOT_CREATED,
     Journal,
     Row,
     now,
@@ -33,9 +33,10 @@ from kdpipe.runs.journal import (
     write_rows,
 )
 from kdpipe.runs.names import WEIGHTS
+from kdpipe.settings.errors import ConfigError, flat
 from kdpipe.system.interruption import postponed
-from kdpipe.tracking.delivery import IN_A_HURRY, Run, Stores, begun_token, remove_doubles
-from kdpipe.tracking.runs import UNKNOWN, RunRecord, RunStore, record_of
+from kdpipe.tracking.delivery import STOP_TIMEOUT, ActiveRun, Recovery, delete_duplicates, new_token
+from kdpipe.tracking.runs import UNKNOWN_RUN, RunRecord, RunStore, record_of
 from kdpipe.tracking.sqlite import set_aside_half_made, store_lock
 
 MAX_PARAM_LENGTH = 6000  # MLflow's own limit
@@ -51,13 +52,13 @@ class Tracker(RunStore):
     """An experiment in an MLflow store.
 
     Args:
-        uri: of the store, as `store.store_uri` gives it. A sqlite file that was left half-made is set aside.
+        uri: of the store, from `store.store_uri`. A sqlite file that a dead process left half-made is set aside.
         experiment: its name.
         artifacts: folder of the artifacts of a local store; a server has its own.
-        create: make the experiment where it is missing.
+        create: whether to create a missing experiment.
 
     Raises:
-        ValueError: no store at `uri`, or no such experiment.
+        ConfigError: the store cannot be opened, or has no such experiment.
     """
 
     def __init__(self, uri: str, experiment: str, artifacts: Path, create: bool = True) -> None:
@@ -65,16 +66,15 @@ class Tracker(RunStore):
         super().__init__(uri)
         found = self.client.get_experiment_by_name(experiment)
         if found is None:
-            raise ValueError(
-                f"tracking.experiment={experiment}: {self.name} has no such experiment; it has {self._names()}"
-            )
+            names = ", ".join(known.name for known in self._experiments())
+            problem = f"not found in {self.name}"
+            raise ConfigError("tracking.experiment", experiment, f"one of {names}" if names else "", problem)
         if found.lifecycle_stage == "deleted":
-            raise ValueError(
-                f"tracking.experiment={experiment}: this experiment was deleted; another name is accepted, "
-                f"or restore it: mlflow experiments restore -x {found.experiment_id}"
-            )
+            restore = f"mlflow experiments restore -x {found.experiment_id}"
+            problem = f"this experiment was deleted; {restore} brings it back"
+            raise ConfigError("tracking.experiment", experiment, problem=problem)
         self.experiment_id: str = found.experiment_id
-        self._stores = Stores({uri: self.client})
+        self._recovery = Recovery({uri: self.client})
 
     def _opened(self) -> mlflow.MlflowClient:
         if not self._create_missing:
@@ -83,7 +83,7 @@ class Tracker(RunStore):
         client = mlflow.MlflowClient(tracking_uri=self.uri)
         if client.get_experiment_by_name(self.experiment) is None:
             location = self._artifacts.resolve().as_uri() if self.uri.startswith("sqlite") else None
-            with suppress(MlflowException):  # another process has made it meanwhile, on a server
+            with suppress(MlflowException):  # another process has created it meanwhile, on a server
                 client.create_experiment(self.experiment, artifact_location=location)
         return client
 
@@ -94,32 +94,32 @@ class Tracker(RunStore):
         folder: Path,
         params: Mapping[str, object],
         tags: Mapping[str, str],
-        begun: str | None = None,
+        run_id: str | None = None,
         history: Sequence[Row] = (),
         seconds: float = 0.0,
-    ) -> Iterator[Run]:
-        """The run of a folder: FINISHED when the block ends, KILLED or FAILED with the reason as a tag when it is left.
+    ) -> Iterator[ActiveRun]:
+        """The run of a folder: FINISHED when the block ends, KILLED or FAILED with the reason as a tag on an exception.
 
         Args:
-            begun: the id of the run that this one goes on with; a new one begins where the store has it no more.
-            history: the rows that are known of it.
+            run_id: of the run to resume; a new run is created where the store no longer has it.
+            history: the rows to keep of it.
             seconds: that were spent on it.
         """
-        known = begun if begun and self._can_go_on(begun) else NOT_YET
+        known = run_id if run_id and self._can_resume(run_id) else NOT_CREATED
         before, rows = Journal.read(folder), list(history)
         if before and before.uri != self.uri and not before.delivered:
-            run_id = before.run_id or folder.name
-            log.warning("%s is not told how run %s went on, for now it is in %s", before.store, run_id, self.name)
-        marked = {**tags, BEGUN: self._token(before, known)}
-        times = before.times[: len(rows)] if before and before.run_id == begun else []
+            left = before.run_id or folder.name
+            log.warning("run %s goes on in %s; %s will not have the rest of it", left, self.name, before.store)
+        tokened = {**tags, CREATION_TOKEN: self._token(before, known)}
+        times = before.times[: len(rows)] if before and before.run_id == run_id else []
         times += [now()] * (len(rows) - len(times))
         run = journal = None
         try:
-            with postponed():  # what is begun in the store is to be known in the folder
-                opened = Journal(folder, self.uri, known, marked, seconds=seconds, times=times)
-                if known == NOT_YET:
-                    opened.write()  # a process that is killed now leaves no run behind that nobody knows of
-                    self._begin(opened, name, marked)
+            with postponed():  # the folder has to know each run that is created in the store
+                opened = Journal(folder, self.uri, known, tokened, seconds=seconds, times=times)
+                if known == NOT_CREATED:
+                    opened.write()  # with the token, by which a run is found if this process is killed now
+                    self._create(opened, name, tokened)
                 journal = opened
                 (folder / WEIGHTS).unlink(missing_ok=True)
                 if rows:
@@ -127,37 +127,36 @@ class Tracker(RunStore):
                 else:
                     (folder / METRICS).unlink(missing_ok=True)
                 journal.write()  # last: the lines of another run are not this one's
-            if known != NOT_YET:
+            if known != NOT_CREATED:
                 self._reopen(journal.run_id, tags)
             self._log_params(journal.run_id, params)
-            run = Run(self.client, journal, rows)
-            run.deliver()
+            run = ActiveRun(self.client, journal, rows)
+            run.commit()
             yield run
             run.end(FINISHED)
         except BaseException as error:
             if journal:
-                (run or Run(self.client, journal, rows)).end(*how_it_ended(error))
+                (run or ActiveRun(self.client, journal, rows)).end(*status_after(error))
             raise
 
-    def settle(self, folder: Path) -> None:
-        """Put right what a process left in a run's folder, which the caller has for itself, and tell the store what it
-        missed."""
-        if problem := self._stores.settle(folder):
+    def recover(self, folder: Path) -> None:
+        """Deliver what an earlier process left in a run's folder, which the caller has locked."""
+        if problem := self._recovery.recover(folder):
             log.warning("%s: %s", folder, problem)
 
-    def settle_all(self, runs: Path) -> None:
-        """The same for all runs in a folder that processes of this machine left."""
+    def recover_all(self, runs: Path) -> None:
+        """Do so for all folders in `runs` that were left on this machine."""
         for folder in undelivered(runs):
             with suppress(OSError), locked(folder):  # in progress, or another user's
-                if is_of_this_machine(folder):
-                    self.settle(folder)
+                if is_local(folder):
+                    self.recover(folder)
 
-    def _can_go_on(self, run_id: str) -> bool:
-        """Whether the experiment has such a run."""
+    def _can_resume(self, run_id: str) -> bool:
+        """Whether the experiment has this run."""
         try:
             info = self.client.get_run(run_id).info
         except MlflowException as error:
-            if error.error_code not in UNKNOWN:
+            if error.error_code not in UNKNOWN_RUN:
                 raise
             return False
         return bool(info.lifecycle_stage == "active" and info.experiment_id == self.experiment_id)
@@ -167,54 +166,54 @@ class Tracker(RunStore):
         if "kdpipe.reason" in self.client.get_run(run_id).data.tags:
             self.client.delete_tag(run_id, "kdpipe.reason")
         for key, value in {**git_tags(), **tags}.items():
-            if key not in ("kdpipe.sweep", "mlflow.parentRunId"):  # those that it is finished for add themselves
+            if key not in ("kdpipe.sweep", "mlflow.parentRunId"):  # `adopt` sets these when the run is finished
                 self.client.set_tag(run_id, key, value)
 
     @contextmanager
     def sweep(self, sweep_id: str, name: str, params: Mapping[str, object], runs: Path) -> Iterator[str]:
-        """The id of a sweep's parent run, the one that it already has or a new one; closed as `run` closes. A folder
-        among those of the `runs` tells of it while it is open."""
+        """The id of a sweep's parent run, an existing or a new one; closed as in `run`. While it is open, a folder in
+        `runs` has its journal."""
         with ExitStack() as stack:
             folder = runs / f"sweep-{sweep_id}"
             is_first = True
             try:
                 stack.enter_context(claim(folder))
-            except ClaimedError:  # of the processes that share the sweep one keeps the folder
+            except ClaimedError:  # another process that shares the sweep has the folder
                 is_first = False
             with store_lock(self.uri):  # two processes may run the same sweep
                 found = self.find_sweep(sweep_id)
-                token = {BEGUN: begun_token(self.experiment_id)}
-                journal = Journal(folder, self.uri, found.id if found else NOT_YET, token)
+                token = {CREATION_TOKEN: new_token(self.experiment_id)}
+                journal = Journal(folder, self.uri, found.id if found else NOT_CREATED, token)
                 if is_first:
                     journal.write()
                 if found:
                     self._reopen(journal.run_id, {})
                 else:
-                    self._begin(journal, name, {"kdpipe.stage": "sweep", "kdpipe.sweep": sweep_id, **token})
+                    self._create(journal, name, {"kdpipe.stage": "sweep", "kdpipe.sweep": sweep_id, **token})
                     self._log_params(journal.run_id, params)
             if is_first:
                 journal.write()
             try:
                 yield journal.run_id
-                remove_doubles(self.client, journal)
+                delete_duplicates(self.client, journal)
                 self.client.set_terminated(journal.run_id, FINISHED)
                 journal.status = FINISHED
             except BaseException as error:
-                journal.status, journal.reason = how_it_ended(error)
+                journal.status, journal.reason = status_after(error)
 
                 def close() -> None:
                     self.client.set_terminated(journal.run_id, journal.status)
                     self.client.set_tag(journal.run_id, "kdpipe.reason", journal.reason)
 
-                journal.delivered = at_most(IN_A_HURRY, close)
+                journal.delivered = finishes_within(STOP_TIMEOUT, close)
                 raise
             finally:
                 if is_first and (journal.status == FINISHED or journal.delivered):
                     stack.callback(shutil.rmtree, folder, ignore_errors=True)
 
     def adopt(self, run: RunRecord, sweep_id: str, parent_id: str) -> None:
-        """Make a finished run part of a sweep too."""
-        with store_lock(self.uri):  # another sweep may adopt it, too
+        """Add a finished run to a sweep."""
+        with store_lock(self.uri):  # two sweeps may add it at once
             tags = self.client.get_run(run.id).data.tags
             sweeps = tags.get("kdpipe.sweep", "").split()
             if sweep_id not in sweeps:
@@ -223,28 +222,29 @@ class Tracker(RunStore):
                 self.client.set_tag(run.id, "mlflow.parentRunId", parent_id)
 
     def _token(self, before: Journal | None, run_id: str) -> str:
-        """BEGUN for a run with this id: that of the journal before where it is about this run, or about one that the
-        store may begin yet."""
-        known = before.tags.get(BEGUN, "") if before and (before.uri, before.run_id) == (self.uri, run_id) else ""
-        return known if known.startswith(f"{self.experiment_id}/") else begun_token(self.experiment_id)
+        """The CREATION_TOKEN of a run: that of the earlier journal, if it is about this run or about one that the store
+        may still create."""
+        is_same = before is not None and (before.uri, before.run_id) == (self.uri, run_id)
+        token = before.tags.get(CREATION_TOKEN, "") if before and is_same else ""
+        return token if token.startswith(f"{self.experiment_id}/") else new_token(self.experiment_id)
 
-    def _begin(self, journal: Journal, name: str, tags: Mapping[str, str]) -> None:
-        """Begin the run of a journal, whose BEGUN is among the tags."""
+    def _create(self, journal: Journal, name: str, tags: Mapping[str, str]) -> None:
+        """Create the run of a journal, whose CREATION_TOKEN is among the tags."""
         run = self.client.create_run(self.experiment_id, run_name=name, tags={**_origin(), **git_tags(), **tags})
         journal.run_id = run.info.run_id
-        remove_doubles(self.client, journal)
+        delete_duplicates(self.client, journal)
 
     def _log_params(self, run_id: str, params: Mapping[str, object]) -> None:
-        # The first ones stand: MLflow's params cannot change, and those that matter do not when a run goes on.
+        # MLflow's params cannot change, and those that matter do not change in a resumed run.
         known = self.client.get_run(run_id).data.params
         texts = {key: str(value)[:MAX_PARAM_LENGTH] for key, value in params.items() if key not in known}
         for part in _chunks([Param(key, text) for key, text in texts.items()], 100):
             self.client.log_batch(run_id, params=part)
 
     def log_dataset(self, run_id: str, name: str, fingerprint: str, source: str, splits: Mapping[str, int]) -> None:
-        """Say what a run was fed, as MLflow's dataset input."""
+        """Log the images of a run as its MLflow dataset."""
         profile = json.dumps(dict(splits))
-        # Of data sets with the same digest MLflow keeps the first one's profile, and these may be split otherwise.
+        # MLflow keeps one profile for each digest, so the digest has to depend on the splits too.
         digest = f"{fingerprint[:16]}-{hashlib.sha256(f'{source} {profile}'.encode()).hexdigest()[:8]}"
         dataset = Dataset(name, digest, "local", source, profile=profile)
         tags = [InputTag("mlflow.data.context", "training")]
@@ -273,27 +273,27 @@ class Tracker(RunStore):
         return list(self._search([self.experiment_id], where=(IS_FINISHED, "tags.`kdpipe.identity` != ''")))
 
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
-        """A metric of each epoch."""
+        """The steps and values of a metric."""
         return [(point.step, point.value) for point in self.client.get_metric_history(run_id, metric)]
 
     def link(self, run_id: str) -> str:
-        """The run's page in the UI."""
+        """URL of the run's page in the UI."""
         return f"{self.ui}/#/experiments/{self.experiment_id}/runs/{run_id}"
 
     def charts_link(self, sweep_id: str) -> str:
-        """The charts of a sweep's runs, which MLflow leaves out of its charts because they are nested: an order and
-        a filter make them a flat list."""
+        """URL of the charts of a sweep's runs. MLflow's charts leave out nested runs; a filter and an order make the
+        list flat."""
         query = {
             "workflowType": "machine_learning",
             "searchFilter": f"tags.`kdpipe.sweep` LIKE '%{sweep_id}%' AND tags.`kdpipe.identity` != ''",
-            "orderByKey": "metrics.`selected/accuracy`",  # any but the default makes the list flat
+            "orderByKey": "metrics.`selected/accuracy`",  # any order but the default
             "orderByAsc": "false",
             "compareRunsMode": "CHART",
         }
         return f"{self.ui}/#/experiments/{self.experiment_id}/runs?{urlencode(query, quote_via=quote)}"
 
     def compare_link(self, run_ids: Sequence[str]) -> str:
-        """MLflow's page that compares runs, with its parallel coordinates."""
+        """URL of MLflow's comparison of runs, with parallel coordinates."""
         runs, experiments = (json.dumps(ids, separators=(",", ":")) for ids in (list(run_ids), [self.experiment_id]))
         query = {"runs": runs, "experiments": experiments}
         return f"{self.ui}/#/compare-runs?{urlencode(query, quote_via=quote)}"
@@ -327,15 +327,12 @@ class Tracker(RunStore):
             if all(getattr(record, kind).get(key) == value for (kind, key), value in wanted.items()):
                 yield record
 
-    def _names(self) -> str:
-        return ", ".join(found.name for found in self._experiments()) or "none"
-
     def _experiments(self) -> Iterator[Experiment]:
         return _pages(lambda token: self.client.search_experiments(max_results=PAGE, page_token=token))
 
 
 def _pages(page: Callable[[str | None], PagedList[T]]) -> Iterator[T]:
-    """What MLflow gives a page at a time, by the token of each."""
+    """All items of a paged answer. `page` takes the token of a page, None for the first."""
     token = None
     while True:
         found = page(token)
@@ -345,15 +342,15 @@ def _pages(page: Callable[[str | None], PagedList[T]]) -> Iterator[T]:
             return
 
 
-def how_it_ended(error: BaseException) -> tuple[str, str]:
-    """KILLED or FAILED, and why."""
+def status_after(error: BaseException) -> tuple[str, str]:
+    """KILLED or FAILED, and the reason."""
     status = KILLED if isinstance(error, KeyboardInterrupt | SystemExit) else FAILED
-    reason = " ".join(str(error).split()) or "interrupted"
+    reason = flat(str(error)) or "interrupted"
     return status, f"{type(error).__name__}: {reason}"[:MAX_PARAM_LENGTH]
 
 
-def at_most(seconds: float, work: Callable[[], None]) -> bool:
-    """Do something that may hang or fail; whether it is done within so many seconds."""
+def finishes_within(seconds: float, work: Callable[[], None]) -> bool:
+    """Do something that may hang or fail, and return whether it succeeded in time."""
     done = threading.Event()
 
     def quietly() -> None:

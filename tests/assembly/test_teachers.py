@@ -20,8 +20,7 @@ from scipy.special import softmax
 from torch import Tensor, nn
 
 from kdpipe.assembly.parts import check_components
-from kdpipe.compare.__main__ import arguments_of
-from kdpipe.compare.__main__ import run as compare
+from kdpipe.compare.__main__ import run_comparison
 from kdpipe.data import ImageDataset, split
 from kdpipe.data.digits import digits
 from kdpipe.losses import KD
@@ -247,7 +246,7 @@ def test_sweeps_over_shares_and_teachers_are_compared(kdpipe: Callable, trained:
     measured = {f"{100 * run.data.metrics.get('teacher/accuracy', 0):.2f}" for run in runs()}
     assert row[2] in measured - {"0.00"}
     # At another temperature it is the same teacher.
-    assert "verdict: " in compare(arguments_of(["--where", "teacher.shares=[1, 1]"]))
+    assert "verdict: " in run_comparison(["--where", "teacher.shares=[1, 1]"])
 
     one_and_both = f"{members(trained[0])},{both.removeprefix('teacher.members=')}"
     outcome = kdpipe("-m", *ENSEMBLE, one_and_both)
@@ -262,7 +261,7 @@ def test_a_teacher_that_saw_other_images_is_found_among_several(kdpipe: Callable
     other = runs()[0]
     assert kdpipe(*ENSEMBLE, members(trained[0], other)).status == 0
     joined = runs()[0].data.tags["kdpipe.teacher_run"]
-    said = compare(arguments_of(["--where", f"kdpipe.teacher_run={joined}", "--mixed"]))
+    said = run_comparison(["--where", f"kdpipe.teacher_run={joined}", "--mixed"])
     assert "the teacher was trained with dataset.val_fraction=0.1 instead of 0.15" in said
 
 
@@ -285,7 +284,7 @@ def test_the_loss_s_temperature_is_the_teacher_s_and_no_setting_of_its_own(compo
         (["teacher.members=runs:/a"], "teacher.members=runs:/a: expected a list of runs"),
         (["teacher.members=[a.pth]"], "teacher.members=a.pth: expected a list of runs"),
         (["teacher.members=[runs:/a,runs:/a]"], "teacher.members=runs:/a: it is listed twice"),
-        (["teacher.members=[runs:/a,runs:/b]"], "teacher.members=runs:/a: no such run in sqlite"),
+        (["teacher.members=[runs:/a,runs:/b]"], "teacher.members=runs:/a: run not found in sqlite"),
         (
             ["teacher.members=[runs:/a]", "teacher.shares=[1,2]"],
             "teacher.shares=[1,2]: expected a number for each",
@@ -342,7 +341,7 @@ def test_runs_that_cannot_teach_are_refused_in_one_line(kdpipe: Callable, traine
     unfinished = client().create_run(first.info.experiment_id)
     assert f"teacher.members=runs:/{unfinished.info.run_id}: this run has no config.yaml" in refusal(first, unfinished)
     client().log_artifact(unfinished.info.run_id, str(folder_of(first) / "config.yaml"))
-    assert "this run has no model.safetensors; the id of a finished run" in refusal(first, unfinished)
+    assert "this run has no model.safetensors; expected runs:/<id of a finished run>" in refusal(first, unfinished)
     no_such_epoch = refusal(f"{first.info.run_id}/epoch_2")
     assert "this run has no epoch_2.safetensors, but model.safetensors, epoch_1.safetensors;" in no_such_epoch
 
@@ -418,7 +417,7 @@ def test_an_early_stopped_teacher(kdpipe: Callable, trained: list[Run]) -> None:
     assert early.data.tags["kdpipe.teacher_run"] == late.data.tags["kdpipe.teacher_run"] == run_id
     assert early.data.tags["kdpipe.inputs"] != late.data.tags["kdpipe.inputs"]
     assert lines(early)[0]["train/kd"] != lines(late)[0]["train/kd"]
-    table = compare(arguments_of(["--mixed"]))
+    table = run_comparison(["--mixed"])
     assert table.count("KD alpha 0.5") >= 2  # a cell each
 
     # The same file, written in other ways, and as first weights.
@@ -433,7 +432,7 @@ def test_the_accuracy_is_that_of_the_weights_that_taught(kdpipe: Callable, train
     accuracies = []
     for weights in (f"runs:/{run_id}", f"runs:/{run_id}/epoch_1"):
         assert kdpipe(*ONE_TEACHER, f"teacher.weights={weights}").status == 0
-        said = compare(arguments_of(["--where", f"teacher.weights={weights}"]))
+        said = run_comparison(["--where", f"teacher.weights={weights}"])
         (row,) = [line.split() for line in said.splitlines() if line.strip().startswith("teacher resnet20")]
         accuracies.append(row[2])
     last, earlier = accuracies

@@ -1,9 +1,11 @@
-"""The comparison: cells, controls, gains and what it dares to say."""
+"""The comparison: cells, controls, gains, the verdict, and every format."""
 
 import csv
 import io
 import json
+import math
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,19 +17,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from kdpipe.compare import __main__ as command
-from kdpipe.compare import plots as pictures
-from kdpipe.compare import rendering as formats
+from kdpipe.compare import compare_runs, frames, plots, rendering
+from kdpipe.compare.__main__ import cli, run_comparison
 from kdpipe.compare.cells import Controls, differences, make_cells
-from kdpipe.compare.comparison import accuracy_of_teacher, check_comparable, compare, families
-from kdpipe.compare.loading import image_by_image, those
+from kdpipe.compare.comparison import check_comparable, compare_cells, families, teacher_accuracy
+from kdpipe.compare.loading import select_cells, with_disagreement
 from kdpipe.compare.statistics import interval, verdict
-from kdpipe.compare.worth import worth_of
+from kdpipe.compare.student_summary import summarize_student
+from kdpipe.evaluation.figures import as_png
 from kdpipe.tracking import RunRecord
 
 
 def record(stage: str, seed: int, accuracy: float, validation: float | None = None, **params: str) -> RunRecord:
-    """A finished run: student_cnn on digits, unless `params` say otherwise (model__name for model.name)."""
+    """A finished run: student_cnn on digits, unless `params` overrides it (model__name for model.name)."""
     settings = {"model.name": "student_cnn", "dataset.name": "digits", "train.epochs": "5"}
     settings["stage"] = "teacher" if stage == "teacher" else "student"
     settings |= {"loss._target_": "kdpipe.losses.CrossEntropy", "seed": str(seed), "train.device": "cpu"}
@@ -50,7 +52,7 @@ def record(stage: str, seed: int, accuracy: float, validation: float | None = No
 
 
 def teacher_run(run_id: str, **params: str) -> RunRecord:
-    """A teacher trained on the same split, from scratch, unless `params` say otherwise."""
+    """A teacher trained from scratch on the same split, unless `params` overrides it."""
     return record("teacher", 0, 0.95, **{"model__name": "resnet20", "model__weights": "None", **params})
 
 
@@ -79,7 +81,7 @@ def grid(*, seeds: int = 3, validation: bool = True) -> list[RunRecord]:
     return runs
 
 
-def test_a_cell_is_a_configuration_without_its_seed() -> None:
+def test_cell_is_a_configuration_without_its_seed() -> None:
     cells = make_cells(
         [record("student", seed, 0.8, train__device=device) for seed, device in ((0, "cpu"), (1, "cuda"))]
     )
@@ -87,12 +89,12 @@ def test_a_cell_is_a_configuration_without_its_seed() -> None:
     assert cells[0].values("test/accuracy") == {0: 0.8, 1: 0.8}
 
 
-def test_a_seed_that_was_run_twice_counts_once_and_the_newest_counts() -> None:
+def test_newest_run_of_a_seed_counts() -> None:
     (cell,) = make_cells([record("student", 0, 0.9), record("student", 0, 0.1)])
     assert cell.values("test/accuracy") == {0: 0.9}
 
 
-def test_the_control_has_the_same_settings_but_for_loss_and_teacher() -> None:
+def test_control_differs_only_in_loss_and_teacher() -> None:
     distilled, alone = record("distill", 0, 0.9), record("student", 0, 0.8)
     teacher = record("teacher", 0, 0.95, model__name="resnet20")
     longer = record("student", 0, 0.85, train__epochs="50")
@@ -104,7 +106,7 @@ def test_the_control_has_the_same_settings_but_for_loss_and_teacher() -> None:
     assert Controls(make_cells([longer, teacher, distilled])).of(cells[-1]) is None
 
 
-def test_runs_on_other_images_are_no_control() -> None:
+def test_runs_on_other_images_are_not_controls() -> None:
     distilled, alone = record("distill", 0, 0.9), record("student", 0, 0.8)
     alone.tags["kdpipe.data"] = "other images"
     cells = make_cells([distilled, alone])
@@ -115,12 +117,12 @@ SMOOTHED = {"loss___target_": "kdpipe.losses.LabelSmoothing", "loss__smoothing":
 ATTENTION = {"also___target_": "kdpipe.losses.Attention", "also__weight": "1000", "also__ce_weight": "1"}
 
 
-def test_another_loss_without_a_teacher_is_no_control_and_has_a_gain_of_its_own() -> None:
+def test_another_loss_without_a_teacher_is_not_a_control_and_has_its_own_gain() -> None:
     runs = [record("student", seed, 0.8) for seed in (0, 1)]
     smoothed = [record("student", seed, 0.83 + seed / 1000, **SMOOTHED) for seed in (0, 1)]
     distilled = [record("distill", seed, 0.85) for seed in (0, 1)]
     for order in ([*runs, *smoothed, *distilled], [*smoothed, *runs, *distilled]):
-        comparison = compare(make_cells(order), teacher_run)
+        comparison = compare_cells(make_cells(order), teacher_run)
         titles = {row.cell.title: row for row in comparison.rows}
         names = [
             "student_cnn alone",
@@ -134,15 +136,15 @@ def test_another_loss_without_a_teacher_is_no_control_and_has_a_gain_of_its_own(
         assert best.gain == interval([0.85 - 0.8, 0.85 - 0.8])
         assert best.control is not None and best.control.first == runs[0]
         assert comparison.best is best
-    table = formats.as_table(comparison)
+    table = rendering.to_text(comparison)
     assert "+3.05 [+2.41, +3.69]" in table and "+5.00" in table
 
-    without_control = compare(make_cells([*smoothed, *distilled]), teacher_run)
+    without_control = compare_cells(make_cells([*smoothed, *distilled]), teacher_run)
     assert without_control.verdict.startswith("cannot tell: the same student alone has not been trained")
     assert [row.control for row in without_control.rows] == [None, None]
 
 
-def test_a_student_alone_may_have_been_trained_at_alpha_0_of_any_method() -> None:
+def test_student_at_alpha_0_of_any_method_is_a_control() -> None:
     alone = record("student", 0, 0.8, loss___target_="kdpipe.losses.LogitMSE", loss__alpha="0")
     cells = make_cells([alone, record("student", 0, 0.83, **SMOOTHED), record("distill", 0, 0.9)])
     assert [cell.loss for cell in cells] == [
@@ -154,24 +156,42 @@ def test_a_student_alone_may_have_been_trained_at_alpha_0_of_any_method() -> Non
     assert control is not None and control.first == alone
 
 
-def test_a_second_method_is_told_with_the_loss() -> None:
+def test_second_method_is_part_of_the_loss_column() -> None:
     alone, one, two = record("student", 0, 0.8), record("distill", 0, 0.9), record("distill", 0, 0.9, **ATTENTION)
     cells = make_cells([alone, one, two])
     assert cells[-1].loss == "KD alpha 0.5 temperature 4 + Attention weight 1000"
     assert cells[-1].title == "student_cnn KD alpha 0.5 temperature 4 + Attention weight 1000"
-    assert differences(cells) == ["", "", ""]  # it stands in the column of the loss
+    assert differences(cells) == ["", "", ""]
     control = Controls(cells).of(cells[-1])
     assert control is not None and control.first == alone
-    records = formats.as_records(compare(cells, teacher_run))
-    assert [line.get("also.weight") for line in records] == [None, None, 1000]
+    weights = compare_cells(cells, teacher_run).frame["also.weight"]
+    assert weights.isna().tolist() == [True, True, False] and weights[2] == 1000
 
 
-def test_runs_from_before_logits_could_be_standardised_are_of_the_same_cell() -> None:
+def test_runs_from_before_standardized_logits_share_the_cell() -> None:
     before, now = record("distill", 0, 0.9), record("distill", 1, 0.9, loss__standardize="False")
     other = record("distill", 0, 0.9, loss__standardize="True")
     for cells in (make_cells([before, now, other]), make_cells([now, before, other])):
         found = {cell.loss: list(cell.runs) for cell in cells}
         assert found == {"KD alpha 0.5 temperature 4": [0, 1], "KD alpha 0.5 standardize True temperature 4": [0]}
+
+
+@pytest.mark.xfail(reason="settings.identity does not know the schedulers' former place yet")
+def test_runs_from_before_the_schedulers_moved_share_the_cell() -> None:
+    before = record("student", 0, 0.8, scheduler___target_="kdpipe.schedulers.cosine")
+    now = record("student", 1, 0.8, scheduler___target_="kdpipe.training.schedules.cosine")
+    other = record("student", 1, 0.8, scheduler___target_="kdpipe.training.schedules.constant")
+    assert [list(cell.runs) for cell in make_cells([before, now, other])] == [[0, 1], [1]]
+
+
+def test_other_unlabelled_images_are_another_cell() -> None:
+    taught = [record("distill", seed, 0.9, model__stages="['layer1']") for seed in range(3)]
+    for run, images in zip(taught, "aab", strict=True):
+        run.tags["kdpipe.unlabelled"] = images
+    cells = make_cells(taught)
+    assert sorted(len(cell.runs) for cell in cells) == [1, 2]
+    alone = make_cells([record("student", seed, 0.8) for seed in (0, 1)])
+    assert Controls(alone).of(cells[0]) is alone[0]  # whatever stages the loss reads
 
 
 @pytest.mark.parametrize(
@@ -186,11 +206,11 @@ def test_runs_from_before_logits_could_be_standardised_are_of_the_same_cell() ->
         ([0.0, 0.0, 0.0], "cannot tell"),
     ],
 )
-def test_the_verdict_is_one_of_four(gains: list[float], word: str) -> None:
+def test_verdict_is_one_of_four(gains: list[float], word: str) -> None:
     assert verdict(interval(gains)).startswith(f"{word}:")
 
 
-def test_the_interval_is_student_s_t() -> None:
+def test_interval_is_student_s_t() -> None:
     gains = [0.021, 0.034, 0.029, 0.017, 0.031]
     half = stats.t.ppf(0.975, 4) * np.std(gains, ddof=1) / np.sqrt(5)
     low, high = 100 * (np.mean(gains) - half), 100 * (np.mean(gains) + half)
@@ -199,7 +219,7 @@ def test_the_interval_is_student_s_t() -> None:
     )
 
 
-def test_no_evidence_says_which_gain_would_have_been_seen() -> None:
+def test_no_evidence_names_the_smallest_detectable_gain() -> None:
     gains = [0.02, -0.02, 0.01]
     least = 100 * stats.t.ppf(0.975, 2) * np.std(gains, ddof=1) / np.sqrt(3)
     assert verdict(interval(gains)).endswith(f"a mean gain counts from {least:.1f} points on")
@@ -209,14 +229,14 @@ def test_no_evidence_says_which_gain_would_have_been_seen() -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=6))
-def test_mirrored_gains_mirror_the_verdict(gains: list[float]) -> None:
+def test_negated_gains_mirror_the_verdict(gains: list[float]) -> None:
     mirror = {"distillation helped": "distillation hurt", "distillation hurt": "distillation helped"}
     word = verdict(interval(gains)).split(":")[0]
     assert verdict(interval([-gain for gain in gains])).split(":")[0] == mirror.get(word, word)
 
 
-def test_the_best_cell_is_chosen_on_validation_images_and_reported_on_test_images() -> None:
-    comparison = compare(make_cells(grid()), teacher_run)
+def test_best_cell_is_chosen_on_validation_images_and_reported_on_test_images() -> None:
+    comparison = compare_cells(make_cells(grid()), teacher_run)
     assert comparison.best is not None
     params = comparison.best.cell.first.params
     assert (params["loss.alpha"], params["loss.temperature"]) == ("0.5", "2")
@@ -225,36 +245,36 @@ def test_the_best_cell_is_chosen_on_validation_images_and_reported_on_test_image
     assert "flatters" in comparison.notes[1]
 
 
-def test_the_run_that_one_would_use_is_named_and_chosen_on_validation_images() -> None:
+def test_notes_name_the_run_with_the_best_validation_accuracy() -> None:
     runs = [record("student", seed, 0.8, 0.8) for seed in (0, 1)]
     runs += [record("distill", 0, 0.9, 0.80), record("distill", 1, 0.7, 0.85)]
-    comparison = compare(make_cells(runs), teacher_run)
+    comparison = compare_cells(make_cells(runs), teacher_run)
     assert comparison.notes[-1] == "the student's run with the best validation accuracy is distill1 (seed 1)"
-    assert json.loads(formats.as_json([comparison]))[0]["run"] == "distill1"
+    assert json.loads(frames.to_json([comparison]))[0]["run"] == "distill1"
 
 
-def test_without_a_validation_split_it_says_that_the_choice_was_made_on_test_images() -> None:
-    comparison = compare(make_cells(grid(validation=False)), teacher_run)
+def test_without_a_validation_split_the_best_cell_is_chosen_on_test_images() -> None:
+    comparison = compare_cells(make_cells(grid(validation=False)), teacher_run)
     assert comparison.best is not None
     assert comparison.best.cell.first.params["loss.temperature"] == "8"
     assert comparison.notes[0].startswith("the best of 4 cells was chosen on test images")
 
 
-def test_the_gain_is_paired_by_seed() -> None:
+def test_gain_is_paired_by_seed() -> None:
     alone = [record("student", seed, accuracy) for seed, accuracy in ((0, 0.5), (1, 0.7), (2, 0.9))]
     distilled = [record("distill", seed, accuracy) for seed, accuracy in ((0, 0.52), (1, 0.73), (2, 0.925), (3, 0.1))]
-    best = compare(make_cells([*alone, *distilled]), teacher_run).best
+    best = compare_cells(make_cells([*alone, *distilled]), teacher_run).best
     assert best is not None
     assert best.gain == interval([0.52 - 0.5, 0.73 - 0.7, 0.925 - 0.9])
     assert best.test is not None
     assert best.gain.half_width < 0.02 < best.test.half_width
 
 
-def test_the_verdict_rests_on_seeds_that_the_choice_did_not_see() -> None:
+def test_verdict_rests_on_the_confirmation_seeds() -> None:
     runs = grid(seeds=3)
     later = [record("student", seed, 0.8) for seed in (3, 4)]
     later += [record("distill", seed, 0.79 + seed / 100000, loss__temperature="2") for seed in (3, 4)]
-    comparison = compare(make_cells([*runs, *later]), teacher_run, confirm=[3, 4])
+    comparison = compare_cells(make_cells([*runs, *later]), teacher_run, confirm=[3, 4])
     assert comparison.confirmed is not None
     assert list(comparison.confirmed.cell.runs) == [3, 4]
     assert comparison.best is not None
@@ -263,17 +283,17 @@ def test_the_verdict_rests_on_seeds_that_the_choice_did_not_see() -> None:
     assert "the verdict rests on seeds that the choice did not see: 3, 4" in comparison.notes
 
 
-def test_the_student_alone_may_come_from_elsewhere_in_the_experiment() -> None:
+def test_student_alone_may_come_from_elsewhere_in_the_experiment() -> None:
     distilled = [run for run in grid() if run.tags["kdpipe.stage"] == "distill"]
     alone = [run for run in grid() if run.tags["kdpipe.stage"] == "student"]
-    assert compare(make_cells(distilled), teacher_run).verdict.startswith("cannot tell: the same student alone has not")
-    assert compare(make_cells(distilled), teacher_run, controls=make_cells(alone)).verdict.startswith(
-        "distillation helped"
-    )
+    without = compare_cells(make_cells(distilled), teacher_run)
+    assert without.verdict.startswith("cannot tell: the same student alone has not")
+    comparison = compare_cells(make_cells(distilled), teacher_run, controls=make_cells(alone))
+    assert comparison.verdict.startswith("distillation helped")
 
 
 @pytest.mark.parametrize(
-    ("params", "said"),
+    ("params", "expected"),
     [
         ({}, ""),
         ({"model__weights": "imagenet"}, ""),
@@ -285,7 +305,7 @@ def test_the_student_alone_may_come_from_elsewhere_in_the_experiment() -> None:
         ({"images": "others"}, "the teacher was trained on other images than these"),
     ],
 )
-def test_a_teacher_that_may_know_the_validation_images_is_mentioned(params: dict[str, str], said: str) -> None:
+def test_notes_warn_of_a_teacher_that_may_have_seen_validation_images(params: dict[str, str], expected: str) -> None:
     split = {"dataset__val_fraction": "0.1"}
     runs = [record("distill", 0, 0.9, 0.9, **split), record("student", 0, 0.8, 0.8, **split)]
 
@@ -296,127 +316,119 @@ def test_a_teacher_that_may_know_the_validation_images_is_mentioned(params: dict
         teacher.tags["kdpipe.data"] = params.get("images", "abc")
         return teacher
 
-    notes = " ".join(compare(make_cells(runs), get_run).notes)
-    assert (said in notes) if said else ("validation images" not in notes)
+    notes = " ".join(compare_cells(make_cells(runs), get_run).notes)
+    assert (expected in notes) if expected else ("validation images" not in notes)
 
 
 @pytest.mark.parametrize(
-    ("other", "said"),
+    ("other", "expected"),
     [
         ({"dataset__name": "cifar10"}, "differ in their data set, dataset.name is cifar10, digits"),
         ({"train__epochs": "50"}, "differ in their budget, train.epochs is 5, 50"),
         ({"teacher__name": "resnet56"}, "differ in their teacher, teacher.name is resnet20, resnet56"),
     ],
 )
-def test_runs_of_different_data_budgets_or_teachers_are_not_compared(other: dict[str, str], said: str) -> None:
+def test_runs_of_different_data_budgets_or_teachers_are_refused(other: dict[str, str], expected: str) -> None:
     cells = make_cells([*grid(), record("distill", 0, 0.9, **other), record("student", 0, 0.9, **other)])
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=expected):
         check_comparable(cells)
     assert len(families(cells, one_teacher=True)) == 2
     for family in families(cells, one_teacher=True):
         check_comparable(family)
 
 
-def test_what_is_advised_for_runs_that_differ_can_be_done() -> None:
+def test_advice_for_refused_runs_works() -> None:
     other = record("distill", 0, 0.9)
     other.tags["kdpipe.teacher_run"] = "another"
     cells = make_cells([*grid(), other])
-    with pytest.raises(ValueError, match=r"kdpipe\.teacher_run is another, t: --where kdpipe\.teacher_run=") as refused:
-        check_comparable(cells)
-    assert "differ in their teacher" in str(refused.value)
-    check_comparable(those(cells, {"kdpipe.teacher_run": "t"}))
-    with pytest.raises(ValueError, match=r"--where train\.epochs=6: no finished run has this value; there is 5"):
-        those(cells, {"train.epochs": "6"})
-    with pytest.raises(ValueError, match="each row is all of its seeds"):
-        those(cells, {"seed": "0"})
-    some = those(cells, {"loss.alpha": "0.50"})
-    assert {cell.first.params.get("loss.alpha") for cell in some} == {None, "0.5"}  # the student alone stays
+    with pytest.raises(ValueError, match=r"loss\.alpha=0\.9: no finished run has all of these values"):
+        select_cells(cells[1:], {"kdpipe.teacher_run": "another", "loss.alpha": "0.9"})
 
 
-def test_no_cell_is_left_out_of_the_families() -> None:
+def test_every_cell_is_in_a_family() -> None:
     elsewhere = record("student", 0, 0.9, dataset__name="cifar10")
     cells = make_cells([*grid(), elsewhere, record("teacher", 0, 0.9)])
     assert {id(cell) for family in families(cells, one_teacher=True) for cell in family} == set(map(id, cells))
 
 
-def test_a_cell_is_not_the_best_for_having_the_most_seeds() -> None:
+def test_extra_seeds_do_not_make_a_cell_the_best() -> None:
     more = record("distill", 3, 0.7, 0.7, loss__alpha="0.9", loss__temperature="8")
     few = record("distill", 0, 0.99, 0.99, loss__alpha="0.9", loss__temperature="3")
-    comparison = compare(make_cells([*grid(), more, few]), teacher_run)
+    comparison = compare_cells(make_cells([*grid(), more, few]), teacher_run)
     assert comparison.best is not None
     params = comparison.best.cell.first.params
     assert (params["loss.alpha"], params["loss.temperature"]) == ("0.5", "2")
     assert comparison.notes[0] == "the best of 4 cells was chosen on validation images"
-    assert "cells without all of the seeds 0, 1, 2 were no candidates: 1" in comparison.notes
+    assert "cells without all of the seeds 0, 1, 2 were left out of the choice: 1" in comparison.notes
 
 
-def test_weights_that_changed_in_their_file_make_another_cell() -> None:
+def test_overwritten_teacher_weights_make_another_cell() -> None:
     runs = [record("distill", seed, 0.9) for seed in (0, 1)]
     for run, digest in zip(runs, ("first", "second"), strict=True):
         run.tags["kdpipe.inputs"] = f"images-student-{digest}"
     assert len(make_cells(runs)) == 2
 
 
-def test_a_thousand_runs_are_compared() -> None:
+def test_a_thousand_runs_can_be_compared() -> None:
     runs = [record("student", seed, 0.8) for seed in range(2)]
     for number in range(500):
         runs += [record("distill", seed, 0.8, 0.8, loss__temperature=str(number + 1)) for seed in range(2)]
-    comparison = compare(make_cells(runs), teacher_run)
+    comparison = compare_cells(make_cells(runs), teacher_run)
     assert len(comparison.rows) == 501
-    assert formats.as_table(comparison).count("KD alpha") > 500
-    description = formats.as_markdown([comparison])
+    assert rendering.to_text(comparison).count("KD alpha") > 500
+    description = rendering.to_markdown([comparison])
     assert len(description) < 8000
     assert description.endswith("the rest is in comparison.txt among the artifacts")
 
 
-def test_each_format_holds_every_row(tmp_path: Path) -> None:
-    comparison = compare(make_cells(grid()), teacher_run)
-    rows = list(csv.DictReader(io.StringIO(formats.as_csv([comparison]))))
+def test_each_format_has_every_row(tmp_path: Path) -> None:
+    comparison = compare_cells(make_cells(grid()), teacher_run)
+    rows = list(csv.DictReader(io.StringIO(frames.to_csv([comparison]))))
     assert [row["remark"] for row in rows] == ["", "best", "", "", ""]
-    (described,) = json.loads(formats.as_json([comparison]))
+    (described,) = json.loads(frames.to_json([comparison]))
     assert described["verdict"] == "distillation helped"
     assert [row["test_accuracy"] for row in described["rows"]] == pytest.approx(
         [float(row["test_accuracy"]) for row in rows]
     )
     assert described["gain"] == pytest.approx(0.04, abs=0.01)
-    drawn = {"heatmap.png": formats.Picture(b"a picture", "What <it> shows")}
-    page = formats.as_html("<sweep>", [comparison], [drawn])
+    drawn = {"heatmap.png": rendering.Picture(b"a picture", "What <it> shows")}
+    page = rendering.to_html("<sweep>", [comparison], [drawn])
     assert "&lt;sweep&gt;" in page
     assert "<figcaption>What &lt;it&gt; shows</figcaption>" in page
-    assert page.count("<tr") == 6 + 4  # the rows, and the best one beside its teacher
-    assert "http" not in page  # nothing from elsewhere
-    assert formats.as_markdown([comparison]).count("KD alpha") == 4
-    assert "| student distilled | 84.0" in formats.as_markdown([comparison])
-    assert formats.as_table(comparison).count("← best") == 1
+    assert page.count("<tr") == 6 + 4  # the rows, and the student summary
+    assert "http" not in page  # self-contained
+    assert rendering.to_markdown([comparison]).count("KD alpha") == 4
+    assert "| student distilled |  84.0" in rendering.to_markdown([comparison])
+    assert rendering.to_text(comparison).count("← best") == 1
 
 
-def test_the_heatmap_has_each_cell_with_its_spread_and_marks_what_includes_0() -> None:
-    comparison = compare(make_cells(grid()), teacher_run)
-    figure = pictures.heatmap(comparison)
+def test_heatmap_shows_each_gain_with_its_spread_and_marks_those_that_include_0() -> None:
+    comparison = compare_cells(make_cells(grid()), teacher_run)
+    figure = plots.heatmap(comparison)
     assert figure is not None
     validation, test = (axis for axis in figure.axes if axis.get_title())
     texts = {text.get_text() for text in test.texts}
     assert len(texts) == 4
     assert any(text.startswith("+4.0 ± ") for text in texts)
-    assert all("∘" in text.get_text() for text in validation.texts)  # the same gain for each seed: no spread
+    assert all("∘" in text.get_text() for text in validation.texts)  # same gain for each seed: no spread
     assert not any("∘" in text for text in texts)
-    assert pictures.heatmap(compare(make_cells([record("distill", 0, 0.9)]), teacher_run)) is None
+    assert plots.heatmap(compare_cells(make_cells([record("distill", 0, 0.9)]), teacher_run)) is None
 
 
-def test_pictures_are_pngs() -> None:
-    comparison = compare(make_cells(grid()), teacher_run)
+def test_plots_can_be_saved_as_png() -> None:
+    comparison = compare_cells(make_cells(grid()), teacher_run)
     steps = {seed: [(epoch, 0.5 + epoch / 100 + seed / 1000) for epoch in (1, 2, 3)] for seed in (0, 1)}
-    for figure in (pictures.pareto(comparison), pictures.curves({"student alone": steps, "student distilled": steps})):
+    for figure in (plots.pareto(comparison), plots.curves({"student alone": steps, "student distilled": steps})):
         assert figure is not None
-        assert pictures.to_png(figure).startswith(b"\x89PNG")
-    assert pictures.curves({"student alone": {0: [(1, 0.5)]}}) is None
+        assert as_png(figure).startswith(b"\x89PNG")
+    assert plots.curves({"student alone": {0: [(1, 0.5)]}}) is None
 
 
 HERE, ELSEWHERE = "cpu (2 threads), float32, on here", "cpu (8 threads), float32, on elsewhere"
 
 
 def timed(run: RunRecord, milliseconds: float, teacher: float | None = None, where: str = HERE) -> RunRecord:
-    """The run, with its network timed, and its teacher where there is one."""
+    """The run with latencies of its network and of its teacher, if any."""
     run.tags["kdpipe.timed_on"] = where
     run.metrics["model/latency_ms_1_thread"] = milliseconds
     if teacher:
@@ -426,7 +438,7 @@ def timed(run: RunRecord, milliseconds: float, teacher: float | None = None, whe
 
 
 def measured() -> list[RunRecord]:
-    """A teacher, a student alone and a distilled one, three seeds, with all that a run measures."""
+    """A teacher, a student alone and a distilled one, three seeds each, with every metric."""
     taught = replace(timed(teacher_run("t"), 8), id="t")
     taught.metrics.update({"model/size_mb": 1.4, "test/ece": 0.5})
     alone = [timed(record("student", seed, 0.80 + seed / 100), time) for seed, time in enumerate((2.2, 2.0, 90))]
@@ -441,11 +453,11 @@ def measured() -> list[RunRecord]:
     return [taught, *alone, *distilled]
 
 
-def test_the_student_stands_beside_its_teacher_with_quality_and_cost() -> None:
-    comparison = compare(make_cells(measured()), teacher_run)
-    worth = worth_of(comparison)
-    assert worth is not None
-    assert [dict(zip(worth.titles, row, strict=True)) for row in worth.rows] == [
+def test_summary_compares_quality_and_cost_of_student_and_teacher() -> None:
+    comparison = compare_cells(make_cells(measured()), teacher_run)
+    summary = summarize_student(comparison)
+    assert summary is not None
+    assert [dict(zip(summary.headings, row, strict=True)) for row in summary.rows] == [
         {
             **{"": "teacher resnet20", "test %": "96.00", "ECE %": "2.00", "loss": "0.200", "MB": "1.400"},
             **{"MFLOPs": "126.0", "ms": "9.2", "images/s": "900"},
@@ -460,63 +472,63 @@ def test_the_student_stands_beside_its_teacher_with_quality_and_cost() -> None:
             for name, test in (("alone", "81.00"), ("distilled", "84.00"))
         ),
     ]
-    assert worth.notes[-1] == f"ms for one image on one thread, images/s 64 at a time on all, timed on {HERE}"
-    table = formats.student_and_teacher(comparison)
-    assert max(map(len, table.splitlines())) < 131
-    assert table.startswith("student_cnn KD alpha 0.5 temperature 4, 3 seeds\n")
+    assert summary.notes[-1] == f"ms for one image on one thread, images/s 64 at a time on all, timed on {HERE}"
+    text = rendering.to_text(comparison)
+    assert max(map(len, text.partition("\n\n")[2].splitlines()[:7])) < 131
+    assert "\n\nstudent_cnn KD alpha 0.5 temperature 4, 3 seeds\n" in text
 
 
-def test_what_nobody_has_measured_is_no_column() -> None:
-    worth = worth_of(compare(make_cells(grid()), teacher_run))
-    assert worth is not None
-    assert worth.titles == ["", "test %", "MB", "smaller than teacher"]
-    assert worth.notes == []
+def test_summary_leaves_out_columns_without_values() -> None:
+    summary = summarize_student(compare_cells(make_cells(grid()), teacher_run))
+    assert summary is not None
+    assert summary.headings == ["", "test %", "MB", "smaller than teacher"]
+    assert summary.notes == []
     two_students = [record("distill", 0, 0.9), record("student", 0, 0.8)]
     two_students[0].tags["kdpipe.teacher_run"] = ""
     two_students[0].metrics.update({"teacher/accuracy": 0.5, "speedup/latency": 1.0})
-    comparison = compare(make_cells(two_students), teacher_run)
-    worth = worth_of(comparison)
-    assert worth is not None and comparison.teacher_accuracy is None
-    assert worth.titles == ["", "test %", "MB"]
-    assert [name for name, *_ in worth.rows] == ["student alone", "student distilled"]
-    assert "best/speedup" not in formats.best_metrics(comparison)
+    comparison = compare_cells(make_cells(two_students), teacher_run)
+    summary = summarize_student(comparison)
+    assert summary is not None and comparison.teacher_accuracy is None
+    assert summary.headings == ["", "test %", "MB"]
+    assert [name for name, *_ in summary.rows] == ["student alone", "student distilled"]
+    assert "best/speedup" not in frames.best_metrics(comparison)
 
 
-def test_a_larger_and_slower_student_is_told_so() -> None:
+def test_summary_says_if_the_student_is_larger_or_slower() -> None:
     runs = measured()
     for run in runs[4:]:
         run.metrics.update({"model/size_mb": 2.0, "speedup/latency_1_thread": 0.5})
-    worth = worth_of(compare(make_cells(runs), teacher_run))
-    assert worth is not None
-    assert worth.rows[-1][-2:] == ["it is larger", "it is slower (0.50 ×)"]
+    summary = summarize_student(compare_cells(make_cells(runs), teacher_run))
+    assert summary is not None
+    assert summary.rows[-1][-2:] == ["it is larger", "it is slower (0.50 ×)"]
 
 
-def test_a_teacher_s_accuracy_is_what_its_students_runs_have_measured() -> None:
+def test_teacher_accuracy_comes_from_the_runs_of_its_students() -> None:
     runs = [record("distill", seed, 0.9, teacher__members="2") for seed in (0, 1)]
-    assert accuracy_of_teacher(make_cells(runs)[0], teacher_run) is None  # an ensemble's, before it was measured
+    assert teacher_accuracy(make_cells(runs)[0], teacher_run) is None  # an ensemble, not measured by early versions
     for run, accuracy in zip(runs, (0.90, 0.92), strict=True):
         run.metrics["teacher/accuracy"] = accuracy
-    assert accuracy_of_teacher(make_cells(runs)[0], teacher_run) == pytest.approx(0.91)
+    assert teacher_accuracy(make_cells(runs)[0], teacher_run) == pytest.approx(0.91)
 
 
-def test_programs_are_told_of_every_metric_and_the_sweep_of_the_best() -> None:
-    comparison = compare(make_cells(measured()), teacher_run)
-    teacher, alone, distilled = formats.as_records(comparison)
+def test_frame_has_every_metric_and_the_sweep_those_of_the_best_cell() -> None:
+    comparison = compare_cells(make_cells(measured()), teacher_run)
+    teacher, alone, distilled = comparison.frame.to_dict("records")
     assert distilled["test/ece"] == pytest.approx(0.03)
     assert distilled["model/latency_ms_1_thread"] == 2.3  # the median
-    assert "teacher/flops" not in alone and teacher["timed_on"] == HERE
-    (*_, line) = csv.DictReader(io.StringIO(formats.as_csv([comparison])))
+    assert math.isnan(alone["teacher/flops"]) and teacher["timed_on"] == HERE
+    (*_, line) = csv.DictReader(io.StringIO(frames.to_csv([comparison])))
     assert float(line["speedup/latency_1_thread"]) == pytest.approx(4)
-    metrics = formats.best_metrics(comparison)
+    metrics = frames.best_metrics(comparison)
     assert metrics["best/speedup"] == pytest.approx(4)
     assert metrics["best/ece"] == pytest.approx(0.03)
     assert metrics["best/latency_ms"] == 2.3
 
 
-def test_the_same_network_has_one_latency_and_a_teacher_that_of_its_students_runs() -> None:
+def test_one_latency_for_each_network_and_the_teacher_s_from_its_students_runs() -> None:
     elsewhere = [record("distill", seed, 0.8, loss__alpha="0.9") for seed in range(3)]
     runs = [*measured(), *(timed(run, 0.1, 0.2, where=ELSEWHERE) for run in elsewhere)]
-    points = {point.name: point for point in pictures.points_of(compare(make_cells(runs), teacher_run))}
+    points = {point.name: point for point in plots.points_of(compare_cells(make_cells(runs), teacher_run))}
     one = np.median([2.2, 2.0, 90, 2.1, 2.3, 9])
     assert points["student_cnn alone"].costs == {"size": pytest.approx(0.7), "latency": pytest.approx(one)}
     decisive = points["student_cnn KD alpha 0.5 temperature 4"]
@@ -525,29 +537,29 @@ def test_the_same_network_has_one_latency_and_a_teacher_that_of_its_students_run
     assert points["resnet20 teacher"].costs == {"size": 1.4, "latency": pytest.approx(np.median([8.4, 9.2, 36]))}
 
 
-def test_a_teacher_without_a_run_of_its_own_is_a_point_too() -> None:
-    points = pictures.points_of(compare(make_cells(measured()[1:]), lambda run_id: None))
+def test_teacher_without_its_own_run_is_a_point_too() -> None:
+    points = plots.points_of(compare_cells(make_cells(measured()[1:]), lambda run_id: None))
     assert points[0].name == "resnet20 teacher"
     assert points[0].accuracy.mean == pytest.approx(0.96)
     assert points[0].costs["latency"] == pytest.approx(9.2)
-    # That of an earlier epoch stands beside what its run came to.
+    # A teacher from an earlier epoch is a point next to the final weights of its run.
     runs = measured()
     for run in runs[4:]:
         run.params["teacher.weights"] = "runs:/t/epoch_1"
-    points = pictures.points_of(compare(make_cells(runs), teacher_run))
+    points = plots.points_of(compare_cells(make_cells(runs), teacher_run))
     assert [point.accuracy.mean for point in points[:2]] == pytest.approx([0.96, 0.95])
 
 
-def test_points_of_one_title_say_in_what_they_differ() -> None:
+def test_points_with_the_same_title_say_how_they_differ() -> None:
     runs = [record("distill", 0, 0.9, optimizer__lr=rate) for rate in ("0.1", "0.2")]
-    names = {point.name for point in pictures.points_of(compare(make_cells(runs), lambda run_id: None))}
+    names = {point.name for point in plots.points_of(compare_cells(make_cells(runs), lambda run_id: None))}
     assert names == {f"student_cnn KD alpha 0.5 temperature 4 (optimizer.lr={rate})" for rate in ("0.1", "0.2")}
 
 
-def test_points_are_those_of_the_verdict_s_seeds() -> None:
+def test_decisive_points_use_the_verdict_s_seeds() -> None:
     later = [record("student", seed, 0.70) for seed in (3, 4)]
     later += [record("distill", seed, 0.75, loss__temperature="2") for seed in (3, 4)]
-    points = pictures.points_of(compare(make_cells([*grid(), *later]), teacher_run, confirm=[3, 4]))
+    points = plots.points_of(compare_cells(make_cells([*grid(), *later]), teacher_run, confirm=[3, 4]))
     assert len(points) == 6  # with the teacher
     means = {point.name: point.accuracy.mean for point in points}
     assert means["student_cnn alone"] == pytest.approx(0.70)
@@ -563,52 +575,52 @@ def test_points_are_those_of_the_verdict_s_seeds() -> None:
         ([(3, 90)], [0]),
     ],
 )
-def test_the_pareto_front_is_what_nothing_beats(places: list[tuple[float, float]], front: list[int]) -> None:
-    assert pictures.front_of(places) == front
+def test_pareto_front(places: list[tuple[float, float]], front: list[int]) -> None:
+    assert plots.front_of(places) == front
 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=12))
-def test_off_the_pareto_front_everything_is_beaten(places: list[tuple[int, int]]) -> None:
-    front = [places[number] for number in pictures.front_of(places)]
+def test_points_off_the_pareto_front_are_beaten(places: list[tuple[int, int]]) -> None:
+    front = [places[number] for number in plots.front_of(places)]
     for cost, accuracy in places:
         beaten = any(c <= cost and a >= accuracy and (c, a) != (cost, accuracy) for c, a in front)
         assert beaten != ((cost, accuracy) in front)
 
 
-def test_panels_without_values_are_left_out_and_many_points_have_no_numbers() -> None:
-    figure = pictures.pareto(compare(make_cells(measured()), teacher_run))
+def test_pareto_leaves_out_empty_panels_and_numbers_of_many_points() -> None:
+    figure = plots.pareto(compare_cells(make_cells(measured()), teacher_run))
     assert figure is not None
     size, latency = figure.axes
     assert "timed on cpu (2 threads)" in latency.get_xlabel()
     assert sorted(text.get_text() for text in size.texts) == ["1", "2", "3"]
-    figure = pictures.pareto(compare(make_cells(grid()), teacher_run))
+    figure = plots.pareto(compare_cells(make_cells(grid()), teacher_run))
     assert figure is not None and len(figure.axes) == 1
     many = [record("distill", 0, 0.8 + step / 1000, loss__temperature=str(step + 1)) for step in range(20)]
-    figure = pictures.pareto(compare(make_cells([*many, record("student", 0, 0.7)]), teacher_run))
+    figure = plots.pareto(compare_cells(make_cells([*many, record("student", 0, 0.7)]), teacher_run))
     assert figure is not None and not figure.axes[0].texts
     assert len(figure.legends[0].get_texts()) < 7
-    assert pictures.pareto(compare(make_cells([record("student", 0, 0.7)]), teacher_run)) is None
+    assert plots.pareto(compare_cells(make_cells([record("student", 0, 0.7)]), teacher_run)) is None
 
 
-def test_points_that_would_touch_stand_side_by_side() -> None:
+def test_overlapping_points_are_drawn_side_by_side() -> None:
     places = [(0.0, 0.0, -5.0, 5.0), (0.0, 6.0, 6.0, 6.0), (0.0, 90.0, 80.0, 99.0), (1.0, 3.0, 3.0, 3.0)]
-    moved = pictures.side_by_side([*places, (0.0, 20.0, 4.0, 36.0)], 10)
+    moved = plots.side_by_side([*places, (0.0, 20.0, 4.0, 36.0)], 10)
     assert moved[0] == moved[2] == 0
     first, second, _, fourth = (place[0] + aside for place, aside in zip(places, moved[:4], strict=True))
     assert min(abs(first - second), abs(first - fourth), abs(second - fourth)) >= 10
     assert abs(moved[4]) == 5  # two bars
 
 
-def answers(right: str, first: int = 0) -> bytes:
-    """predictions.csv: an image that is right for each 1, of a class whose name has a comma and a quote."""
+def predictions(right: str, first: int = 0) -> bytes:
+    """predictions.csv: an image for each digit, right for 1, of a class with a comma and quotes in its name."""
     lines = [f'{first + number},"a ""cat"", tabby",' for number in range(len(right))]
-    told = {"1": '"a ""cat"", tabby",0.9', "0": "dog,0.6"}
-    return "\n".join(["image,label,answer,probability", *map(str.__add__, lines, map(told.get, right))]).encode()
+    texts = {"1": '"a ""cat"", tabby",0.9', "0": "dog,0.6"}
+    return "\n".join(["image,label,answer,probability", *map(str.__add__, lines, map(texts.get, right))]).encode()
 
 
-class Kept:
-    """The store of an experiment, with what its runs have kept."""
+class FakeStore:
+    """A store with some artifacts, which remembers the runs it was asked for."""
 
     def __init__(self, files: dict[tuple[str, str], bytes]) -> None:
         self.files, self.asked = files, list[str]()
@@ -618,58 +630,59 @@ class Kept:
         return self.files.get((run_id, name))
 
 
-def kept(**predictions: bytes) -> Kept:
-    return Kept({(run_id, "predictions.csv"): content for run_id, content in predictions.items()})
+def store_with(**files: bytes) -> FakeStore:
+    """Predictions by run id."""
+    return FakeStore({(run_id, "predictions.csv"): content for run_id, content in files.items()})
 
 
-def test_what_was_gained_and_lost_image_by_image_is_paired_by_seed() -> None:
-    comparison = compare(make_cells(measured()), teacher_run)
-    store = kept(
-        distill0=answers("1110000000"),
-        student0=answers("0011000000"),
-        distill1=answers("1111000000"),
-        student1=answers("0001100000"),
-        distill2=answers("1111111111"),
-        student2=answers("0000000000", first=1),  # of other images
+def test_disagreement_is_paired_by_seed() -> None:
+    comparison = compare_cells(make_cells(measured()), teacher_run)
+    store = store_with(
+        distill0=predictions("1110000000"),
+        student0=predictions("0011000000"),
+        distill1=predictions("1111000000"),
+        student1=predictions("0001100000"),
+        distill2=predictions("1111111111"),
+        student2=predictions("0000000000", first=1),  # of other images
     )
-    comparison = image_by_image(comparison, store)
-    assert comparison.exchange is not None
-    assert comparison.exchange.gained == interval([0.2, 0.3])
-    assert comparison.exchange.lost == interval([0.1, 0.1])
-    assert formats.exchanged(comparison) == [
+    comparison = with_disagreement(comparison, store)
+    assert comparison.disagreement is not None
+    assert comparison.disagreement.gained == interval([0.2, 0.3])
+    assert comparison.disagreement.lost == interval([0.1, 0.1])
+    assert rendering.disagreement_sentence(comparison) == [
         "of the test images the distilled student gets 25.0 % [0.0, 88.5] right that the student alone got wrong, "
         "and 10.0 % the other way round (on 2 of 3 seeds)"
     ]
-    (sentence,) = formats.exchanged(comparison)
-    (described,) = json.loads(formats.as_json([comparison]))
+    (sentence,) = rendering.disagreement_sentence(comparison)
+    (described,) = json.loads(frames.to_json([comparison]))
     assert described["gained_images"] == pytest.approx(0.25)
     assert described["lost_images_low"] is None
-    assert sentence in formats.as_table(comparison)
-    assert sentence in formats.as_html("", [comparison], [{}])
-    assert f"- {sentence}" in formats.as_markdown([comparison])
-    assert formats.best_metrics(comparison)["best/gained_images"] == pytest.approx(0.25)
+    assert sentence in rendering.to_text(comparison)
+    assert sentence in rendering.to_html("", [comparison], [{}])
+    assert f"- {sentence}" in rendering.to_markdown([comparison])
+    assert frames.best_metrics(comparison)["best/gained_images"] == pytest.approx(0.25)
 
 
-def test_only_the_files_of_the_decisive_rows_are_read() -> None:
-    store = kept()
-    comparison = image_by_image(compare(make_cells(grid()), teacher_run), store)
-    assert comparison.exchange is None and formats.exchanged(comparison) == []
+def test_only_predictions_of_the_decisive_rows_are_read() -> None:
+    store = store_with()
+    comparison = with_disagreement(compare_cells(make_cells(grid()), teacher_run), store)
+    assert comparison.disagreement is None and rendering.disagreement_sentence(comparison) == []
     assert sorted(store.asked) == ["distill0", "distill1", "distill2"]
-    store = kept()
-    image_by_image(compare(make_cells([record("distill", 0, 0.9)]), teacher_run), store)
+    store = store_with()
+    with_disagreement(compare_cells(make_cells([record("distill", 0, 0.9)]), teacher_run), store)
     assert store.asked == []  # no student alone
 
 
 @pytest.mark.parametrize("content", [b"", b"image,label\n1,2", b"image,label,answer\n1", b"\xff"])
-def test_predictions_that_cannot_be_read_are_left_out(content: bytes, caplog: pytest.LogCaptureFixture) -> None:
-    comparison = compare(make_cells(measured()), teacher_run)
-    whole = {f"{arm}{seed}": answers("10") for arm in ("distill", "student") for seed in range(3)}
-    comparison = image_by_image(comparison, kept(**{**whole, "student1": content}))
-    assert comparison.exchange is not None and comparison.exchange.gained.number == 2
-    assert "run student1: predictions.csv: columns image, label, answer are expected" in caplog.text
+def test_unreadable_predictions_are_left_out(content: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    comparison = compare_cells(make_cells(measured()), teacher_run)
+    whole = {f"{arm}{seed}": predictions("10") for arm in ("distill", "student") for seed in range(3)}
+    comparison = with_disagreement(comparison, store_with(**{**whole, "student1": content}))
+    assert comparison.disagreement is not None and comparison.disagreement.gained.number == 2
+    assert "run student1: predictions.csv: expected columns image, label, answer" in caplog.text
 
 
-def test_the_tutorial_s_last_section(
+def test_tutorial_end_to_end(
     kdpipe: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ["dataset=digits", "train.threads=1", "train.epochs=1", "tracking.experiment=three"]
@@ -678,21 +691,21 @@ def test_the_tutorial_s_last_section(
     for experiment in ("student", "distill"):
         kdpipe(*common, f"experiment={experiment}", "model@teacher=resnet20", "teacher.depth=8")
     monkeypatch.setattr(sys, "argv", ["kdpipe-compare", "--experiment", "three"])
-    command.cli()
+    cli()
     text = capsys.readouterr().out
     for row in ("teacher resnet20", "student alone", "student distilled"):
         assert row in text
     assert "verdict: cannot tell: one seed shows nothing" in text
-    beside, costs = (
+    alone_line, distilled_line = (
         line.split() for line in text.splitlines() if line.startswith(("  student alone", "  student dist"))
     )
-    assert len(costs) >= 12  # test, ECE, loss, MB, MFLOPs, ms, images/s, 30.0 %, 3.21 ×
-    assert beside[5:] == costs[5:]
+    assert len(distilled_line) >= 12  # test, ECE, loss, MB, MFLOPs, ms, images/s, 30.0 %, 3.21 ×
+    assert alone_line[5:] == distilled_line[5:]
     gained, lost = map(float, re.findall(r"(\d+\.\d) %(?: right| the other)", text))
-    assert gained - lost == pytest.approx(float(costs[2]) - float(beside[2]), abs=0.11)
+    assert gained - lost == pytest.approx(float(distilled_line[2]) - float(alone_line[2]), abs=0.11)
 
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--format", "json"])
-    command.cli()
+    cli()
     (described,) = json.loads(capsys.readouterr().out)
     teacher, alone, distilled = described["rows"]
     assert described["gained_images"] - described["lost_images"] == pytest.approx(described["gain"])
@@ -702,8 +715,14 @@ def test_the_tutorial_s_last_section(
     assert distilled["timed_on"].startswith("cpu")
     monkeypatch.setattr(sys, "argv", sys.argv[:-2])
 
+    (comparison,) = compare_runs("three")
+    assert comparison.verdict == described["sentence"] and comparison.disagreement is not None
+    header, *_ = run_comparison(["--experiment", "three", "--format", "csv"]).split("\n")
+    assert list(comparison.frame) == header.split(",")
+    assert comparison.frame["test_accuracy"].tolist() == [row["test_accuracy"] for row in described["rows"]]
+
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--format", "html", "--out", "there"])
-    command.cli()
+    cli()
     drawn = {"pareto.png", "reliability.png", "confusion.png", "differing.png"}
     assert {file.name for file in Path("there").iterdir()} == {"comparison.html", *drawn}
     page = Path("there/comparison.html").read_text()
@@ -713,26 +732,32 @@ def test_the_tutorial_s_last_section(
     kdpipe(*common, "experiment=student", "train.batch_size=50")
     monkeypatch.setattr(sys, "argv", ["kdpipe-compare", "--experiment", "three"])
     with pytest.raises(SystemExit):
-        command.cli()
+        cli()
     assert "train.batch_size is 100, 50: --where train.batch_size=" in capsys.readouterr().err
     for more in (["--where", "train.batch_size=100"], ["--mixed"]):
         monkeypatch.setattr(sys, "argv", ["kdpipe-compare", "--experiment", "three", *more])
-        command.cli()
+        cli()
         assert "verdict: cannot tell: one seed shows nothing" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["--output-dir", "nowhere"], "nowhere/mlflow.db: MLflow store not found"),
         (["--experiment", "nothing"], "tracking.experiment=nothing: "),
         (["--experiment", "Default"], "no finished run yet"),
         (["--uri", "http://127.0.0.1:9"], "no tracking server answers there"),
-        (["--experiment", "Default", "--sweep", "abc"], "--sweep abc: there is no such sweep in Default; it has none"),
-        (["--where", "train.epochs"], "--where train.epochs: KEY=VALUE is accepted"),
-        (["--experiment", "Default", "--sweep", "a'b"], "--sweep a'b: there is no such sweep"),
-        (["--where", "train.epochs=1", "--where", "train.epochs=2"], "one value for a key is accepted"),
-        (["--out", "a_file"], "--out a_file: a folder is accepted"),
+        (
+            ["--experiment", "Default", "--sweep", "abc"],
+            "--sweep abc: not found in Default, which has no",
+        ),
+        (["--where", "train.epochs"], "--where train.epochs: expected KEY=VALUE"),
+        (["--experiment", "Default", "--sweep", "a'b"], "--sweep a'b: not found in Default"),
+        (
+            ["--where", "train.epochs=1", "--where", "train.epochs=2"],
+            "=2: expected one value for each key",
+        ),
+        (["--out", "a_file"], "--out a_file: this is a file; expected a folder"),
     ],
 )
 def test_bad_input_ends_in_one_line(
@@ -740,20 +765,25 @@ def test_bad_input_ends_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
-    said: str,
+    expected: str,
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["kdpipe-compare", *arguments])
     Path("a_file").touch()
     with pytest.raises(SystemExit) as end:
-        command.cli()
+        cli()
     assert end.value.code == 1
     errors = capsys.readouterr().err
-    assert said in errors
+    assert expected in errors
     assert errors.count("\n") == 1
     assert not Path("nowhere").exists()
 
 
-def test_rows_say_in_which_settings_they_differ() -> None:
+def test_importing_the_package_does_not_import_mlflow() -> None:
+    code = "import sys, kdpipe.compare; sys.exit(bool({'mlflow', 'torch', 'pandas'} & sys.modules.keys()))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_rows_list_the_settings_in_which_they_differ() -> None:
     cells = make_cells([record("student", 0, 0.8, optimizer__lr=rate) for rate in ("0.001", "0.01")])
     assert differences(cells) == ["optimizer.lr=0.001", "optimizer.lr=0.01"]
     assert differences(cells[:1]) == [""]

@@ -1,4 +1,4 @@
-"""Class folders and Kaggle's Dogs vs. Cats: what is read, what is refused, and what is decoded only once."""
+"""Class folders and Kaggle's Dogs vs. Cats: what is read, what is an error, and what is decoded only once."""
 
 import logging
 import multiprocessing
@@ -205,7 +205,7 @@ def test_images_keep_their_size_where_all_have_one(class_folders: Path, load):
     assert torch.equal(source.images, images_below(class_folders))
 
 
-def test_images_of_several_sizes_are_refused_without_an_image_size(class_folders: Path, photo, load):
+def test_images_of_several_sizes_need_an_image_size(class_folders: Path, photo, load):
     photo(0, 3, (40, 24)).save(class_folders / "temple" / "03.jpg")
     with pytest.raises(ValueError) as error:
         load(class_folders)
@@ -215,7 +215,7 @@ def test_images_of_several_sizes_are_refused_without_an_image_size(class_folders
     )
 
 
-def test_images_of_several_sizes_become_squares_of_the_image_size(class_folders: Path, photo, load):
+def test_images_of_several_sizes_are_resized_to_squares(class_folders: Path, photo, load):
     photo(0, 3, (40, 24)).save(class_folders / "temple" / "03.png")
     (class_folders / "temple" / "03.jpg").unlink()
     source = load(class_folders, image_size=16)
@@ -265,7 +265,7 @@ def spoil(class_folders: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("image_size", [None, 16])
-def test_every_file_that_is_no_image_is_named_and_nothing_is_kept(class_folders, load, cache, image_size):
+def test_all_bad_files_are_named_and_nothing_is_cached(class_folders, load, cache, image_size):
     bad = spoil(class_folders)
     with pytest.raises(ValueError) as error:
         load(class_folders, image_size)
@@ -320,7 +320,7 @@ def test_skip_keeps_the_splits_right(split_folders: Path, load):
     assert torch.equal(skipped.images[skipped.given["test"]], images_below(split_folders / "test"))
 
 
-def test_the_number_of_skipped_files_is_said_each_time(class_folders: Path, load, caplog):
+def test_the_number_of_skipped_files_is_logged_each_time(class_folders: Path, load, caplog):
     spoil(class_folders)
     for _ in range(2):
         caplog.clear()
@@ -329,14 +329,14 @@ def test_the_number_of_skipped_files_is_said_each_time(class_folders: Path, load
         assert "4 of 41 files" in caplog.text
 
 
-def test_what_was_skipped_once_still_stops_a_run_that_does_not_skip(class_folders: Path, load):
+def test_files_skipped_once_still_stop_a_run_that_does_not_skip(class_folders: Path, load):
     spoil(class_folders)
     load(class_folders, on_bad_image="skip")
     with pytest.raises(ValueError, match="4 of 41 files are not readable images"):
         load(class_folders, on_bad_image="stop")
 
 
-def test_a_class_that_has_only_bad_files_is_refused_although_they_are_skipped(class_folders: Path, load):
+def test_a_class_with_bad_files_only_is_an_error_even_if_they_are_skipped(class_folders: Path, load):
     for path in (class_folders / "temple").iterdir():
         path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"^root: class temple has no readable image; expected at least one$"):
@@ -351,19 +351,19 @@ def test_a_class_that_has_only_bad_files_is_refused_although_they_are_skipped(cl
         (None, "ignore", r"^on_bad_image=ignore: expected one of stop, skip$"),
     ],
 )
-def test_settings_out_of_their_range_are_refused(class_folders: Path, load, image_size, on_bad_image, message):
+def test_settings_out_of_range_are_errors(class_folders: Path, load, image_size, on_bad_image, message):
     with pytest.raises(ValueError, match=message):
         load(class_folders, image_size, on_bad_image)
 
 
-def test_an_empty_class_folder_is_refused(class_folders: Path, load):
+def test_an_empty_class_folder_is_an_error(class_folders: Path, load):
     (class_folders / "zebra").mkdir()
     with pytest.raises(ValueError, match=r"^root=.*: the class folder .*zebra is empty"):
         load(class_folders)
 
 
 @pytest.mark.parametrize("part", ["val", "test"])
-def test_a_class_that_the_training_images_lack_is_refused(split_folders: Path, load, part):
+def test_a_class_without_training_images_is_an_error(split_folders: Path, load, part):
     (split_folders / "train" / "temple").rename(split_folders / "train" / "zebra")
     for other in {"val", "test"} - {part}:
         shutil.rmtree(split_folders / other)
@@ -377,13 +377,13 @@ def test_a_class_without_test_images_is_fine(split_folders: Path, load):
     assert source.labels[source.given["test"]].tolist() == [0, 0, 0]
 
 
-def test_a_folder_that_is_not_there_is_refused(tmp_path: Path, load):
+def test_a_missing_folder_is_an_error(tmp_path: Path, load):
     with pytest.raises(ValueError, match=r"^root=.*nowhere: no such folder; expected a folder with class folders"):
         load(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("classes", [0, 1])
-def test_fewer_than_two_classes_are_refused(class_folders: Path, load, classes):
+def test_fewer_than_two_classes_are_an_error(class_folders: Path, load, classes):
     for class_name in ("flower", "temple")[classes:]:
         shutil.rmtree(class_folders / class_name)
     with pytest.raises(ValueError, match=rf"^root=.* has {classes}; expected two or more class folders"):
@@ -393,7 +393,7 @@ def test_fewer_than_two_classes_are_refused(class_folders: Path, load, classes):
 @pytest.mark.parametrize(
     "remains", [".DS_Store", "temple/.DS_Store", "temple/._00.jpg", "temple/Thumbs.db", "flower/desktop.ini"]
 )
-def test_what_an_operating_system_leaves_behind_is_no_image(class_folders: Path, load, remains):
+def test_files_left_by_operating_systems_are_ignored(class_folders: Path, load, remains):
     before = load(class_folders)
     (class_folders / remains).write_bytes(b"no image")
     assert same(load(class_folders), before)
@@ -405,6 +405,11 @@ def test_hidden_folders_are_ignored(class_folders: Path, load, hidden):
     (class_folders / hidden).mkdir(parents=True)
     shutil.copy(class_folders / "temple" / "00.jpg", class_folders / hidden / "00-checkpoint.jpg")
     assert same(load(class_folders), before)
+
+
+def test_files_are_decoded_alike_however_many_may_wait(class_folders: Path, load, monkeypatch):
+    monkeypatch.setattr("kdpipe.data.decode.QUEUED", 7)
+    assert torch.equal(load(class_folders).images, images_below(class_folders))
 
 
 def test_a_second_load_reads_no_image(class_folders: Path, load, monkeypatch):
@@ -539,12 +544,12 @@ def test_a_damaged_entry_is_decoded_again(class_folders: Path, load, cache, tear
     assert len(entries(cache)) == 1
 
 
-def test_what_is_written_into_the_images_does_not_reach_the_cache(class_folders: Path, load):
+def test_writes_to_the_images_do_not_reach_the_cache(class_folders: Path, load):
     load(class_folders).images.zero_()
     assert torch.equal(load(class_folders).images, images_below(class_folders))
 
 
-def decode_beside_another(root: Path, cache: Path, reads: Path, both_ready: Barrier) -> None:
+def decode_concurrently(root: Path, cache: Path, reads: Path, both_ready: Barrier) -> None:
     """Load 40 slow files, leaving a line in `reads` for each one that is read."""
 
     def reader(path: Path) -> Callable[[], bytes]:
@@ -564,12 +569,12 @@ def decode_beside_another(root: Path, cache: Path, reads: Path, both_ready: Barr
     decoded_source(files, ("flower", "temple"), image_size=32, on_bad_image="stop", cache_dir=str(cache))
 
 
-def test_two_processes_at_once_decode_once_and_both_go_on(class_folders: Path, tmp_path: Path, cache):
+def test_two_concurrent_processes_decode_once(class_folders: Path, tmp_path: Path, cache):
     # A fork has PyTorch imported already, which saves seconds, but is safe on Linux only.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     both_ready, reads = context.Barrier(2), tmp_path / "reads"
     arguments = (class_folders, cache, reads, both_ready)
-    processes = [context.Process(target=decode_beside_another, args=arguments, daemon=True) for _ in range(2)]
+    processes = [context.Process(target=decode_concurrently, args=arguments, daemon=True) for _ in range(2)]
     for process in processes:
         process.start()
     for process in processes:
@@ -632,7 +637,7 @@ def test_kaggles_test_images_and_other_files_are_not_used(kaggle: Path, photo, l
     assert same(load_kaggle(kaggle), before)
 
 
-def test_files_that_lie_unpacked_come_before_an_archive(kaggle: Path, load_kaggle):
+def test_unpacked_files_take_precedence_over_an_archive(kaggle: Path, load_kaggle):
     before = load_kaggle(kaggle)
     (kaggle / "train.zip").write_bytes(b"no archive")
     assert same(load_kaggle(kaggle), before)
@@ -720,7 +725,7 @@ def test_a_second_load_of_an_archive_reads_no_member(kaggle: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("leftover", [None, "cat", "dog"])
-def test_a_folder_without_cats_or_without_dogs_is_refused(kaggle: Path, load_kaggle, leftover):
+def test_a_folder_without_cats_or_without_dogs_is_an_error(kaggle: Path, load_kaggle, leftover):
     for path in (kaggle / "train").iterdir():
         if path.name.split(".")[0] != leftover:
             path.unlink()
@@ -729,7 +734,7 @@ def test_a_folder_without_cats_or_without_dogs_is_refused(kaggle: Path, load_kag
         load_kaggle(kaggle)
 
 
-def test_nothing_at_the_root_is_said(tmp_path: Path, load_kaggle):
+def test_a_missing_root_is_an_error(tmp_path: Path, load_kaggle):
     with pytest.raises(ValueError, match=r"^root=.*nowhere: no such file or folder; expected Kaggle's train folder"):
         load_kaggle(tmp_path / "nowhere")
 
@@ -772,7 +777,7 @@ def test_a_test_folder_without_a_readable_image_is_not_replaced_by_training_imag
         load(split_folders, on_bad_image="skip")
 
 
-def test_memory_that_runs_out_is_no_bad_image(class_folders: Path, load, monkeypatch):
+def test_out_of_memory_is_not_a_bad_image(class_folders: Path, load, monkeypatch):
     def out_of_memory(image: Image.Image) -> Image.Image:
         raise MemoryError
 
@@ -786,7 +791,7 @@ def test_memory_that_runs_out_is_no_bad_image(class_folders: Path, load, monkeyp
     ["../dog.9.jpg", "train/../../dog.9.jpg", "/etc/dog.9.jpg", "C:/dog.9.jpg", r"\\host\dog.9.jpg", r"..\dog.9.jpg"],
 )
 @pytest.mark.parametrize("nested", [False, True], ids=["train.zip", "dogs-vs-cats.zip"])
-def test_an_archive_that_reaches_out_of_its_folder_is_refused(kaggle, tmp_path, load_kaggle, name, nested):
+def test_an_archive_with_members_outside_its_folder_is_an_error(kaggle, tmp_path, load_kaggle, name, nested):
     archive = zip_of(kaggle, tmp_path / "train.zip")
     with zipfile.ZipFile(archive, "a") as packed:
         packed.writestr(name, b"")
@@ -818,7 +823,7 @@ def peak() -> Iterator[Callable[[], int]]:
     tracemalloc.stop()
 
 
-def test_a_member_is_not_read_where_it_says_that_it_is_too_large(kaggle, tmp_path, load_kaggle):
+def test_a_member_that_claims_to_be_too_large_is_not_read(kaggle, tmp_path, load_kaggle):
     archive = zip_of(kaggle, tmp_path / "train.zip")
     claim_size(archive, "train/dog.3.jpg", MAX_BYTES + 1)
     with pytest.raises(ValueError, match=r"1 of 12 files .*dog\.3\.jpg \(.* has 256 MB; expected at most 256 MB\)"):
@@ -826,7 +831,7 @@ def test_a_member_is_not_read_where_it_says_that_it_is_too_large(kaggle, tmp_pat
     assert len(load_kaggle(archive, on_bad_image="skip").images) == 11
 
 
-def test_a_member_gives_no_more_than_it_says(kaggle, tmp_path, load_kaggle, peak):
+def test_no_more_of_a_member_is_read_than_it_claims_to_have(kaggle, tmp_path, load_kaggle, peak):
     (kaggle / "train" / "dog.3.jpg").write_bytes(bytes(50_000_000))
     archive = zip_of(kaggle, tmp_path / "train.zip", zipfile.ZIP_DEFLATED)
     claim_size(archive, "train/dog.3.jpg", 1000)
@@ -844,7 +849,7 @@ def test_a_nested_archive_that_is_too_large_is_not_read(kaggle, tmp_path, load_k
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_packing_whose_size_cannot_be_limited_is_refused(kaggle, tmp_path, load_kaggle, compression):
+def test_compression_whose_output_cannot_be_limited_is_an_error(kaggle, tmp_path, load_kaggle, compression):
     with pytest.raises(ValueError, match=r"12 of 12 files .* is packed with method"):
         load_kaggle(zip_of(kaggle, tmp_path / "train.zip", compression))
 
@@ -874,7 +879,7 @@ def test_a_large_file_is_not_read(class_folders: Path, load, peak):
 
 
 @pytest.mark.parametrize("format_name", ["EPS", "ICO", "TGA", "PCX"])
-def test_what_no_photo_comes_in_is_no_image(class_folders: Path, photo, load, format_name):
+def test_formats_that_are_not_for_photos_are_not_images(class_folders: Path, photo, load, format_name):
     photo(0, 0).save(class_folders / "temple" / "00.img", format_name)
     with pytest.raises(ValueError, match=r"1 of 41 files .* temple/00\.img \(unknown image format\)"):
         load(class_folders)
@@ -888,7 +893,7 @@ def test_of_several_frames_the_first_is_read(class_folders: Path, photo, load, s
     assert torch.equal(load(class_folders).images[20], pixels(photo(0, 0)))
 
 
-def test_what_is_no_file_is_passed_over(class_folders: Path, load):
+def test_pipes_and_broken_links_are_ignored(class_folders: Path, load):
     before = load(class_folders)
     os.mkfifo(class_folders / "temple" / "pipe.jpg")  # reading it would take for ever
     (class_folders / "temple" / "broken.jpg").symlink_to("nowhere")
@@ -902,13 +907,13 @@ def test_a_linked_class_folder_is_read(class_folders: Path, tmp_path: Path, load
     assert same(load(class_folders), before)
 
 
-def test_links_that_go_round_in_circles_are_named(class_folders: Path, load):
+def test_cyclic_links_are_named(class_folders: Path, load):
     (class_folders / "temple" / "again").symlink_to(class_folders / "temple")
     with pytest.raises(ValueError, match=r"^root: .*temple/again is a link to a folder that was read already"):
         load(class_folders)
 
 
-def test_a_name_that_is_no_text_is_refused(class_folders: Path, load):
+def test_a_file_name_that_is_not_utf_8_is_an_error(class_folders: Path, load):
     (class_folders / "temple").rename(class_folders / os.fsdecode(b"temp\xffle"))
     with pytest.raises(ValueError, match=r"^root: .*temp\\udcffle.* is not; expected file names in UTF-8") as error:
         load(class_folders)
@@ -916,6 +921,6 @@ def test_a_name_that_is_no_text_is_refused(class_folders: Path, load):
 
 
 @pytest.mark.parametrize("name", ["a\nb", "ünï 猫", "${oc.env:HOME}", "a=b,c", "'\\"])
-def test_a_class_may_have_any_name_that_is_text(class_folders: Path, load, name):
+def test_a_class_may_have_any_name_in_utf_8(class_folders: Path, load, name):
     (class_folders / "temple").rename(class_folders / name)
     assert set(load(class_folders).class_names) == {"flower", name}

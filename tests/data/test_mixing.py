@@ -1,4 +1,4 @@
-"""MixUp and CutMix: what is mixed with what, and that student and teacher see the same."""
+"""MixUp and CutMix: what is mixed, and that student and teacher see the same images."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ LABELS = torch.tensor([0, 1, 2, 3, 0, 1])
 
 
 def shares_of_the_first(labels: Tensor) -> Tensor:
-    """The share of the first of both images in each mixed one, told from labels that differ."""
+    """The share of the first of both images in each mixed one, from labels that differ."""
     return labels[torch.arange(6), LABELS]
 
 
@@ -30,7 +30,7 @@ def test_mixup_weighs_both_images_and_both_labels_alike() -> None:
     torch.testing.assert_close(labels, share * one_hot + (1 - share) * one_hot.roll(1, 0))
 
 
-def test_cutmix_pastes_a_rectangle_and_its_area_is_the_other_labels_share() -> None:
+def test_cutmix_pastes_a_rectangle_and_weights_the_labels_by_its_area() -> None:
     mixing = Mixing(mixup=None, cutmix=1, num_classes=4, seed=0)
     found = set()
     for step in range(20):
@@ -44,7 +44,7 @@ def test_cutmix_pastes_a_rectangle_and_its_area_is_the_other_labels_share() -> N
     assert len(found) > 5
 
 
-def test_with_both_each_step_takes_one_of_them() -> None:
+def test_with_both_each_step_uses_one_of_them() -> None:
     mixing = Mixing(mixup=1, cutmix=1, num_classes=4, seed=0)
     cut = 0
     for step in range(40):
@@ -63,7 +63,7 @@ def test_the_shares_depend_on_seed_epoch_and_step_alone() -> None:
         assert not torch.equal(drawn(0, 1, 2), drawn(*other))
 
 
-def test_mixing_leaves_the_generators_of_others_alone() -> None:
+def test_mixing_does_not_change_the_global_generators() -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
@@ -99,7 +99,7 @@ def test_student_and_teacher_see_the_same_mixed_images() -> None:
     assert 0 <= metrics["train/accuracy"] <= 1
 
 
-def test_a_whole_run_mixes_and_asks_the_teacher_anew_in_each_epoch(kdpipe: Callable) -> None:
+def test_a_run_with_mixing_computes_the_teachers_outputs_in_each_epoch(kdpipe: Callable) -> None:
     small = ["dataset=digits", "dataset.train_fraction=0.3", "train.threads=1", "train.epochs=1"]
     assert kdpipe(*small, "experiment=teacher", "model=resnet20").status == 0
     done = kdpipe(*small, "model@teacher=resnet20", "train.mixup=0.2", "train.cutmix=1")
@@ -108,7 +108,7 @@ def test_a_whole_run_mixes_and_asks_the_teacher_anew_in_each_epoch(kdpipe: Calla
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "expected"),
     [
         (["train.mixup=0"], "train.mixup=0: a number above 0 is accepted"),
         (["train.cutmix=yes"], "train.cutmix=yes: a number above 0 is accepted"),
@@ -120,6 +120,6 @@ def test_a_whole_run_mixes_and_asks_the_teacher_anew_in_each_epoch(kdpipe: Calla
     ],
     ids=str,
 )
-def test_what_does_not_go_with_mixing_is_refused(kdpipe: Callable, overrides: list[str], said: str) -> None:
+def test_what_cannot_be_combined_with_mixing_is_an_error(kdpipe: Callable, overrides: list[str], expected: str) -> None:
     done = kdpipe("dataset=digits", *overrides)
-    assert done.status == 1 and said in done.errors
+    assert done.status == 1 and expected in done.errors

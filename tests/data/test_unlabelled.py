@@ -99,7 +99,7 @@ def test_unlabelled_images_change_a_distilled_run_but_not_the_baseline(
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected"),
     [
         (lambda root: "elsewhere", "unlabelled_root=elsewhere: no such folder; expected a folder with images"),
         (lambda root: root / "deeper" / "empty", "empty: no file in this folder; expected a folder with images"),
@@ -108,13 +108,13 @@ def test_unlabelled_images_change_a_distilled_run_but_not_the_baseline(
     ids=["no folder", "empty", "no image"],
 )
 def test_bad_folders_are_one_line_errors(
-    kdpipe: Callable, class_folders: Path, more: Path, change: Callable, said: str
+    kdpipe: Callable, class_folders: Path, more: Path, change: Callable, expected: str
 ) -> None:
     (more / "deeper/empty").mkdir()
     (more / "99.jpg").touch()
     assert kdpipe("experiment=teacher", *SHORT).status == 0
     done = kdpipe("model@teacher=resnet20", *SHORT, f"dataset.unlabelled_root={change(more)}")
-    assert done.status == 1 and said in done.errors
+    assert done.status == 1 and expected in done.errors
     assert len(done.errors.splitlines()) == 1
 
 

@@ -19,9 +19,9 @@ from kdpipe.evaluation.exam import (
     Exam,
     _most_differing,
     caveats,
-    check_logits,
-    class_table,
-    prediction_table,
+    check_finite,
+    class_frame,
+    prediction_frame,
     write_exam,
 )
 from kdpipe.evaluation.figures import as_png, draw_confusion
@@ -49,16 +49,16 @@ def exam(**changes: torch.Tensor | None) -> tuple[Exam, ImageDataset]:
 
 def test_predictions_have_a_line_for_each_image() -> None:
     taken, data = exam()
-    table = prediction_table(taken, data.class_names)
+    table = prediction_frame(taken, data.class_names)
     assert [*table] == ["image", "label", "answer", "probability", "teacher_answer", "teacher_probability"]
     assert [*table.loc[1]] == [3, "cat", "dog, large", "0.9094", "cat", "0.9998"]
     alone, _ = exam(teacher=None)
-    assert [*prediction_table(alone, data.class_names).loc[1]] == [3, "cat", "dog, large", "0.9094"]
+    assert [*prediction_frame(alone, data.class_names).loc[1]] == [3, "cat", "dog, large", "0.9094"]
 
 
 def test_classes_have_a_line_each_with_what_they_are_mistaken_for() -> None:
     taken, data = exam()
-    table = class_table(taken, data.class_names)
+    table = class_frame(taken, data.class_names)
     assert [*table] == ["class", "images", "accuracy", "teacher_accuracy", "mistaken_for", "mistaken"]
     assert table.to_numpy().tolist() == [
         ["cat", 2, "0.5000", "1.0000", "dog, large", 1],
@@ -69,7 +69,7 @@ def test_classes_have_a_line_each_with_what_they_are_mistaken_for() -> None:
 
 def test_a_class_without_test_images_is_no_error() -> None:
     taken, data = exam(labels=torch.tensor([0, 0, 1, 1, 1]))
-    assert [*class_table(taken, data.class_names).loc[2]] == ["$x$ 鳥", 0, "", "", "", 0]
+    assert [*class_frame(taken, data.class_names).loc[2]] == ["$x$ 鳥", 0, "", "", "", 0]
     assert taken.metrics()["test/accuracy"] == 0.4
 
 
@@ -101,9 +101,9 @@ def test_a_confusion_matrix_of_any_number_of_classes_can_be_drawn(classes: int) 
 def test_the_image_with_the_largest_difference_comes_first() -> None:
     """The second one, at position 3: they agree on all others, on a wrong answer, too."""
     taken, data = exam()
-    images, told = _most_differing(taken, taken.teacher, data)
-    assert told[0] == ("cat", "dog, large", "0.9094", "cat", "0.9998")
-    assert torch.equal(images[0], data.images[3]) and len(images) == len(told) == 5
+    images, captions = _most_differing(taken, taken.teacher, data)
+    assert captions[0] == ("cat", "dog, large", "0.9094", "cat", "0.9998")
+    assert torch.equal(images[0], data.images[3]) and len(images) == len(captions) == 5
 
 
 def test_the_end_of_a_run(kdpipe: Callable, tmp_path: Path) -> None:
@@ -111,14 +111,14 @@ def test_the_end_of_a_run(kdpipe: Callable, tmp_path: Path) -> None:
     assert kdpipe(*TEACHER).status == 0
     outcome = kdpipe(*DISTILL, "evaluation.pictures=true", "evaluation.timing_seconds=0.1")
     assert outcome.status == 0, outcome.errors
-    for said in (
+    for expected in (
         "calibration error",
         "agrees with it",
         "MFLOP",
         "times less / faster",
         "ms for an image, median (95 %), one thread",
     ):
-        assert said in outcome.output
+        assert expected in outcome.output
     client = MlflowClient(f"sqlite:///{tmp_path / 'outputs' / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("kdpipe").experiment_id
     (run,) = client.search_runs([experiment], "tags.`kdpipe.stage` = 'distill'")
@@ -137,8 +137,8 @@ def test_the_end_of_a_run(kdpipe: Callable, tmp_path: Path) -> None:
     assert sum(right) / len(lines) == pytest.approx(metrics["test/accuracy"])
     assert sum(agree) / len(lines) == pytest.approx(metrics["teacher/agreement"])
 
-    said = measure_cost(cost_arguments([run.info.run_id, "--seconds", "0.2"]))
-    assert "resnet20" in said and "student_cnn" in said and f"logged to run {run.info.run_id}" in said
+    output = measure_cost(cost_arguments([run.info.run_id, "--seconds", "0.2"]))
+    assert "resnet20" in output and "student_cnn" in output and f"logged to run {run.info.run_id}" in output
     after = client.get_run(run.info.run_id)
     assert after.info.status == "FINISHED" and after.info.end_time == run.info.end_time
     assert after.data.metrics["model/flops"] == metrics["model/flops"]
@@ -153,16 +153,16 @@ def test_times_of_a_student_whose_teacher_is_gone_are_not_logged(
 
     monkeypatch.setattr("kdpipe.assembly.finished_runs.open_teacher", gone)
     before = MlflowClient(taught.uri).get_run(taught.student).data
-    told = measure_cost(cost_arguments([taught.student, "--uri", taught.uri, "--seconds", "0.1"]))
-    assert "student_cnn" in told and "resnet20" not in told
-    assert "without its teacher, which cannot be opened: teacher.weights=teacher.pt: there is no such file" in told
-    assert told.endswith("; not logged")
+    output = measure_cost(cost_arguments([taught.student, "--uri", taught.uri, "--seconds", "0.1"]))
+    assert "student_cnn" in output and "resnet20" not in output
+    assert "without its teacher, which cannot be opened: teacher.weights=teacher.pt: there is no such file" in output
+    assert output.endswith("; not logged")
     after = MlflowClient(taught.uri).get_run(taught.student).data
     assert (after.metrics, after.tags) == (before.metrics, before.tags)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "expected"),
     [
         (["nothing"], "runs:/nothing: there is no such run in "),
         (["nothing", "--seconds", "0"], "--seconds 0.0: expected a number above 0"),
@@ -171,10 +171,10 @@ def test_times_of_a_student_whose_teacher_is_gone_are_not_logged(
         (["nothing", "--uri", "sqlite:///nowhere.db"], "nowhere.db: MLflow store not found"),
     ],
 )
-def test_bad_arguments_are_one_line_errors(kdpipe: Callable, words: list[str], said: str) -> None:
+def test_bad_arguments_are_one_line_errors(kdpipe: Callable, words: list[str], expected: str) -> None:
     with pytest.raises(ValueError) as error:
         measure_cost(cost_arguments(words))
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert expected in str(error.value) and "\n" not in str(error.value)
 
 
 def test_the_trained_head_of_a_frozen_backbone_is_examined(kdpipe: Callable, tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
     logits = torch.zeros(5, 3)
     logits[2, 1] = torch.nan
     with pytest.raises(ValueError, match=r"^the teacher resnet20 has .* NaN or infinite for 1 of 5 test images$"):
-        check_logits("the teacher resnet20", logits)
+        check_finite("the teacher resnet20", logits)
 
 
 @pytest.mark.parametrize("run", [evaluate, logits_of])

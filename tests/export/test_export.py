@@ -22,7 +22,7 @@ from kdpipe.assembly.finished_runs import blank_images, open_run, open_teacher
 from kdpipe.assembly.networks import build_network
 from kdpipe.export import exporting, quantize
 from kdpipe.export.predictor import numpy_forward, open_onnx, open_predictor, open_program
-from kdpipe.export.verification import check_accuracy, check_logits, subsample
+from kdpipe.export.verification import check_int8_accuracy, check_same_logits, subsample
 from kdpipe.export.writers import trace_classifier, write_onnx, write_program
 from kdpipe.tracking import RunStore
 
@@ -115,7 +115,7 @@ def test_exported_networks_of_all_families_compute_the_same(
     expected = numpy_forward(classifier)(images)
     for opened in (open_onnx(tmp_path / "model.onnx"), open_program(tmp_path / "model.pt2", trust=True)):
         for count in (1, 2, 7):
-            check_logits(opened.forward(images[:count]), expected[:count])
+            check_same_logits(opened.forward(images[:count]), expected[:count])
     nodes = onnx.load(tmp_path / "model.onnx").graph.node
     assert not any(node.metadata_props for node in nodes)  # a tenth of a small file
     if name == "student_cnn":
@@ -270,16 +270,16 @@ EXPECTED = np.array([[4.0, 0, 0], [0, 1, 0.999], [0, 0, 9]], np.float32)
 )
 def test_which_logits_count_as_the_same(logits: np.ndarray, problem: str | None) -> None:
     with nullcontext() if problem is None else pytest.raises(ValueError, match=problem):
-        check_logits(logits, EXPECTED)
+        check_same_logits(logits, EXPECTED)
 
 
 def test_the_accuracy_that_int8_may_lose() -> None:
     labels = np.array([0, 1, 2])
     worse = EXPECTED[[0, 1, 0]]
-    check_accuracy(worse, EXPECTED, labels, max_loss=40)
-    check_accuracy(EXPECTED, EXPECTED, labels, max_loss=0)
+    check_int8_accuracy(worse, EXPECTED, labels, max_loss=40)
+    check_int8_accuracy(EXPECTED, EXPECTED, labels, max_loss=0)
     with pytest.raises(ValueError, match=r"a loss of 33\.33 points, more than --max-loss 33"):
-        check_accuracy(worse, EXPECTED, labels, max_loss=33)
+        check_int8_accuracy(worse, EXPECTED, labels, max_loss=33)
 
 
 def test_checked_images_are_spread_over_the_split() -> None:
@@ -300,10 +300,10 @@ def test_checked_images_are_spread_over_the_split() -> None:
             "--register digits: registers the ONNX model, so add --format onnx",
         ),
         (["--out", "x", "--uri", "sqlite:///none.db"], "none.db: MLflow store not found"),
-        (["--out", "x", "--register", "a/b"], "--register a/b: a name without / and : is accepted"),
+        (["--out", "x", "--register", "a/b"], "--register a/b: expected a name without / and :"),
         (
             ["--out", "x", "--register", "a", "--alias", "v1"],
-            "--alias v1: letters, digits, - and _ are accepted, but not latest",
+            "--alias v1: expected letters, digits, - and _, but not latest",
         ),
     ],
 )

@@ -8,10 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from kdpipe.assembly.building import build
 from kdpipe.losses.outputs import ROLES, Outputs
 from kdpipe.models.densenet import densenet121
 from kdpipe.models.mobilenetv2 import Block as BottleneckBlock
@@ -22,7 +21,8 @@ from kdpipe.models.timm import classifier as timm_classifier
 from kdpipe.models.torchvision import classifier as torchvision_classifier
 from kdpipe.models.vgg import VGG
 from kdpipe.models.wrn import Block, WideResNet
-from kdpipe.settings import config as settings
+from kdpipe.settings.composition import compose_settings
+from kdpipe.settings.schema import NetworkSettings
 from kdpipe.training.observed import Observed
 
 PARAMETERS = {  # with 100 classes; of the ResNets from 20 to 110 with shortcut B
@@ -62,12 +62,11 @@ SHAPES = {
 @cache
 def network(name: str) -> nn.Module:
     """A network of conf/model for 100 classes."""
-    yaml = OmegaConf.load(settings.CONF / "model" / f"{name}.yaml")
-    arguments = {key: value for key, value in yaml.items() if key not in settings.NOT_ARCHITECTURE}
-    if arguments.get("shortcut") == "A":
-        arguments["shortcut"] = "B"
+    model = compose_settings([f"model={name}"]).model
+    if model.arguments.get("shortcut") == "A":
+        model = NetworkSettings.model_validate({**model.plain, "shortcut": "B"})
     torch.manual_seed(0)
-    return instantiate(arguments, num_classes=100)
+    return build("model", model, num_classes=100)
 
 
 def observe(network: nn.Module, images: Tensor, *roles: str) -> Outputs:

@@ -12,7 +12,7 @@ from threading import Event, Thread
 
 import pytest
 
-from kdpipe.runs.claim import ClaimedError, claim, locked, wait_until_free, worker_of_ours
+from kdpipe.runs.claim import ClaimedError, claim, locked, wait_until_free, worker_pid
 from kdpipe.runs.journal import Journal
 from kdpipe.tracking import Tracker
 
@@ -39,10 +39,10 @@ def test_a_run_that_another_process_has_is_refused_with_its_number(
 ) -> None:
     with pytest.raises(ClaimedError, match=rf"process {holder.pid} on .* has this run in progress"), claim(tmp_path):
         pass
-    assert worker_of_ours(tmp_path) == holder.pid
+    assert worker_pid(tmp_path) == holder.pid
     holder.here.send("leave")
     wait_until_free(tmp_path)
-    assert worker_of_ours(tmp_path) is None
+    assert worker_pid(tmp_path) is None
     with claim(tmp_path):
         pass
 
@@ -79,6 +79,6 @@ def test_a_run_left_by_another_machine_is_not_put_right_here(empty_store: Path, 
         run_id = tracker.client.create_run(tracker.experiment_id).info.run_id
         Journal(folder, tracker.uri, run_id, {}).write()
         (folder / "owner.json").write_text(json.dumps({"pid": 1, "host": host}))
-        tracker.settle_all(tmp_path / "runs")
+        tracker.recover_all(tmp_path / "runs")
         statuses.append(tracker.client.get_run(run_id).info.status)
     assert statuses == ["KILLED", "RUNNING"]

@@ -1,5 +1,6 @@
-"""Entries of the cache: made once, there as a whole or not at all, also on a disk that is full or read-only."""
+"""Entries of the cache: made once, complete or absent, also on a disk that is full or read-only."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from kdpipe import cache
-from kdpipe.system.disk_cache import ensure_entry, mapped_array, new_array
+from kdpipe.system.disk_cache import array_digest, ensure_entry, mapped_array, new_array
 
 
 def is_there(entry: Path) -> bool:
@@ -28,7 +29,7 @@ def small_disk(disk: Callable[[str], Path]) -> Path:
     return disk("1M")
 
 
-def test_an_entry_is_made_once_whoever_asks(tmp_path: Path) -> None:
+def test_an_entry_is_made_once_by_all_threads(tmp_path: Path) -> None:
     made = []
 
     def make(folder: Path) -> None:
@@ -40,7 +41,7 @@ def test_an_entry_is_made_once_whoever_asks(tmp_path: Path) -> None:
     assert len(made) == 1 and is_there(tmp_path / "entry")
 
 
-def test_what_breaks_off_leaves_nothing(tmp_path: Path) -> None:
+def test_an_interrupted_entry_leaves_nothing(tmp_path: Path) -> None:
     def make(folder: Path) -> None:
         write(folder)
         raise KeyboardInterrupt
@@ -50,7 +51,7 @@ def test_what_breaks_off_leaves_nothing(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+def test_remains_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     (tmp_path / "entry.unfinished").mkdir()
     ensure_entry(tmp_path / "entry", is_there, write)
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["entry"]
@@ -84,7 +85,7 @@ def test_a_run_on_a_full_disk_ends_in_one_line(
     assert kdpipe(*photos, "model@teacher=resnet20", "train.epochs=1", *images).status == 0
 
 
-def test_a_read_only_folder_serves_what_is_there_and_refuses_the_rest(small_disk: Path) -> None:
+def test_a_read_only_folder_serves_existing_entries_only(small_disk: Path) -> None:
     ensure_entry(small_disk / "entry", is_there, write)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     ensure_entry(small_disk / "entry", is_there, write)
@@ -107,10 +108,26 @@ def test_an_array_ten_times_larger_than_memory_can_be_read(tmp_path: Path) -> No
     assert images[torch.tensor([0, count // 2, count - 1])].sum() == 0
 
 
-def test_what_is_written_into_a_mapped_array_stays_in_memory(tmp_path: Path) -> None:
+def test_writes_to_a_mapped_array_stay_in_memory(tmp_path: Path) -> None:
     new_array(tmp_path / "a.npy", (2, 3), np.float32)[:] = 1
     mapped_array(tmp_path / "a.npy").zero_()
     assert mapped_array(tmp_path / "a.npy").sum() == 6
+
+
+def test_an_array_is_hashed_once_until_its_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.npy"
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    np.save(file, values)
+    assert array_digest(file) == hashlib.sha256(values.tobytes()).hexdigest()
+    with monkeypatch.context() as patched:
+        patched.setattr(np.lib.format, "open_memmap", lambda *_, **__: pytest.fail("the file was read again"))
+        array_digest(file)
+    np.save(file, values + 1)
+    os.utime(file, ns=(0, 0))
+    assert array_digest(file) == hashlib.sha256((values + 1).tobytes()).hexdigest()
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError):
+        array_digest(file)
 
 
 def test_info_and_clean(kdpipe: Callable, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,14 +147,14 @@ def test_info_and_clean(kdpipe: Callable, capsys: pytest.CaptureFixture[str], mo
     assert "in 0 entries" in command("info")
 
 
-def test_what_is_being_made_is_not_cleaned_away(tmp_path: Path) -> None:
-    told = []
+def test_an_entry_that_is_being_written_is_not_removed(tmp_path: Path) -> None:
+    messages = []
 
     def make(folder: Path) -> None:
         write(folder)
-        told.append(cache.clean(tmp_path))
+        messages.append(cache.clean(tmp_path))
         assert is_there(folder)
 
     ensure_entry(tmp_path / "teacher" / "entry", is_there, make)
-    assert "kept, because they are being written: teacher/entry" in told[0]
+    assert "kept, because they are being written: teacher/entry" in messages[0]
     assert is_there(tmp_path / "teacher" / "entry")

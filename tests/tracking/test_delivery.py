@@ -8,18 +8,23 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from conftest import KEPT, Started, free_port
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from kdpipe.runs.journal import Journal, has_row, read_rows, rows_since, sync_command
+from kdpipe.tracking.delivery import Delivery
 
 STUDENT = ["dataset=digits", "experiment=student", "train.threads=1", "train.batch_size=20"]
 LONG = [*STUDENT, "train.epochs=15"]
@@ -225,7 +230,7 @@ def test_a_locked_sqlite_file_keeps_no_epoch_waiting(start: Callable[..., Starte
 def test_eight_runs_at_once_on_one_sqlite_file_lose_nothing(start: Callable[..., Started], tmp_path: Path) -> None:
     runs = [start(*STUDENT, "train.epochs=5", f"seed={seed}", folder=_folder(tmp_path, seed)) for seed in range(8)]
     assert [run.end() for run in runs] == [0] * 8, "".join(run.output for run in runs)
-    assert not any("does not take" in run.output for run in runs)
+    assert not any("takes no metrics" in run.output for run in runs)
     client = MlflowClient(f"sqlite:///{tmp_path}/outputs/mlflow.db")
     found = client.search_runs([client.get_experiment_by_name("kdpipe").experiment_id])
     assert sorted(run.data.params["seed"] for run in found) == [str(seed) for seed in range(8)]
@@ -308,3 +313,98 @@ def test_lines_that_a_kill_left_torn_are_not_read(tmp_path: Path) -> None:
 def test_a_journal_that_is_none_is_left_out_of_account(tmp_path: Path, content: str) -> None:
     (tmp_path / "tracking.json").write_text(content)
     assert Journal.read(tmp_path) is None
+
+
+class FakeStore:
+    """In place of MLflow's client, for one run. `behave` is called before each request."""
+
+    def __init__(self, behave: Callable[[], object]) -> None:
+        self.behave = behave
+        self.requests: list[str] = []
+
+    def __getattr__(self, name: str) -> Callable[..., list[object]]:
+        def request(*_: object, **__: object) -> list[object]:
+            self.requests.append(name)
+            self.behave()
+            return []
+
+        return request
+
+
+def has_ended(thread: Thread) -> bool:
+    thread.join(5)
+    return not thread.is_alive()
+
+
+def new_delivery(folder: Path, behave: Callable[[], object]) -> tuple[Delivery, FakeStore, Thread]:
+    store = FakeStore(behave)
+    before = set(threading.enumerate())
+    journal = Journal(folder, "sqlite:///x", "0", {}, released=1, times=[0], status="KILLED")
+    delivery = Delivery(store, journal, [{"step": 1, "train/loss": 0.5}])
+    (thread,) = (found for found in set(threading.enumerate()) - before if found.name == "kdpipe-delivery")
+    return delivery, store, thread
+
+
+def fail(error: Exception) -> Callable[[], None]:
+    def behave() -> None:
+        raise error
+
+    return behave
+
+
+def test_no_thread_is_left_when_all_is_delivered(tmp_path: Path) -> None:
+    delivery, store, thread = new_delivery(tmp_path, lambda: None)
+    delivery.wake()
+    assert delivery.finish(30)
+    assert has_ended(thread)
+    assert store.requests == ["get_metric_history", "log_batch", "set_tag", "set_terminated"]
+    journal = Journal.read(tmp_path)
+    assert journal and journal.delivered
+
+
+@pytest.mark.parametrize("is_awake", [True, False])
+def test_no_thread_is_left_when_a_hanging_store_answers_after_all(tmp_path: Path, is_awake: bool) -> None:
+    hanging = threading.Event()
+    delivery, store, thread = new_delivery(tmp_path, hanging.wait)
+    if is_awake:
+        delivery.wake()
+    assert not delivery.finish(0.2)
+    assert thread.is_alive()
+    hanging.set()
+    assert has_ended(thread)
+    assert store.requests == ["get_metric_history"]  # and nothing more: another process may have the folder
+
+
+def test_no_thread_is_left_when_the_store_is_down(tmp_path: Path) -> None:
+    delivery, store, thread = new_delivery(tmp_path, fail(MlflowException("down")))
+    started = time.monotonic()
+    assert not delivery.finish(30)
+    assert time.monotonic() - started < 10  # two attempts, and no longer
+    assert has_ended(thread)
+    assert store.requests == ["get_metric_history"] * 2
+    assert Journal.read(tmp_path) is None  # it is not marked as delivered
+
+
+def test_a_store_that_was_down_gets_one_more_attempt(tmp_path: Path) -> None:
+    delivery, store, thread = new_delivery(tmp_path, fail(MlflowException("down")))
+    delivery.wake()
+    while not store.requests:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert not delivery.finish(30)
+    assert has_ended(thread)
+    assert len(store.requests) == 2
+
+
+@pytest.mark.parametrize("is_awake", [True, False])
+def test_no_thread_is_left_when_the_store_refuses(tmp_path: Path, is_awake: bool) -> None:
+    refusal = MlflowException("no", error_code=INVALID_PARAMETER_VALUE)
+    delivery, store, thread = new_delivery(tmp_path, fail(refusal))
+    if is_awake:
+        delivery.wake()
+        assert has_ended(thread)
+        with pytest.raises(ValueError, match="MLflow refuses this run's data: no"):
+            delivery.raise_refusal()
+    assert not delivery.finish(30)
+    assert has_ended(thread)
+    assert store.requests == ["get_metric_history"]

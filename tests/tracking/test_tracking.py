@@ -18,11 +18,11 @@ from conftest import KEPT, free_port
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from kdpipe.runs.journal import BEGUN, NOT_YET, Journal
+from kdpipe.runs.journal import CREATION_TOKEN, NOT_CREATED, Journal
 from kdpipe.runs.names import TIMED_ON
 from kdpipe.runs.store import check_uri, store_uri
 from kdpipe.tracking import Tracker
-from kdpipe.tracking.delivery import begun_token
+from kdpipe.tracking.delivery import new_token
 
 STUDENT = ["dataset=digits", "experiment=student", "train.epochs=1", "train.threads=1"]
 
@@ -180,7 +180,7 @@ def test_metrics_stand_in_the_folder_before_they_are_sent(empty_store: Path, tmp
         run.log({"train/loss": 1.5}, step=1)
         assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "train/loss": 1.5}
         assert not tracker.client.get_run(run.id).data.metrics  # not before there is a checkpoint of it
-        run.deliver()
+        run.commit()
         while not tracker.client.get_run(run.id).data.metrics:
             time.sleep(0.01)
         run.log({"train/loss": 1.25}, step=2)
@@ -239,10 +239,10 @@ def test_a_server_that_began_a_run_and_did_not_answer_has_it_once(server: str, t
 
 def test_a_run_whose_process_is_killed_while_it_is_begun_is_ended(empty_store: Path, tmp_path: Path) -> None:
     tracker = Tracker(f"sqlite:///{empty_store}", "killed", tmp_path)
-    left = Journal(tmp_path, tracker.uri, NOT_YET, {BEGUN: begun_token(tracker.experiment_id)})
+    left = Journal(tmp_path, tracker.uri, NOT_CREATED, {CREATION_TOKEN: new_token(tracker.experiment_id)})
     left.write()
     run_id = tracker.client.create_run(tracker.experiment_id, tags=left.tags).info.run_id
-    tracker.settle(tmp_path)
+    tracker.recover(tmp_path)
     assert [(run.info.run_id, run.info.status) for run in runs_of(tracker)] == [(run_id, "KILLED")]
     journal = Journal.read(tmp_path)
     assert journal
@@ -251,9 +251,9 @@ def test_a_run_whose_process_is_killed_while_it_is_begun_is_ended(empty_store: P
 
 def test_a_run_that_a_server_begins_late_is_removed(empty_store: Path, tmp_path: Path) -> None:
     tracker = Tracker(f"sqlite:///{empty_store}", "late", tmp_path)
-    token = {BEGUN: begun_token(tracker.experiment_id)}
-    Journal(tmp_path, tracker.uri, NOT_YET, token).write()
-    tracker.settle(tmp_path)  # the process was killed before the server, which hung, began its run
+    token = {CREATION_TOKEN: new_token(tracker.experiment_id)}
+    Journal(tmp_path, tracker.uri, NOT_CREATED, token).write()
+    tracker.recover(tmp_path)  # the process was killed before the server, which hung, began its run
     with tracker.run("a run", tmp_path, {}, {}) as run:
         tracker.client.create_run(tracker.experiment_id, tags=token)
     assert [(found.info.run_id, found.info.status) for found in runs_of(tracker)] == [(run.id, "FINISHED")]
@@ -269,7 +269,7 @@ def test_a_metric_that_mlflow_refuses_ends_the_run_and_is_kept_in_its_folder(emp
         with tracker.run("a run", tmp_path, {"seed": 0}, {}) as run:
             for step in range(1, 1000):
                 run.log({"train/loss?": 1.5}, step)
-                run.deliver()
+                run.commit()
                 time.sleep(0.01)
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0]) == {"step": 1, "train/loss?": 1.5}
 

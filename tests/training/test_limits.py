@@ -77,11 +77,11 @@ def test_the_disk_may_be_full_at_any_write(
         status = run.end()
         assert "Traceback" not in run.output and "Logging error" not in run.output, run.output
         filler.unlink()
-        if status == 0 and "has not got all" not in run.output:
+        if status == 0 and "does not have all" not in run.output:
             break
         told = [line for line in run.output.splitlines() if line.startswith("kdpipe:")]
         assert len(told) == (1 if status else 0), run.output
-    if "has not got all" in run.output:
+    if "does not have all" in run.output:
         assert start(*STUDENT).end() == 0
     print(f"{attempt} full disks")
     assert result(Path(), the_run(name="squeezenet1_1_alone_s0")) == whole

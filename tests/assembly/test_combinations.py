@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import some_digits
-from test_compare import record
 from torch import nn
 
 from kdpipe.assembly.objectives import check_fit, check_sharing
-from kdpipe.compare.cells import Controls, make_cells
 from kdpipe.losses import DIST, KD, RKD, VID, CombinedLoss, Loss
 from kdpipe.models import Classifier
 from kdpipe.models.resnet import ResNet
@@ -127,13 +125,3 @@ def test_which_stages_a_loss_is_shown_does_not_hide_the_student_alone(composed: 
     network = ["model=torchvision", "model.name=vgg11"]
     alone = composed(*network, "loss=cross_entropy")
     assert alone.identity == composed(*network, "loss=cross_entropy", "model.stages=[features.2]").identity
-
-
-def test_other_images_in_the_folder_of_those_without_a_label_are_another_cell() -> None:
-    taught = [record("distill", seed, 0.9, model__stages="['layer1']") for seed in range(3)]
-    for run, images in zip(taught, "aab", strict=True):
-        run.tags["kdpipe.unlabelled"] = images
-    cells = make_cells(taught)
-    assert sorted(len(cell.runs) for cell in cells) == [1, 2]
-    alone = make_cells([record("student", seed, 0.8) for seed in (0, 1)])
-    assert Controls(alone).of(cells[0]) is alone[0]  # whatever stages the loss is shown

@@ -1,0 +1,140 @@
+"""Comparisons as data: a pandas frame, CSV, JSON, and the metrics of a sweep. Accuracies and gains are fractions."""
+
+import json
+from collections.abc import Sequence
+from statistics import fmean
+
+import pandas as pd
+
+from kdpipe.compare.cell_metrics import averages, threads_of, timed_on
+from kdpipe.compare.cells import differences
+from kdpipe.compare.comparison import Comparison, ComparisonRow, best_run
+from kdpipe.compare.statistics import Interval
+
+Record = dict[str, str | float | list[int] | None]
+
+
+def displayed_rows(comparison: Comparison) -> list[tuple[ComparisonRow, str]]:
+    """All rows with their remarks: which one the verdict is about, repeated on the confirmation seeds if any."""
+    best = comparison.best
+    rivals = [row for row in comparison.rows if best and (row.cell.stage, row.cell.link) == ("distill", best.cell.link)]
+    remark = "best" if len(rivals) > 1 else "verdict"  # a chain's last link may be worse than those before it
+    rows = [(row, remark if row is best else "") for row in comparison.rows]
+    return rows + ([(comparison.confirmed, f"{remark}, on new seeds")] if comparison.confirmed else [])
+
+
+def to_frame(comparisons: Sequence[Comparison]) -> pd.DataFrame:
+    """A row for each cell; `seeds` is a list. Metrics have the names and units that they have in MLflow: means over
+    seeds, medians of times."""
+    return pd.DataFrame([record for comparison in comparisons for record in _records(comparison)])
+
+
+def to_csv(comparisons: Sequence[Comparison]) -> str:
+    """A line for each cell; seeds are separated by spaces."""
+    frame = to_frame(comparisons)
+    if "seeds" in frame:
+        frame["seeds"] = [" ".join(map(str, seeds)) for seeds in frame["seeds"]]
+    return frame.to_csv(index=False, lineterminator="\n").rstrip("\n")
+
+
+def to_json(comparisons: Sequence[Comparison]) -> str:
+    """A list with an object for each comparison: verdict, notes, rows."""
+    return json.dumps(
+        [
+            {
+                "verdict": comparison.verdict.split(":")[0],
+                "sentence": comparison.verdict,
+                "notes": comparison.notes,
+                "run": best_run(comparison.decisive.cell)[1].id if comparison.decisive else None,
+                "confirmed_on": list(comparison.confirmed.cell.runs) if comparison.confirmed else [],
+                **_bounds("gain", decisive.gain if (decisive := comparison.decisive) else None),
+                **_bounds("gained_images", found.gained if (found := comparison.disagreement) else None),
+                **_bounds("lost_images", found.lost if found else None),
+                "rows": _records(comparison),
+            }
+            for comparison in comparisons
+        ],
+        indent=2,
+        ensure_ascii=False,
+    )
+
+
+def best_metrics(comparison: Comparison) -> dict[str, float]:
+    """The best cell's results as metrics of a sweep's parent run, fractions."""
+    best, decisive, disagreement = comparison.best, comparison.decisive, comparison.disagreement
+    if best is None or decisive is None:
+        return {}
+    record = _record(decisive) | _bounds("validation_accuracy", best.validation)
+    if disagreement:
+        record |= {"gained_images": disagreement.gained.mean, "lost_images": disagreement.lost.mean}
+    threads = threads_of([decisive.cell], timed_on(decisive.cell.runs.values()))
+    sources = {
+        **{"val_accuracy": "validation_accuracy", "test_accuracy": "test_accuracy"},
+        **{"gain": "test_gain", "gain_low": "test_gain_low", "gain_high": "test_gain_high"},
+        **{"gained_images": "gained_images", "lost_images": "lost_images"},
+        **{"loss": "test/loss", "ece": "test/ece", "agreement": "teacher/agreement"},
+        **{"size_mb": "model/size_mb", "flops": "model/flops", "latency_ms": f"model/latency_ms{threads}"},
+        **{"alpha": "loss.alpha", "temperature": "loss.temperature"},
+    }
+    if decisive.cell.teacher_run:  # two students that learn from each other have none
+        sources["speedup"] = f"speedup/latency{threads}"
+    return {f"best/{name}": value for name, key in sources.items() if isinstance(value := record.get(key), float)}
+
+
+def _records(comparison: Comparison) -> list[Record]:
+    rows = displayed_rows(comparison)
+    return [
+        _record(row, remark, difference) | (_published(row) if comparison.published else {})
+        for (row, remark), difference in zip(rows, differences([row.cell for row, _ in rows]), strict=True)
+    ]
+
+
+def _record(row: ComparisonRow, remark: str = "", difference: str = "") -> Record:
+    """A row's values; a metric that was not measured has no key."""
+    params, runs = row.cell.first.params, row.cell.runs
+    hardware = timed_on(runs.values())
+    return {
+        "model": params["model.name"],
+        "dataset": params["dataset.name"],
+        "stage": row.cell.stage,
+        **{key: _number(value) for key, value in sorted(params.items()) if key.startswith(("loss.", "also."))},
+        "teacher": params.get("teacher.name"),
+        "teacher_run": row.cell.teacher_run or None,
+        "epochs": int(params["train.epochs"]),
+        "seeds": list(runs),
+        "remark": remark,
+        "where_rows_differ": difference,
+        "size_mb": row.cell.first.metrics.get("model/size_mb"),
+        "seconds": fmean(run.seconds for run in runs.values()),
+        **_bounds("validation_accuracy", row.validation),
+        **_bounds("test_accuracy", row.test),
+        **_bounds("validation_gain", row.validation_gain),
+        **_bounds("test_gain", row.gain),
+        **averages(row.cell),
+        **({"timed_on": hardware} if hardware else {}),
+    }
+
+
+def _published(row: ComparisonRow) -> Record:
+    published = row.published
+    deviations = published.deviations if published else ()
+    return {
+        "published_accuracy": published.accuracy if published else None,
+        "published_epoch": published.epoch if published else None,
+        "published_source": published.source if published else None,
+        "trained_otherwise": ", ".join(f"{key}={value} instead of {theirs}" for key, value, theirs in deviations),
+        **_bounds("difference", published.difference if published else None),
+    }
+
+
+def _bounds(name: str, value: Interval | None) -> dict[str, float | None]:
+    if value is None:
+        return {name: None, f"{name}_low": None, f"{name}_high": None}
+    return {name: value.mean, f"{name}_low": value.low, f"{name}_high": value.high}
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
