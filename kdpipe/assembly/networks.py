@@ -1,6 +1,5 @@
 """Networks that a config describes, the present one or that of a run, and their weights."""
 
-import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +16,7 @@ from kdpipe.models.weights import check_class_names, load_imagenet, load_state, 
 from kdpipe.runs.names import run_and_file
 from kdpipe.settings import config as settings
 from kdpipe.settings.components import check_config, check_yaml
+from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.hydra_errors import one_line
 from kdpipe.system.randomness import derive_seed
 
@@ -26,14 +26,19 @@ def build_network(key: str, model: DictConfig, data: ImageDataset, freeze: str) 
     architecture = {name: value for name, value in model.items() if name not in settings.NOT_ARCHITECTURE}
     try:
         network = instantiate(architecture, num_classes=data.num_classes)
-    except InstantiationException as error:  # networks speak of themselves as the model
-        raise ValueError(re.sub(r"^model\.", f"{key}.", one_line(error))) from error
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__.under(key) from error
+        raise ValueError(one_line(error)) from error
     # A network of a library knows what its pretrained weights expect.
     own = getattr(network, "preprocessing", {})
     preprocessing: dict[str, Any] = {
         name: own.get(name) if model[name] is None else model[name] for name in settings.PREPROCESSING
     }
-    classifier = Classifier(network, **preprocessing, freeze=freeze, key=key)
+    try:
+        classifier = Classifier(network, **preprocessing, freeze=freeze)  # type: ignore[arg-type]
+    except ConfigError as error:
+        raise error.under(key) from error
     check_output(key, model, classifier, data)
     return classifier
 
