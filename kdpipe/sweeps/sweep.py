@@ -23,7 +23,7 @@ from kdpipe.settings import config as settings
 from kdpipe.settings.hydra_errors import one_line
 from kdpipe.sweeps.chain import check_links, compose_link, draft, links_of, networks_of
 from kdpipe.sweeps.grid import Axes, Composed, Planned, check_shared, compose, describe, expand, identity_of, plan
-from kdpipe.system.interruption import passed_on
+from kdpipe.system.interruption import forward_signals
 
 log = logging.getLogger("kdpipe.sweep")
 
@@ -217,7 +217,7 @@ def launch(sweep: Sweep, missing: Sequence[Planned]) -> tuple[dict[str, str], li
     jobs = [[*run.overrides, *_job_overrides(sweep, run, n, len(missing))] for n, run in enumerate(missing, start=1)]
     assert sweep.sweeper.launcher
     try:
-        with passed_on(lambda: workers_of(missing) if on_this_machine(sweep.config) else []):
+        with forward_signals(lambda: workers_of(missing) if on_this_machine(sweep.config) else []):
             results = sweep.sweeper.launcher.launch(jobs, initial_job_idx=0)
     except Exception as error:  # a process was killed, or a cluster lost a job; others may go on
         log.error("a job was lost: %s", one_line(error))
