@@ -329,10 +329,10 @@ def job(config: DictConfig) -> float:
         place = f"[{details.number}/{details.of}] {details.name}"
     started = time.monotonic()
     try:
-        interruption.check()
+        interruption.raise_if_interrupted()
         accuracy = _run_composed(config)
     except Interrupted as stopped:
-        if queue_again := interruption.handler_before(stopped.number):
+        if queue_again := interruption.previous_handler(stopped.number):
             queue_again(stopped.number, None)  # submitit's, in a job of Slurm
         if interruption.in_worker() and "SLURM_JOB_ID" not in os.environ:
             raise InterruptedJobError(f"interrupted by {stopped}") from None
@@ -390,7 +390,7 @@ def cli() -> None:
             raise
         _fail(error)
     finally:
-        interruption.hand_back_signals()
+        interruption.restore_signals()
         if distributed.is_initialized():
             distributed.destroy_process_group()
 

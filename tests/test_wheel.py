@@ -23,7 +23,7 @@ def test_a_wheel_in_an_empty_folder_runs(tmp_path: Path, empty_store: Path) -> N
     where = [sys.executable, "-c", "from kdpipe.settings.composition import CONF; print(CONF)"]
     found = subprocess.run(where, cwd=empty, env=environment, check=True, capture_output=True, text=True).stdout
     assert found.strip() == str(installed / "kdpipe" / "conf")
-    for file in ("compare/published.csv", "conf/experiment/benchmark/vgg13_vgg8.yaml"):
+    for file in ("compare/page.html.j2", "compare/published.csv", "conf/experiment/benchmark/vgg13_vgg8.yaml"):
         assert (installed / "kdpipe" / file).is_file()
 
     store = f"tracking.uri=sqlite:///{empty_store}"

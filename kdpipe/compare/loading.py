@@ -37,7 +37,7 @@ def load_comparisons(
     tracker: Tracker, sweep: str | None, where: Mapping[str, str], mixed: bool, published: bool
 ) -> list[Comparison]:
     """The comparisons of an experiment or a sweep; arguments and errors are those of `kdpipe.compare.compare_runs`."""
-    find = run_finder(tracker)
+    find = cache(tracker.get_run)
     if sweep is not None:
         comparisons = compare_sweep(tracker, sweep, where)
     else:
@@ -69,7 +69,7 @@ def compare_sweep(tracker: Tracker, sweep_id: str, where: Mapping[str, str] | No
     mine = {record.id: record for record in records if sweep_id in _sweeps_of(record)}
     if not mine:
         raise ConfigError("--sweep", sweep_id, problem="no finished run yet")
-    find = run_finder(tracker)
+    find = cache(tracker.get_run)
     sources = sorted({source for record in mine.values() for source in teacher_runs(record)})
     teachers = [teacher for source in sources if (teacher := find(source))]
     controls = make_cells(record for record in records if record.id not in mine)
@@ -211,13 +211,3 @@ def _predictions(run: RunRecord, store: RunStore) -> Correct | None:
     except ValueError as error:
         log.warning("run %s: %s", run.id, error)
         return None
-
-
-def run_finder(tracker: Tracker) -> GetRun:
-    """`tracker.get_run` with a cache."""
-
-    @cache
-    def find(run_id: str) -> RunRecord | None:
-        return tracker.get_run(run_id) if run_id else None
-
-    return find

@@ -231,7 +231,9 @@ def pareto(comparison: Comparison) -> Figure | None:
         axes[-1].set_xlabel(f"latency, ms (one image{one}; log scale){timed}")
     if SIZE in panels:
         axes[0].set_xlabel("size, MB (log scale)")
-    figure.legend(handles=_legend(points, is_numbered), loc="outside lower left", frameon=False, ncols=_columns(points))
+    wide = max(len(point.name) for point in points) >= 45
+    columns = (1 if wide else 2) if is_numbered else 3
+    figure.legend(handles=_legend(points, is_numbered), loc="outside lower left", frameon=False, ncols=columns)
     return figure
 
 
@@ -261,12 +263,6 @@ def pareto_caption(comparison: Comparison) -> str:
         f"beaten by one that is no larger, or no slower{timed}. Points of equal size or latency stand side by side; a "
         "network is as fast however it was trained"
     )
-
-
-def _columns(points: Sequence[Point]) -> int:
-    if len(points) > MAX_NUMBERED:
-        return 3
-    return 2 if max(len(point.name) for point in points) < 45 else 1
 
 
 def _legend(points: Sequence[Point], is_numbered: bool) -> list[Line2D]:

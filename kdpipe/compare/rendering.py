@@ -94,11 +94,10 @@ def to_text(comparison: Comparison) -> str:
 
 def student_title(comparison: Comparison) -> str:
     """The decisive student and the number of its seeds; "" without one."""
-    decisive = comparison.decisive
-    if decisive is None:
+    if comparison.decisive is None:
         return ""
-    number = len(decisive.cell.runs)
-    return f"{decisive.cell.title}, {number} seed{'s' if number > 1 else ''}"
+    cell = comparison.decisive.cell
+    return f"{cell.title}, {len(cell.runs)} seed{'s' if len(cell.runs) > 1 else ''}"
 
 
 def disagreement_sentence(comparison: Comparison) -> list[str]:

@@ -6,7 +6,7 @@ from kdpipe.models.torchvision import classifier, roles_of
 
 
 def densenet121(num_classes: int) -> nn.Module:
-    """torchvision's DenseNet-121 (Huang et al. 2017) with the tutorial's head, linear 1024 → 250 → 50 → classes."""
+    """torchvision's DenseNet-121 (Huang et al. 2017) with the tutorial's head: linear 1024 → 250 → 50 → classes."""
     network = classifier("densenet121", num_classes)
     network.head_name = "classifier"  # type: ignore[assignment]
     network.roles = {**roles_of(network), "embedding": "classifier.2"}  # type: ignore[assignment]

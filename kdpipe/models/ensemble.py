@@ -13,11 +13,11 @@ class Ensemble(nn.Module):
     """The mean of several networks' soft targets (Hinton, Vinyals & Dean 2015, https://arxiv.org/abs/1503.02531):
     logits z with softmax(z / T) = Σ share · softmax(member's logits / T).
 
-    Its members take the same raw images, each with its own preprocessing; it stands where else a `Classifier` does.
+    Its members take the same raw images, each with its own preprocessing; used in place of a `Classifier`.
 
     Args:
-        shares: of each member in the mean, from 0; they are divided by their sum.
-        temperature: T, above 0, the loss's: at another one the soft targets are not exactly the mean.
+        shares: weight of each member in the mean, from 0; divided by their sum.
+        temperature: T, above 0, that of the loss: at any other the soft targets are not exactly the mean.
     """
 
     shares: Tensor
@@ -31,7 +31,7 @@ class Ensemble(nn.Module):
 
     @property
     def network(self) -> Self:
-        """What has the weights, as a classifier's network has."""
+        """The module with the weights, as for a classifier."""
         return self
 
     def extra_repr(self) -> str:

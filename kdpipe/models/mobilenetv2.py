@@ -1,10 +1,13 @@
 """MobileNetV2 for small images: Sandler, Howard, Zhu, Zhmoginov & Chen 2018, https://arxiv.org/abs/1801.04381."""
 
+from typing import Annotated
+
+from pydantic import Field
 from torch import Tensor, nn
 
-from kdpipe.settings.checks import check_number
+from kdpipe.settings.values import checked
 
-# Of each group of blocks: how many times wider they are inside, channels at full width, blocks, stride of the first.
+# For each group of blocks: expansion, channels at full width, number of blocks, stride of the first.
 GROUPS = (
     (1, 16, 1, 1),
     (6, 24, 2, 1),
@@ -16,8 +19,8 @@ GROUPS = (
 )
 
 
-class Block(nn.Module):
-    """1×1, depthwise 3×3 and 1×1 convolutions, nothing after the last; added to the input where shapes agree.
+class InvertedResidual(nn.Module):
+    """1×1, depthwise 3×3 and linear 1×1 convolutions; added to the input where shapes agree.
 
     [N, in, H, W] to [N, out, H / stride, W / stride].
     """
@@ -39,31 +42,33 @@ class Block(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """MobileNetV2 whose second group of blocks has a stride of 1, so that 2×2 of 32×32 pixels remain.
+    """MobileNetV2 whose second group of blocks has stride 1, so that 32×32 images end as 2×2 maps.
 
     Takes float images [N, 3, H, W], gives logits [N, num_classes]. Layers, first weights and roles are those of the
     benchmark of Tian et al. 2020 (https://arxiv.org/abs/1910.10699), whose "MobileNetV2" has half the width; its stages
     end without a ReLU.
 
     Args:
-        width: times the paper's numbers of channels; the last convolution has 1280 at least.
+        width: multiplies the paper's numbers of channels; the last convolution has at least 1280.
 
     Raises:
-        ValueError: a width below 0.1.
+        ConfigError: a width below 0.1.
     """
 
     head_name = "classifier"
 
-    def __init__(self, num_classes: int, width: float = 1.0) -> None:
+    @checked
+    def __init__(self, num_classes: int, width: Annotated[float, Field(ge=0.1, allow_inf_nan=False)] = 1.0) -> None:
         super().__init__()
-        check_number("model.width", width, low=0.1)
         channels, last = int(32 * width), max(1280, int(1280 * width))
         self.conv1 = nn.Sequential(*convolution(3, channels, 3, stride=2))
         self.blocks = nn.Sequential()
         for expansion, full, number, stride in GROUPS:
             out = int(full * width)
-            first = Block(channels, out, stride, expansion)
-            self.blocks.append(nn.Sequential(first, *(Block(out, out, 1, expansion) for _ in range(number - 1))))
+            first = InvertedResidual(channels, out, stride, expansion)
+            self.blocks.append(
+                nn.Sequential(first, *(InvertedResidual(out, out, 1, expansion) for _ in range(number - 1)))
+            )
             channels = out
         self.conv2 = nn.Sequential(*convolution(channels, last, 1))
         self.classifier = nn.Linear(last, num_classes)
@@ -83,6 +88,6 @@ class MobileNetV2(nn.Module):
 def convolution(
     in_channels: int, out_channels: int, size: int, stride: int = 1, groups: int = 1
 ) -> tuple[nn.Conv2d, nn.BatchNorm2d, nn.ReLU]:
-    """A convolution whose output has the size of its input divided by `stride`, with BatchNorm and ReLU."""
+    """A convolution that divides height and width by `stride`, with BatchNorm and ReLU."""
     layer = nn.Conv2d(in_channels, out_channels, size, stride, padding=size // 2, groups=groups, bias=False)
     return layer, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)

@@ -1,16 +1,25 @@
 """ResNets for small images: He, Zhang, Ren & Sun 2015, section 4.2, https://arxiv.org/abs/1512.03385."""
 
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
 import torchvision.models
+from pydantic import Field
 from torch import Tensor, nn
 
 from kdpipe.models.torchvision import resnet_roles
-from kdpipe.settings.checks import as_typed, check_choice, check_numbers
+from kdpipe.settings.errors import ConfigError
+from kdpipe.settings.values import PositiveInt, checked
+
+DEPTHS = "6n + 2, such as 20, 32, 44, 56, 110"
+Widths = Annotated[
+    Sequence[PositiveInt],
+    Field(min_length=4, max_length=4, description="four whole numbers from 1, such as [16,16,32,64]"),
+]
 
 
-class Block(nn.Module):
+class BasicBlock(nn.Module):
     """Two 3×3 convolutions and the shortcut around them; [N, in, H, W] to [N, out, H / stride, W / stride]."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut: str) -> None:
@@ -39,7 +48,7 @@ class Block(nn.Module):
         if len(self.shortcut) or (self.stride == 1 and not self.new_channels):
             shortcut: Tensor = self.shortcut(inputs)
             return shortcut
-        # Option A: every second pixel, and zeros on both sides of the channels.
+        # Option A: every second pixel, zero-padded on both sides of the channels.
         before = self.new_channels // 2
         sampled = inputs[:, :, :: self.stride, :: self.stride]
         return F.pad(sampled, (0, 0, 0, 0, before, self.new_channels - before))
@@ -54,26 +63,27 @@ class ResNet(nn.Module):
     Args:
         depth: 6n + 2, such as 20, 32, 44, 56, 110.
         shortcut: "A" (no parameters, the paper's choice for CIFAR) or "B" (1×1 convolution with BatchNorm). With B it
-            is the network of the benchmark of Tian et al. 2020 (https://arxiv.org/abs/1910.10699), and starts as theirs
-            does; the one with A starts as Idelbayev's.
+            is the network of the benchmark of Tian et al. 2020 (https://arxiv.org/abs/1910.10699), initialised like
+            theirs; with A it is initialised like Idelbayev's.
         widths: channels of the first convolution and of each stage; 32, 64, 128, 256 are the benchmark's "x4".
 
     Raises:
-        ValueError: another depth or shortcut, or other than four widths.
+        ConfigError: another depth or shortcut, or not four widths.
     """
 
     head_name = "linear"
 
+    @checked
     def __init__(
-        self, depth: int, num_classes: int, shortcut: str = "A", widths: Sequence[int] = (16, 16, 32, 64)
+        self,
+        depth: Annotated[int, Field(ge=8, description=DEPTHS)],
+        num_classes: int,
+        shortcut: Literal["A", "B"] = "A",
+        widths: Widths = (16, 16, 32, 64),
     ) -> None:
         super().__init__()
-        check_choice("model.shortcut", shortcut, ["A", "B"])
-        if not isinstance(depth, int) or depth < 8 or (depth - 2) % 6:
-            raise ValueError(f"model.depth={as_typed(depth)}: 6n + 2 is accepted, such as 20, 32, 44, 56, 110")
-        check_numbers("model.widths", widths, low=1, integer=True)
-        if len(widths) != 4:
-            raise ValueError(f"model.widths={list(widths)}: four numbers are accepted, such as [16, 16, 32, 64]")
+        if (depth - 2) % 6:
+            raise ConfigError("depth", depth, DEPTHS)
         blocks = (depth - 2) // 6
         stem, *stages = widths
         self.conv1 = nn.Conv2d(3, stem, kernel_size=3, padding=1, bias=False)
@@ -92,8 +102,8 @@ class ResNet(nn.Module):
 
     @staticmethod
     def _stage(in_channels: int, out_channels: int, blocks: int, stride: int, shortcut: str) -> nn.Sequential:
-        first = Block(in_channels, out_channels, stride, shortcut)
-        rest = [Block(out_channels, out_channels, 1, shortcut) for _ in range(blocks - 1)]
+        first = BasicBlock(in_channels, out_channels, stride, shortcut)
+        rest = [BasicBlock(out_channels, out_channels, 1, shortcut) for _ in range(blocks - 1)]
         return nn.Sequential(first, *rest)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -106,8 +116,8 @@ class ResNet(nn.Module):
 def resnet50(num_classes: int) -> nn.Module:
     """torchvision's ResNet-50 for images of 32×32 pixels, as in the benchmark of Tian et al. 2020.
 
-    Its first convolution is 3×3 without a stride, and no pooling follows. It takes float images [N, 3, H, W] and gives
-    logits [N, num_classes].
+    Its first convolution is 3×3 with stride 1, without pooling after it. Takes float images [N, 3, H, W], gives logits
+    [N, num_classes].
     """
     network: nn.Module = torchvision.models.resnet50(num_classes=num_classes)
     network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)

@@ -1,22 +1,28 @@
-"""What a loss may ask of a network beside its logits, by role: after each stage, or before the last layer.
+"""Where in a network the features are that a loss may need in addition to the logits, by role.
 
-A network says in `roles` which of its submodules have them:
-    stages: names of the submodules whose outputs [N, C, H, W] are what its stages make of the images, first to last;
-    preactivations: names of the last ReLUs of these stages, whose inputs are taken; where a network names none, its
-        stages end without one, and what leaves them is taken;
-    embedding: the name of the submodule whose input is the representation of an image, [N, D]; its last linear layer.
-        Where it is missing the head (`head_name`) is taken.
+A network's attribute `roles` maps each role to names of its submodules:
+    stages: whose outputs are the maps [N, C, H, W] after each stage, first to last;
+    preactivations: the last ReLU of each stage, whose inputs are taken; stages that end without a ReLU need none, and
+        their outputs are taken;
+    embedding: the last linear layer, whose input is the representation of an image, [N, D]; by default the head
+        (`head_name`).
 
-What the next module changes in place is seen as it is afterwards.
+Tensors that the next module changes in place are seen as changed.
 """
 
 from typing import Any
 
 from torch import nn
 
+from kdpipe.settings.errors import ConfigError
+
 
 def places(network: nn.Module, role: str, key: str) -> list[tuple[str, bool]]:
-    """The names of the submodules that have a role in a network, each with whether its input is meant."""
+    """The names of a network's submodules with a role, each with whether its input is meant, not its output.
+
+    Raises:
+        ConfigError: the network does not name any; `key` is where it stands in the config.
+    """
     known: dict[str, Any] = getattr(network, "roles", {})
     if role == "embedding":
         name = known.get("embedding", getattr(network, "head_name", None))
@@ -26,7 +32,6 @@ def places(network: nn.Module, role: str, key: str) -> list[tuple[str, bool]]:
         return [(name, role == "preactivations") for name in known[role]]
     elif role == "preactivations" and known.get("stages"):
         return [(name, False) for name in known["stages"]]
-    raise ValueError(
-        f"{key}={type(network).__name__}: it does not say what its {role} are, which the loss asks for; "
-        f"a network with `roles`, or {key}.stages=[…] for one of torchvision or timm, is accepted"
-    )
+    problem = f"it does not name its {role}, which the loss compares"
+    expected = f"a network with `roles`, or {key}.stages=[…] for one of torchvision or timm"
+    raise ConfigError(key, type(network).__name__, expected, problem)

@@ -8,10 +8,10 @@ STAGES = ((240, 4), (480, 8), (960, 4))  # channels and units
 GROUPS = 3
 
 
-class Unit(nn.Module):
+class ShuffleUnit(nn.Module):
     """1×1, depthwise 3×3 and 1×1 convolutions, in groups whose channels are shuffled.
 
-    With a stride of 1 the result is added to the input, with one of 2 it stands beside the pooled input:
+    With stride 1 the result is added to the input, with stride 2 concatenated with the pooled input:
     [N, in, H, W] to [N, out, H / stride, W / stride].
     """
 
@@ -42,7 +42,7 @@ class Unit(nn.Module):
 
 
 class ShuffleNetV1(nn.Module):
-    """ShuffleNet 1× with 3 groups; its first convolution is 1×1 without a stride, and no pooling follows.
+    """ShuffleNet 1× with 3 groups; its first convolution is 1×1 with stride 1, without pooling after it.
 
     Takes float images [N, 3, H, W], gives logits [N, num_classes]. Layers, first weights (PyTorch's) and roles are
     those of the benchmark of Tian et al. 2020, https://arxiv.org/abs/1910.10699.
@@ -56,7 +56,9 @@ class ShuffleNetV1(nn.Module):
         self.stages = nn.Sequential()
         channels = STEM
         for out, units in STAGES:
-            self.stages.append(nn.Sequential(Unit(channels, out, 2), *(Unit(out, out, 1) for _ in range(units - 1))))
+            self.stages.append(
+                nn.Sequential(ShuffleUnit(channels, out, 2), *(ShuffleUnit(out, out, 1) for _ in range(units - 1)))
+            )
             channels = out
         self.linear = nn.Linear(channels, num_classes)
         self.roles = {

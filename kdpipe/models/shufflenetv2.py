@@ -7,10 +7,10 @@ STEM, LAST = 24, 1024
 STAGES = ((116, 4), (232, 8), (464, 4))  # channels and units
 
 
-class Unit(nn.Module):
-    """One half of the channels passes three convolutions, the other stays as it is; then both are shuffled.
+class SplitUnit(nn.Module):
+    """Half of the channels pass through three convolutions, the other half is kept; then both are shuffled.
 
-    [N, channels, H, W] to the same.
+    [N, channels, H, W] to the same shape.
     """
 
     def __init__(self, channels: int) -> None:
@@ -21,13 +21,13 @@ class Unit(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         kept, passed = inputs.chunk(2, dim=1)
-        # The kept half comes from a ReLU, so that another one leaves it as it is.
+        # The kept half is the output of a ReLU, so another one does not change it.
         outputs: Tensor = self.shuffle(self.relu(torch.cat([kept, self.layers(passed)], dim=1)))
         return outputs
 
 
-class DownUnit(nn.Module):
-    """All channels pass two branches with a stride of 2; [N, in, H, W] to [N, out, H / 2, W / 2]."""
+class DownsamplingUnit(nn.Module):
+    """All channels pass through two branches with stride 2; [N, in, H, W] to [N, out, H / 2, W / 2]."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -49,11 +49,11 @@ class DownUnit(nn.Module):
 
 
 class ShuffleNetV2(nn.Module):
-    """ShuffleNetV2 1×; its first convolution is 1×1 without a stride, and no pooling follows.
+    """ShuffleNetV2 1×; its first convolution is 1×1 with stride 1, without pooling after it.
 
     Takes float images [N, 3, H, W], gives logits [N, num_classes]. Layers, first weights (PyTorch's) and roles are
-    those of the benchmark of Tian et al. 2020 (https://arxiv.org/abs/1910.10699): a stage's preactivation is not
-    shuffled, its output is.
+    those of the benchmark of Tian et al. 2020 (https://arxiv.org/abs/1910.10699): a stage's output is
+    shuffled, its preactivation is not.
     """
 
     head_name = "linear"
@@ -64,7 +64,9 @@ class ShuffleNetV2(nn.Module):
         self.stages = nn.Sequential()
         channels = STEM
         for out, units in STAGES:
-            self.stages.append(nn.Sequential(DownUnit(channels, out), *(Unit(out) for _ in range(units - 1))))
+            self.stages.append(
+                nn.Sequential(DownsamplingUnit(channels, out), *(SplitUnit(out) for _ in range(units - 1)))
+            )
             channels = out
         self.last = nn.Sequential(nn.Conv2d(channels, LAST, kernel_size=1, bias=False), nn.BatchNorm2d(LAST), nn.ReLU())
         self.linear = nn.Linear(LAST, num_classes)

@@ -12,22 +12,14 @@ class StudentCNN(nn.Module):
     """
 
     head_name = "classifier"
-    # Its stages end with a pooling, so that the ReLUs before are no part of the roles.
+    # Its stages end with pooling, so the ReLUs before it are not preactivations.
     roles: ClassVar = {"stages": ["features.2", "features.5", "features.8"], "embedding": "classifier.5"}
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            *(
-                nn.Conv2d(3, 16, kernel_size=5, stride=2, padding=1),
-                nn.ReLU(),
-                nn.MaxPool2d(2),
-            ),  # [16, 31, 31]
-            *(
-                nn.Conv2d(16, 32, kernel_size=5, stride=2, padding=1),
-                nn.ReLU(),
-                nn.MaxPool2d(2),
-            ),  # [32, 7, 7]
+            *(nn.Conv2d(3, 16, kernel_size=5, stride=2, padding=1), nn.ReLU(), nn.MaxPool2d(2)),  # [16, 31, 31]
+            *(nn.Conv2d(16, 32, kernel_size=5, stride=2, padding=1), nn.ReLU(), nn.MaxPool2d(2)),  # [32, 7, 7]
             *(nn.Conv2d(32, 64, kernel_size=3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),  # [64, 3, 3]
         )
         self.classifier = nn.Sequential(

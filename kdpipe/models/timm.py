@@ -1,35 +1,36 @@
 """Any timm classifier, by name; timm is an extra."""
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from kdpipe.models.torchvision import check_stages
+from kdpipe.settings.errors import ConfigError, suggestion
 
 
 def classifier(architecture: str, num_classes: int, stages: Sequence[str] | None = None) -> nn.Module:
     """timm's `architecture` without weights, with `num_classes` logits.
 
     Args:
-        stages: names of the submodules whose outputs are what its stages make of the images; None for those that timm
-            takes features from.
+        stages: names of the submodules whose outputs are the maps after each stage; None for those that timm takes
+            features from.
 
     Raises:
-        ValueError: timm is not installed, or has no such network, or that one no such submodule.
+        ConfigError: timm is not installed, or has no such network; the network has several heads, or no such submodule.
     """
     try:
         import timm
     except ImportError as error:
-        raise ValueError("model=timm: timm is not installed; pip install 'kdpipe[timm]'") from error
+        problem = "timm is not installed; pip install 'kdpipe[timm]'"
+        raise ConfigError("name", architecture, problem=problem) from error
     if not timm.is_model(architecture):
-        near = ", ".join(difflib.get_close_matches(architecture, timm.list_models())) or "none is near"
-        raise ValueError(f"model.name={architecture}: a network of timm.list_models() is accepted ({near})")
+        near = suggestion(architecture, timm.list_models())
+        raise ConfigError("name", architecture, "a network of timm.list_models()", near)
     network: nn.Module = timm.create_model(architecture, num_classes=num_classes)
     name = network.pretrained_cfg["classifier"]  # type: ignore[index]
     if not isinstance(name, str):
-        raise ValueError(f"model.name={architecture}: a network with one head is accepted, this one has {name}")
+        raise ConfigError("name", architecture, "a network with one head", f"its heads are {', '.join(name)}")
     network.head_name = name  # type: ignore[assignment]
     names = stages_of(network) if stages is None else check_stages(network, stages)
     network.roles = {"stages": names}  # type: ignore[assignment]
@@ -49,7 +50,7 @@ def classifier(architecture: str, num_classes: int, stages: Sequence[str] | None
 
 
 def stages_of(network: nn.Module) -> list[str]:
-    """The submodules that timm takes features from, where these are known to be maps [N, C, H, W]."""
+    """The submodules that timm takes features from, if these are known to be maps [N, C, H, W]."""
     if getattr(network, "output_fmt", "NCHW") != "NCHW":
         return []
     names = {name for name, _ in network.named_modules()}

@@ -6,22 +6,22 @@ from typing import Any
 import torchvision.models
 from torch import Tensor, nn
 
-from kdpipe.settings.checks import as_typed
+from kdpipe.settings.errors import ConfigError, suggestion
 
 
 def classifier(architecture: str, num_classes: int, stages: Sequence[str] | None = None) -> nn.Module:
-    """torchvision's `architecture` without weights; its last layer gives `num_classes` logits.
+    """torchvision's `architecture` without weights, its last layer replaced by one with `num_classes` logits.
 
     Args:
-        stages: names of the submodules whose outputs are what its stages make of the images; ResNets and DenseNets
-            know theirs.
+        stages: names of the submodules whose outputs are the maps after each stage; None for those of ResNets and
+            DenseNets, which are known.
 
     Raises:
-        ValueError: torchvision has no such classifier, or it no such submodule.
+        ConfigError: torchvision has no such classifier, or the network no such submodule.
     """
     known = torchvision.models.list_models(module=torchvision.models)
     if architecture not in known:
-        raise ValueError(f"model.name={architecture}: a torchvision classifier is accepted: {', '.join(known)}")
+        raise ConfigError("name", architecture, f"one of {', '.join(known)}", suggestion(str(architecture), known))
     network = torchvision.models.get_model(architecture, weights=None)
     path, last = [
         (name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
@@ -33,9 +33,9 @@ def classifier(architecture: str, num_classes: int, stages: Sequence[str] | None
         head = nn.Conv2d(last.in_channels, num_classes, kernel_size=1)
     network.set_submodule(path, head)
     if isinstance(network, torchvision.models.Inception3 | torchvision.models.GoogLeNet):
-        # Their second classifiers would make the output of a training step a tuple.
+        # With their auxiliary classifiers, the output in training mode would be a tuple.
         network.aux_logits = False
-        network.transform_input = True  # from ImageNet's mean and std to the scale that their weights know
+        network.transform_input = True  # from ImageNet's mean and std to the scale of their weights
         for name in ("AuxLogits", "aux1", "aux2"):
             if hasattr(network, name):
                 setattr(network, name, None)
@@ -48,7 +48,7 @@ def classifier(architecture: str, num_classes: int, stages: Sequence[str] | None
 
 
 def imagenet_backbone(architecture: str, head_name: str) -> Callable[[], dict[str, Tensor]]:
-    """A function that downloads (or finds in PyTorch's cache) the ImageNet weights of all but the head."""
+    """A function that loads the ImageNet weights without the head, from PyTorch's cache or the network."""
 
     def load() -> dict[str, Tensor]:
         pretrained = torchvision.models.get_model(architecture, weights="DEFAULT")
@@ -62,7 +62,7 @@ def imagenet_backbone(architecture: str, head_name: str) -> Callable[[], dict[st
 
 
 def roles_of(network: nn.Module) -> dict[str, Any]:
-    """The roles of a network's submodules, as `kdpipe.training.observed` wants them, where its family is known."""
+    """The roles of a network's submodules (see `kdpipe.models.roles`), for families where they are known."""
     if isinstance(network, torchvision.models.ResNet):
         return resnet_roles(network)
     if isinstance(network, torchvision.models.DenseNet):
@@ -71,9 +71,9 @@ def roles_of(network: nn.Module) -> dict[str, Any]:
 
 
 def resnet_roles(network: nn.Module) -> dict[str, Any]:
-    """The roles of a torchvision ResNet's submodules; the last ReLU of each stage stops working in place."""
+    """The roles of a torchvision ResNet's submodules; makes the last ReLU of each stage work out of place."""
     stages = [f"layer{number}" for number in (1, 2, 3, 4)]
-    # A block calls its one ReLU after each convolution, of which the last call counts.
+    # A block calls its one ReLU after each convolution; the last call counts.
     last = [f"{name}.{len(network.get_submodule(name)) - 1}.relu" for name in stages]  # type: ignore[arg-type]
     for name in last:
         network.get_submodule(name).inplace = False  # type: ignore[assignment]
@@ -81,11 +81,10 @@ def resnet_roles(network: nn.Module) -> dict[str, Any]:
 
 
 def check_stages(network: nn.Module, stages: Sequence[str]) -> list[str]:
-    """The names in `model.stages`; raise ValueError unless each is a submodule's."""
+    """The names of the stages; raise ConfigError unless each is the name of a submodule."""
     names = [name for name, _ in network.named_modules() if name]
     is_list = isinstance(stages, Sequence) and not isinstance(stages, str)
     if not is_list or not stages or any(name not in names for name in stages):
-        given = f"[{', '.join(map(as_typed, stages))}]" if is_list else as_typed(stages)
-        near = ", ".join(name for name, _ in network.named_children())
-        raise ValueError(f"model.stages={given}: a list of submodules' names is accepted, such as {near}")
+        some = ", ".join(name for name, _ in network.named_children())
+        raise ConfigError("stages", list(stages) if is_list else stages, f"a list of submodules' names, such as {some}")
     return list(stages)

@@ -1,8 +1,10 @@
 """VGG for small images: Simonyan & Zisserman 2014, https://arxiv.org/abs/1409.1556."""
 
+from typing import Literal
+
 from torch import Tensor, nn
 
-from kdpipe.settings.checks import check_choice
+from kdpipe.settings.values import checked
 
 WIDTHS = (64, 128, 256, 512, 512)
 CONVOLUTIONS = {8: 1, 13: 2}  # in each block, by depth
@@ -12,21 +14,21 @@ class VGG(nn.Module):
     """Five blocks of 3×3 convolutions with BatchNorm, and one linear layer in place of the paper's three.
 
     Takes float images [N, 3, H, W], gives logits [N, num_classes]. Layers, first weights and roles are those of the
-    benchmark of Tian et al. 2020 (https://arxiv.org/abs/1910.10699): of images with 32×32 pixels the last two blocks
-    see 4×4, and the first block is no stage.
+    benchmark of Tian et al. 2020 (https://arxiv.org/abs/1910.10699): for 32×32 images the last two blocks work on
+    4×4, and the first block is not a stage.
 
     Args:
-        depth: 8 or 13, as if there were three linear layers.
+        depth: 8 or 13, counted as if there were three linear layers.
 
     Raises:
-        ValueError: another depth.
+        ConfigError: another depth.
     """
 
     head_name = "classifier"
 
-    def __init__(self, depth: int, num_classes: int) -> None:
+    @checked
+    def __init__(self, depth: Literal[8, 13], num_classes: int) -> None:
         super().__init__()
-        check_choice("model.depth", depth, list(CONVOLUTIONS))
         self.blocks = nn.Sequential()
         channels = 3
         for number, width in enumerate(WIDTHS):

@@ -1,12 +1,18 @@
 """Wide residual networks: Zagoruyko & Komodakis 2016, https://arxiv.org/abs/1605.07146."""
 
+from typing import Annotated
+
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from kdpipe.settings.checks import as_typed, check_number
+from kdpipe.settings.errors import ConfigError
+from kdpipe.settings.values import PositiveInt, checked
+
+DEPTHS = "6n + 4, such as 16, 28, 40"
 
 
-class Block(nn.Module):
+class WideBlock(nn.Module):
     """Two 3×3 convolutions, BatchNorm and ReLU before each; [N, in, H, W] to [N, out, H / stride, W / stride]."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -30,24 +36,26 @@ class WideResNet(nn.Module):
     """WRN-`depth`-`width`: three stages of (depth − 4) / 6 blocks with 16, 32 and 64 channels, `width` times as many.
 
     Takes float images [N, 3, H, W], gives logits [N, num_classes]. Layers, first weights and roles are those of the
-    benchmark of Tian et al. 2020 (https://arxiv.org/abs/1910.10699): a stage's output is a sum, and its preactivation
-    is what the BatchNorm after it makes of this.
+    benchmark of Tian et al. 2020 (https://arxiv.org/abs/1910.10699): a stage's output is a sum, its preactivation
+    the output of the next BatchNorm.
 
     Args:
         depth: 6n + 4, such as 16, 28, 40.
         width: a whole number from 1.
 
     Raises:
-        ValueError: another depth or width.
+        ConfigError: another depth or width.
     """
 
     head_name = "fc"
 
-    def __init__(self, depth: int, width: int, num_classes: int) -> None:
+    @checked
+    def __init__(
+        self, depth: Annotated[int, Field(ge=10, description=DEPTHS)], width: PositiveInt, num_classes: int
+    ) -> None:
         super().__init__()
-        if not isinstance(depth, int) or depth < 10 or (depth - 4) % 6:
-            raise ValueError(f"model.depth={as_typed(depth)}: 6n + 4 is accepted, such as 16, 28, 40")
-        check_number("model.width", width, low=1, integer=True)
+        if (depth - 4) % 6:
+            raise ConfigError("depth", depth, DEPTHS)
         blocks = (depth - 4) // 6
         self.conv1 = nn.Conv2d(3, 16, kernel_size=3, padding=1, bias=False)
         self.block1 = self._stage(16, 16 * width, blocks, 1)
@@ -67,8 +75,8 @@ class WideResNet(nn.Module):
 
     @staticmethod
     def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:
-        rest = [Block(out_channels, out_channels, 1) for _ in range(blocks - 1)]
-        return nn.Sequential(Block(in_channels, out_channels, stride), *rest)
+        rest = [WideBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)]
+        return nn.Sequential(WideBlock(in_channels, out_channels, stride), *rest)
 
     def forward(self, images: Tensor) -> Tensor:
         outputs = self.block3(self.block2(self.block1(self.conv1(images))))

@@ -38,7 +38,7 @@ from kdpipe.sweeps.grid import (
     plan,
     sweep_identity,
 )
-from kdpipe.system.interruption import passed_on
+from kdpipe.system.interruption import forward_signals
 
 if TYPE_CHECKING:
     from kdpipe.tracking import RunRecord, Tracker
@@ -236,7 +236,7 @@ def launch(sweep: Sweep, missing: Sequence[PlannedRun]) -> tuple[dict[str, str],
     jobs = [[*run.overrides, *_job_overrides(sweep, run, n, len(missing))] for n, run in enumerate(missing, start=1)]
     assert sweep.sweeper.launcher
     try:
-        with passed_on(lambda: workers_of(missing) if is_local(sweep.drafts[0][0]) else []):
+        with forward_signals(lambda: workers_of(missing) if is_local(sweep.drafts[0][0]) else []):
             results = sweep.sweeper.launcher.launch(jobs, initial_job_idx=0)
     except Exception as error:  # a process was killed, or a cluster lost a job; others may go on
         log.error("a job was lost: %s", explain(error))

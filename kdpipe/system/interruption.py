@@ -1,6 +1,7 @@
-"""Ctrl-C, SIGTERM and a cluster's signals: what is begun is finished first, so that a run can go on from there.
+"""Ctrl-C, SIGTERM and a cluster's signals end a process after the current step, so that its run can be resumed.
 
-The first one raises `Interrupted`, at once or, inside of `postponed()`, at its end. A second Ctrl-C stops at once.
+The first signal raises `Interrupted`: at once or, inside `postponed()`, at the end of that block. A second Ctrl-C stops
+the process immediately.
 """
 
 import os
@@ -11,16 +12,16 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-GRACE = 8  # seconds for the processes that work for this one
+GRACE = 8  # seconds for worker processes to end
 _STOPPING = ["SIGINT", "SIGTERM", "SIGHUP"]
-_CLUSTER = ["SIGUSR1", "SIGUSR2"]  # what Slurm is told to send before it takes a job's machine away
+_CLUSTER = ["SIGUSR1", "SIGUSR2"]  # which Slurm can send before a job's time is up
 
 
 class Interrupted(SystemExit):
-    """Somebody wants the process to end; what it does can go on later.
+    """A signal asked the process to end; its run can be resumed.
 
     Attributes:
-        number: of the signal. The process ends with 128 more.
+        number: of the signal. The exit status is 128 more.
     """
 
     def __init__(self, number: int) -> None:
@@ -35,56 +36,58 @@ class Interrupted(SystemExit):
 
 
 class InterruptedJobError(Exception):
-    """A worker of a sweep was interrupted: what Interrupted is in the process that shares the work out."""
+    """A worker of a sweep was interrupted: Interrupted as the process that started the worker sees it."""
 
 
 class _State:
     """Of this process."""
 
-    asked: int | None = None  # the signal that came
+    received: int | None = None  # the first signal
     postponing = 0  # how many `postponed()` are open
-    before: dict[int, Any] | None = None  # the handlers that ours took the place of
+    previous: dict[int, Any] | None = None  # the handlers that ours replaced
     is_worker = False
-    workers: Callable[[], list[int]] = list  # the processes that have to end first
+    workers: Callable[[], list[int]] = list  # ids of the processes that have to end first
 
 
 def handle_signals(worker: bool = False) -> None:
-    """Take over the signals that end a process, in the main thread of a process, once.
+    """Handle the signals that end a process; only the first call in the main thread has an effect.
 
     Args:
-        worker: whether the process works for another one, which will ask it for the next run.
+        worker: whether another process gives this one run after run.
     """
-    if _State.before is not None or threading.current_thread() is not threading.main_thread():
+    if _State.previous is not None or threading.current_thread() is not threading.main_thread():
         return
-    _State.asked, _State.before, _State.is_worker = None, {}, worker
+    _State.received, _State.previous, _State.is_worker = None, {}, worker
     names = _STOPPING + (_CLUSTER if "SLURM_JOB_ID" in os.environ else [])
     for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
-        # What is ignored was started so on purpose: in the background of a shell, or with nohup.
+        # Signals are ignored on purpose: in the background of a shell, or with nohup.
         if signal.getsignal(number) is not signal.SIG_IGN:
-            _State.before[number] = signal.signal(number, _on_signal)
+            previous = signal.signal(number, _on_signal)
+            # None is a handler that was set in C, which Python cannot set again.
+            _State.previous[number] = signal.SIG_DFL if previous is None else previous
 
 
-def handler_before(number: int) -> Callable[[int, FrameType | None], Any] | None:
-    """What would have handled a signal, where that is a function of another library."""
-    found = (_State.before or {}).get(number)
+def previous_handler(number: int) -> Callable[[int, FrameType | None], Any] | None:
+    """The handler of another library that ours replaced, if any."""
+    found = (_State.previous or {}).get(number)
     return found if callable(found) and found is not signal.default_int_handler else None
 
 
-def hand_back_signals() -> None:
-    """The end of what `handle_signals` began."""
-    for number, handler in (_State.before or {}).items():
+def restore_signals() -> None:
+    """Undo `handle_signals`."""
+    for number, handler in (_State.previous or {}).items():
         signal.signal(number, handler)
-    _State.asked = _State.before = None
+    _State.received = _State.previous = None
 
 
 def in_worker() -> bool:
     return _State.is_worker
 
 
-def check() -> None:
-    """Raise Interrupted where a signal came before: nothing new is begun."""
-    if _State.asked is not None:
-        raise Interrupted(_State.asked)
+def raise_if_interrupted() -> None:
+    """Raise Interrupted if a signal has come: nothing new is to be started."""
+    if _State.received is not None:
+        raise Interrupted(_State.received)
 
 
 @contextmanager
@@ -94,21 +97,21 @@ def postponed() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _State.asked is not None:  # as when another process that shares the work has ended already
-            raise Interrupted(_State.asked) from error
+        if _State.received is not None:  # such as when another process of the same run has ended already
+            raise Interrupted(_State.received) from error
         raise
     finally:
         _State.postponing -= 1
     if not _State.postponing:
-        check()
+        raise_if_interrupted()
 
 
 @contextmanager
-def passed_on(workers: Callable[[], list[int]]) -> Iterator[None]:
-    """While others work for this process, let them finish what they have begun before it ends.
+def forward_signals(workers: Callable[[], list[int]]) -> Iterator[None]:
+    """Forward signals to worker processes within the block, and let them end first.
 
     Args:
-        workers: gives the numbers of these processes.
+        workers: returns their process ids.
     """
     _State.workers = workers
     try:
@@ -117,15 +120,15 @@ def passed_on(workers: Callable[[], list[int]]) -> Iterator[None]:
         _State.workers = list
         if hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, 0)
-    check()
+    raise_if_interrupted()
 
 
-def _pass_on(number: int) -> bool:
-    """Whether there are workers; they are told, once, and waited for."""
+def _forward(number: int) -> bool:
+    """Ask the workers, if any, to end, and wait for them for a while. Returns whether there are any."""
     workers = _State.workers()
     for process in workers:
         with suppress(OSError):
-            os.kill(process, signal.SIGTERM)  # of which they ignore a second one: a terminal may have told them, too
+            os.kill(process, signal.SIGTERM)  # they ignore it if a terminal has sent them one already
     if workers:
         signal.signal(signal.SIGALRM, lambda *_: _raise(Interrupted(number)))
         signal.setitimer(signal.ITIMER_REAL, GRACE)
@@ -137,14 +140,14 @@ def _raise(error: BaseException) -> None:
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    again = _State.asked is not None
+    again = _State.received is not None
     if again and number != signal.SIGINT:
-        return  # whoever sends SIGTERM may send it more than once
+        return  # SIGTERM may be sent more than once
     if again:
         raise KeyboardInterrupt
-    _State.asked = number
-    if not _State.postponing and not _pass_on(number):
+    _State.received = number
+    if not _State.postponing and not _forward(number):
         raise Interrupted(number)
     if number == signal.SIGINT:
-        # Not print: the signal may have come in the middle of one.
+        # Not print: the signal may have interrupted one.
         os.write(2, b"\nkdpipe: stopping after this step; Ctrl-C again stops at once\n")

@@ -1,4 +1,4 @@
-"""Learning-rate schedules, all PyTorch's own, advanced once a step so that they are smooth within an epoch."""
+"""Learning-rate schedules, all PyTorch's own, advanced once per step so that they are smooth within an epoch."""
 
 from collections.abc import Sequence
 
@@ -12,19 +12,26 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from kdpipe.settings.checks import check_number, check_numbers
+from kdpipe.settings.errors import ConfigError
+from kdpipe.settings.values import NonNegative, Positive, PositiveInt, checked
 
 
 def constant(optimizer: Optimizer, epochs: int, steps_per_epoch: int) -> LRScheduler:
-    """The optimizer's own learning rate throughout."""
+    """The optimizer's learning rate throughout."""
     return LambdaLR(optimizer, lambda step: 1.0)
 
 
-def cosine(optimizer: Optimizer, epochs: int, steps_per_epoch: int, warmup_epochs: float) -> LRScheduler:
-    """Linear warm-up over `warmup_epochs`, then half a cosine to 0 at the last step (Loshchilov & Hutter 2017)."""
+@checked
+def cosine(optimizer: Optimizer, epochs: int, steps_per_epoch: int, warmup_epochs: NonNegative) -> LRScheduler:
+    """Linear warm-up over `warmup_epochs`, then half a cosine to 0 at the last step (Loshchilov & Hutter 2017).
+
+    Raises:
+        ConfigError: a negative warm-up, or one longer than the training.
+    """
     if epochs == 0:
         return constant(optimizer, epochs, steps_per_epoch)
-    check_number("scheduler.warmup_epochs", warmup_epochs, low=0, high=epochs)
+    if warmup_epochs > epochs:
+        raise ConfigError("warmup_epochs", f"{warmup_epochs:g}", f"a number from 0 to train.epochs={epochs}")
     steps = epochs * steps_per_epoch
     warmup_steps = round(warmup_epochs * steps_per_epoch)
     if warmup_steps == 0:
@@ -36,10 +43,9 @@ def cosine(optimizer: Optimizer, epochs: int, steps_per_epoch: int, warmup_epoch
     return SequentialLR(optimizer, [warmup, descent], milestones=[warmup_steps])
 
 
+@checked
 def multistep(
-    optimizer: Optimizer, epochs: int, steps_per_epoch: int, milestones: Sequence[int], gamma: float
+    optimizer: Optimizer, epochs: int, steps_per_epoch: int, milestones: Sequence[PositiveInt], gamma: Positive
 ) -> LRScheduler:
-    """The learning rate times `gamma` after each of the epochs in `milestones`."""
-    check_numbers("scheduler.milestones", milestones, low=1, integer=True)
-    check_number("scheduler.gamma", gamma, above=0)
+    """The learning rate is multiplied by `gamma` after each epoch in `milestones`."""
     return MultiStepLR(optimizer, [epoch * steps_per_epoch for epoch in milestones], gamma=gamma)

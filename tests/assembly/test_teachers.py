@@ -350,7 +350,7 @@ def test_runs_that_cannot_teach_are_refused_in_one_line(kdpipe: Callable, traine
     for changed, said in (
         ({"_target_": "os.system"}, "model._target_=os.system: expected a target in kdpipe.data"),
         ({"depth": 13}, "model.depth=13: "),
-        ({"depth": 20}, "expected weights of resnet32 with 10 classes"),
+        ({"depth": 20}, "; expected weights of resnet32 with 10 classes"),
         ({"image_size": 0}, "image_size=0: expected a whole number from 1"),
     ):
         file.write_text(yaml.safe_dump({**config, "model": config["model"] | changed}))
@@ -363,7 +363,7 @@ def test_a_run_of_other_classes_is_refused(kdpipe: Callable, class_folders: Path
     assert trained.status == 0, trained.errors
     outcome = kdpipe(*ENSEMBLE, members(runs()[0]))
     run_id = runs()[0].info.run_id
-    assert f"teacher.members=runs:/{run_id}: trained on 2 classes (flower, temple), but the data" in outcome.errors
+    assert f"teacher.members=runs:/{run_id}: trained on 2 classes (flower, temple); expected the data" in outcome.errors
 
 
 @pytest.mark.parametrize(

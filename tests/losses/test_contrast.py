@@ -368,10 +368,7 @@ def some_digits() -> ImageDataset:
 def training(data: ImageDataset) -> tuple[Training, Teacher]:
     """A student with CRD, before its first step, as a run with `loss=crd loss.negatives=64` has it."""
     torch.manual_seed(0)
-    student, teacher = (
-        Classifier(ResNet(depth, data.num_classes), 8, [0.5] * 3, [0.5] * 3, key=key)
-        for depth, key in ((8, "model"), (8, "teacher"))
-    )
+    student, teacher = (Classifier(ResNet(8, data.num_classes), 8, [0.5] * 3, [0.5] * 3) for _ in range(2))
     observed, answering = Observed(student, student.network, CRD.roles), Teacher(teacher)
     answering.ask_for(CRD.roles)
     loss = CRD(negatives=64)

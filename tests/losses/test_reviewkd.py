@@ -264,10 +264,7 @@ def test_the_teacher_s_preactivations_and_the_student_s_stages_are_compared() ->
 def test_a_student_is_taught_by_a_larger_network_and_its_term_falls() -> None:
     data = digits()
     torch.manual_seed(0)
-    student, teacher = (
-        Classifier(ResNet(depth, 10, shortcut="B"), 8, [0.5] * 3, [0.5] * 3, key=key)
-        for depth, key in ((8, "model"), (14, "teacher"))
-    )
+    student, teacher = (Classifier(ResNet(depth, 10, shortcut="B"), 8, [0.5] * 3, [0.5] * 3) for depth in (8, 14))
     for classifier in (student, teacher):
         classifier.network.roles = {"stages": ["layer1", "layer2", "layer3"]}
     loss, answering = ReviewKD(warmup=0), Teacher(teacher)

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from kdpipe.assembly.building import build
 from kdpipe.losses.outputs import ROLES, Outputs
 from kdpipe.models.densenet import densenet121
-from kdpipe.models.mobilenetv2 import Block as BottleneckBlock
-from kdpipe.models.mobilenetv2 import MobileNetV2
+from kdpipe.models.mobilenetv2 import InvertedResidual, MobileNetV2
 from kdpipe.models.resnet import ResNet
 from kdpipe.models.student_cnn import StudentCNN
 from kdpipe.models.timm import classifier as timm_classifier
 from kdpipe.models.torchvision import classifier as torchvision_classifier
 from kdpipe.models.vgg import VGG
-from kdpipe.models.wrn import Block, WideResNet
+from kdpipe.models.wrn import WideBlock, WideResNet
 from kdpipe.settings.composition import compose_settings
 from kdpipe.settings.schema import NetworkSettings
 from kdpipe.training.observed import Observed
@@ -197,7 +196,7 @@ def test_vgg_has_torchvisions_layers(name: str, widths: list[int | str], images:
 @pytest.mark.parametrize(("stride", "channels"), [(1, 8), (1, 12), (2, 8)])
 def test_a_block_of_mobilenetv2_is_torchvisions(stride: int, channels: int) -> None:
     theirs = unlike_new(torchvision.models.mobilenetv2.InvertedResidual(8, channels, stride, expand_ratio=6)).eval()
-    ours = BottleneckBlock(8, channels, stride, expansion=6).eval()
+    ours = InvertedResidual(8, channels, stride, expansion=6).eval()
     take_over(ours, theirs)
     inputs = torch.randn(2, 8, 7, 7)
     with torch.no_grad():
@@ -206,7 +205,7 @@ def test_a_block_of_mobilenetv2_is_torchvisions(stride: int, channels: int) -> N
 
 @pytest.mark.parametrize(("channels", "stride"), [(4, 1), (6, 1), (6, 2)])
 def test_a_block_of_a_wide_resnet_activates_before_it_convolves(channels: int, stride: int) -> None:
-    block = unlike_new(Block(4, channels, stride)).eval()
+    block = unlike_new(WideBlock(4, channels, stride)).eval()
     inputs = torch.randn(2, 4, 8, 8)
     with torch.no_grad():
         activated = block.bn1(inputs).relu()
@@ -257,17 +256,18 @@ def fresh(name: str) -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: WideResNet(18, 2, 10), "model.depth=18: 6n + 4 is accepted, such as 16, 28, 40"),
-        (lambda: WideResNet(4, 2, 10), "model.depth=4: 6n + 4 is accepted, such as 16, 28, 40"),
-        (lambda: WideResNet(16, 0, 10), "model.width=0: a whole number from 1 is accepted"),
-        (lambda: WideResNet(16, 1.5, 10), "model.width=1.5: a whole number from 1 is accepted"),
-        (lambda: VGG(16, 10), "model.depth=16: one of 8, 13 is accepted"),
-        (lambda: MobileNetV2(10, 0), "model.width=0: a number from 0.1 is accepted"),
+        (lambda: WideResNet(18, 2, 10), "depth=18: expected 6n + 4, such as 16, 28, 40"),
+        (lambda: WideResNet(4, 2, 10), "depth=4: expected 6n + 4, such as 16, 28, 40"),
+        (lambda: WideResNet(16, 0, 10), "width=0: expected a whole number from 1"),
+        (lambda: WideResNet(16, 1.5, 10), "width=1.5: expected a whole number from 1"),
+        (lambda: VGG(16, 10), "depth=16: expected one of 8, 13"),
+        (lambda: MobileNetV2(10, 0), "width=0: expected a number from 0.1"),
         (
             lambda: ResNet(20, 10, widths=[16, 32, 64]),
-            "model.widths=[16, 32, 64]: four numbers are accepted, such as [16, 16, 32, 64]",
+            "widths=[16,32,64]: expected four whole numbers from 1, such as [16,16,32,64]",
         ),
-        (lambda: ResNet(20, 10, widths=64), "model.widths=64: a list of numbers is accepted"),
+        (lambda: ResNet(20, 10, widths=64), "widths=64: expected four whole numbers from 1, such as [16,16,32,64]"),
+        (lambda: ResNet(20, 10, widths=[16, 16, 32, 0]), "widths=0: expected a whole number from 1"),
     ],
 )
 def test_another_depth_or_width_is_refused(build: Callable[[], nn.Module], message: str) -> None:
@@ -345,11 +345,11 @@ def test_timms_maps_with_channels_last_are_no_stages() -> None:
 @pytest.mark.parametrize(
     ("stages", "value"),
     [
-        (["layer1", "layer5"], "[layer1, layer5]"),
+        (["layer1", "layer5"], "[layer1,layer5]"),
         ([], "[]"),
         ("layer1", "layer1"),
         ([1], "[1]"),
-        ([["fc"]], "[['fc']]"),
+        ([["fc"]], "[[fc]]"),
         (3, "3"),
     ],
 )
@@ -357,7 +357,7 @@ def test_a_stage_that_a_network_lacks_is_refused(stages: object, value: str) -> 
     with pytest.raises(ValueError) as error:
         torchvision_classifier("resnet18", 10, stages=stages)
     known = "conv1, bn1, relu, maxpool, layer1, layer2, layer3, layer4, avgpool, fc"
-    assert str(error.value) == f"model.stages={value}: a list of submodules' names is accepted, such as {known}"
+    assert str(error.value) == f"stages={value}: expected a list of submodules' names, such as {known}"
 
 
 @pytest.mark.parametrize(("stage", "given"), [("flatten", "[2, 48]"), ("unused", "NoneType"), ("pair", "tuple")])
