@@ -12,14 +12,14 @@ from kdpipe.models import Classifier
 from kdpipe.models.weights import check_class_names, load_imagenet, load_state, read_weights
 from kdpipe.settings.addresses import run_and_file
 from kdpipe.settings.errors import ConfigError, first_line
-from kdpipe.settings.schema import NetworkSettings, Settings
+from kdpipe.settings.schema import Freeze, NetworkSettings, Settings
 from kdpipe.system.randomness import derive_seed
 
 if TYPE_CHECKING:
     from kdpipe.tracking import RunStore
 
 
-def build_network(key: str, settings: NetworkSettings, data: ImageDataset, freeze: str) -> Classifier:
+def build_network(key: str, settings: NetworkSettings, data: ImageDataset, freeze: Freeze) -> Classifier:
     """The network that stands under `key` in the config, without weights."""
     network = build(key, settings, num_classes=data.num_classes)
     # A network of a library knows what its pretrained weights expect.

@@ -12,7 +12,7 @@ from kdpipe.compare.cells import Cell, Controls
 from kdpipe.compare.disagreement import Disagreement
 from kdpipe.compare.published import Published, published_for, published_notes, teacher_note
 from kdpipe.compare.statistics import CANNOT_TELL, Interval, interval, verdict
-from kdpipe.runs.names import run_and_file
+from kdpipe.settings.addresses import run_and_file
 from kdpipe.settings.identity import UNLABELLED
 from kdpipe.tracking import RunRecord
 

@@ -14,7 +14,8 @@ from kdpipe.export.formats import INT8, ONNX, PROGRAM
 from kdpipe.export.measurements import Measurement, table_of
 from kdpipe.export.sources import Sources, fitted_temperature, run_settings
 from kdpipe.export.writers import strip_folders
-from kdpipe.runs.names import UNLABELLED_IMAGES, WEIGHTS
+from kdpipe.runs.names import UNLABELLED_IMAGES
+from kdpipe.settings.addresses import WEIGHTS
 from kdpipe.system.tables import markdown_table
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")

@@ -38,7 +38,8 @@ from kdpipe.export.verification import (
 )
 from kdpipe.export.writers import portable_config, quiet, trace_classifier, write_onnx, write_program, write_weights
 from kdpipe.models import Classifier, Ensemble, size_mb
-from kdpipe.runs.names import CONFIG, WEIGHTS
+from kdpipe.runs.names import CONFIG
+from kdpipe.settings.addresses import WEIGHTS
 from kdpipe.settings.errors import flat
 from kdpipe.system.hardware import prepare_device
 from kdpipe.system.progress import progress

@@ -19,7 +19,8 @@ from kdpipe.assembly.networks import build_network
 from kdpipe.export.formats import INT8, ONNX, PROGRAM
 from kdpipe.export.sources import fitted_temperature
 from kdpipe.models.weights import check_class_names, load_state, read_weights
-from kdpipe.runs.names import CONFIG, WEIGHTS
+from kdpipe.runs.names import CONFIG
+from kdpipe.settings.addresses import WEIGHTS
 from kdpipe.settings.errors import flat
 from kdpipe.settings.saved import read_network_settings
 from kdpipe.tracking import RunStore

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -121,6 +122,8 @@ def load_imagenet(key: str, network: nn.Module, name: str) -> None:
     """
     if not hasattr(network, "imagenet_backbone"):
         raise ConfigError(key, "imagenet", f"null, {OTHERS}", f"{name} has no ImageNet weights")
+    if "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" not in os.environ:  # PyTorch takes only one of the two
+        os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # for the library that loads them
     try:
         backbone = network.imagenet_backbone()  # type: ignore[operator]
     except Exception as error:  # a refused connection, a broken file in the cache, …

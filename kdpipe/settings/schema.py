@@ -15,6 +15,7 @@ from kdpipe.settings.errors import ConfigError, as_typed
 from kdpipe.settings.values import NonNegative, NonNegativeInt, Number, Positive, PositiveInt, model_error
 
 ENSEMBLE = "kdpipe.models.Ensemble"
+Freeze = Literal["none", "backbone"]
 Model = TypeVar("Model", bound="Section")
 
 
@@ -107,7 +108,7 @@ class NetworkSettings(Component):
     mean: list[Number] | None
     std: list[Positive] | None
     weights: str | None = None
-    freeze: Literal["none", "backbone"] = "none"
+    freeze: Freeze = "none"
 
 
 class EnsembleSettings(Component):

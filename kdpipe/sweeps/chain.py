@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from kdpipe.settings.errors import ConfigError, as_typed
 from kdpipe.settings.identity import flatten
-from kdpipe.sweeps.grid import Axes, Cell, compose_cell
+from kdpipe.sweeps.grid import Axes, GridCell, compose_cell
 
 
 def links_of(sweeper: BasicSweeper, axes: Axes) -> list[list[str]]:
@@ -69,7 +69,7 @@ def _problem(override: Override, number: int, axes: Axes) -> str:
     return ""
 
 
-def draft(sweeper: BasicSweeper, grid: Sequence[Sequence[str]], links: Sequence[Sequence[str]]) -> list[list[Cell]]:
+def draft(sweeper: BasicSweeper, grid: Sequence[Sequence[str]], links: Sequence[Sequence[str]]) -> list[list[GridCell]]:
     """The cells of each link before any is trained: the run of a teacher has no id yet, and goes by its identity."""
     drafts = [compose_link(sweeper, grid, links[0])]
     for link in links[1:]:
@@ -81,8 +81,8 @@ def compose_link(
     sweeper: BasicSweeper,
     grid: Sequence[Sequence[str]],
     link: Sequence[str],
-    teachers: Sequence[tuple[Cell, str]] | None = None,
-) -> list[Cell]:
+    teachers: Sequence[tuple[GridCell, str]] | None = None,
+) -> list[GridCell]:
     """The cells of one link.
 
     Args:
@@ -108,7 +108,7 @@ def link_overrides(cell: Sequence[str], link: Sequence[str], teacher: Sequence[s
     return [*_kept(cell, link, teacher is not None), *(teacher or []), *link]
 
 
-def taught_by(before: Cell, run_id: str) -> list[str]:
+def taught_by(before: GridCell, run_id: str) -> list[str]:
     """The overrides that make the network of one run the teacher of the next."""
     network = {key: value for key, value in before.settings.model.plain.items() if key not in ("weights", "freeze")}
     return [
@@ -118,7 +118,7 @@ def taught_by(before: Cell, run_id: str) -> list[str]:
     ]
 
 
-def check_links(cell: Sequence[str], links: Sequence[Sequence[str]], drafts: Sequence[Sequence[Cell]]) -> None:
+def check_links(cell: Sequence[str], links: Sequence[Sequence[str]], drafts: Sequence[Sequence[GridCell]]) -> None:
     """Raise ConfigError for an override that no link of a chain takes, and for a link that learns from no teacher."""
     if len(links) == 1:
         return
@@ -144,7 +144,7 @@ def check_links(cell: Sequence[str], links: Sequence[Sequence[str]], drafts: Seq
             )
 
 
-def networks_of(cells: Sequence[Cell]) -> str:
+def networks_of(cells: Sequence[GridCell]) -> str:
     """What a link trains."""
     return " or ".join(dict.fromkeys(cell.settings.model.name for cell in cells))
 

@@ -36,7 +36,7 @@ Axes = dict[str, list[str]]
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridCell:
     """A cell of a grid: overrides of Hydra, and the settings that they compose."""
 
     overrides: tuple[str, ...]
@@ -59,7 +59,7 @@ class PlannedRun:
     """
 
     name: str
-    cell: Cell
+    cell: GridCell
     tags: dict[str, str]
     teacher: str
 
@@ -105,11 +105,11 @@ def expand(sweeper: BasicSweeper, arguments: Sequence[str]) -> tuple[Axes, list[
     return axes, sweeper.split_arguments(overrides, None)[0]
 
 
-def compose_cell(sweeper: BasicSweeper, overrides: Sequence[str]) -> Cell:
+def compose_cell(sweeper: BasicSweeper, overrides: Sequence[str]) -> GridCell:
     """One cell."""
     assert sweeper.hydra_context and sweeper.config
     config = sweeper.hydra_context.config_loader.load_sweep_config(sweeper.config, list(overrides))
-    return Cell(tuple(overrides), read_settings(config), Invocation.of(config.hydra))
+    return GridCell(tuple(overrides), read_settings(config), Invocation.of(config.hydra))
 
 
 def check_shared(cells: Sequence[Settings]) -> None:
@@ -122,7 +122,7 @@ def check_shared(cells: Sequence[Settings]) -> None:
 
 
 def plan(
-    axes: Axes, cells: Sequence[Cell], tracker: "Tracker", teachers: KnownTeachers, link: int | None = None
+    axes: Axes, cells: Sequence[GridCell], tracker: "Tracker", teachers: KnownTeachers, link: int | None = None
 ) -> list[PlannedRun]:
     """The runs of cells; cells that are the same run (at alpha 0, whatever the temperature) are planned once. Data,
     teachers and networks are built here, so that what is wrong with them is known before anything trains.
@@ -144,7 +144,7 @@ def plan(
     return list(planned.values())
 
 
-def name_of(axes: Axes, cell: Cell) -> str:
+def name_of(axes: Axes, cell: GridCell) -> str:
     """What a cell differs in from the others, then alpha, temperature and seed, without what has no effect on it:
     a0.5_T4_s0, a0_s0, lr0.01_a0.5_T4_s0."""
     effective, values = cell.settings.effective, flatten(cell.settings.plain)
@@ -169,7 +169,7 @@ def _in_short(value: object) -> str:
     return re.sub(r"runs:/(\w{8})\w+", r"\1", str(value))  # MLflow's ids differ in their first digits
 
 
-def sweep_identity(planned: Sequence[PlannedRun], later: Sequence[Sequence[Cell]] = ()) -> str:
+def sweep_identity(planned: Sequence[PlannedRun], later: Sequence[Sequence[GridCell]] = ()) -> str:
     """The sweep's 12 hex digits: a hash of its cells' identities, and of the images and teachers that they found.
 
     Args:

@@ -29,7 +29,7 @@ from kdpipe.settings.schema import Settings
 from kdpipe.sweeps.chain import check_links, compose_link, draft, links_of, networks_of
 from kdpipe.sweeps.grid import (
     Axes,
-    Cell,
+    GridCell,
     PlannedRun,
     check_shared,
     compose_cell,
@@ -63,7 +63,7 @@ class Sweep:
     axes: Axes
     grid: Sequence[Sequence[str]]
     links: Sequence[Sequence[str]]
-    drafts: Sequence[Sequence[Cell]]
+    drafts: Sequence[Sequence[GridCell]]
     tracker: "Tracker"
     teachers: KnownTeachers = field(default_factory=dict)
     id: str = ""
@@ -107,7 +107,7 @@ def run_sweep(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
     check_shared(every)
     check_links(grid[0], links, drafts)
     first = every[0]
-    if is_local(drafts[0][0]):
+    if runs_here(drafts[0][0]):
         for settings in every:
             check_device(settings)
     uri = store_uri(first.tracking.uri, Path(first.output_dir))
@@ -142,7 +142,7 @@ def run_sweep(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
             raise ValueError(failures(failed, total, left_out))
 
 
-def check_networks(drafts: Sequence[Sequence[Cell]], tracker: "Tracker") -> None:
+def check_networks(drafts: Sequence[Sequence[GridCell]], tracker: "Tracker") -> None:
     """Raise ConfigError for images or networks of links after the first that cannot be used: `plan` would find out only
     when the links before are trained."""
     every = [cell.settings for cells in drafts for cell in cells]
@@ -180,7 +180,7 @@ def train_links(sweep: Sweep, planned: Sequence[PlannedRun]) -> tuple[dict[str, 
     return failed, left_out
 
 
-def is_local(cell: Cell) -> bool:
+def runs_here(cell: GridCell) -> bool:
     """Whether the runs of a sweep run on this machine, and not on the nodes of a cluster."""
     return "submitit" not in cell.invocation.launcher
 
@@ -236,7 +236,7 @@ def launch(sweep: Sweep, missing: Sequence[PlannedRun]) -> tuple[dict[str, str],
     jobs = [[*run.overrides, *_job_overrides(sweep, run, n, len(missing))] for n, run in enumerate(missing, start=1)]
     assert sweep.sweeper.launcher
     try:
-        with forward_signals(lambda: workers_of(missing) if is_local(sweep.drafts[0][0]) else []):
+        with forward_signals(lambda: workers_of(missing) if runs_here(sweep.drafts[0][0]) else []):
             results = sweep.sweeper.launcher.launch(jobs, initial_job_idx=0)
     except Exception as error:  # a process was killed, or a cluster lost a job; others may go on
         log.error("a job was lost: %s", explain(error))

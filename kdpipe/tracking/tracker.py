@@ -32,7 +32,7 @@ from kdpipe.runs.journal import (
     undelivered,
     write_rows,
 )
-from kdpipe.runs.names import WEIGHTS
+from kdpipe.settings.addresses import WEIGHTS
 from kdpipe.settings.errors import ConfigError, flat
 from kdpipe.system.interruption import postponed
 from kdpipe.tracking.delivery import STOP_TIMEOUT, ActiveRun, Recovery, delete_duplicates, new_token

@@ -142,9 +142,8 @@ def test_every_yaml_builds_without_a_warning(name: str, composed: Callable[..., 
 
 def test_the_command_lines_values_reach_the_schedule(composed: Callable[..., Settings]) -> None:
     config = composed("scheduler=multistep", "scheduler.milestones=[2]", "scheduler.gamma=0.5")
-    assert rates(partial(build_component, "scheduler", config.scheduler), 3, 2) == pytest.approx(
-        [1, 1, 1, 1, 0.5, 0.5, 0.5]
-    )
+    schedule = partial(build_component, "scheduler", config.scheduler)
+    assert rates(schedule, 3, 2) == pytest.approx([1, 1, 1, 1, 0.5, 0.5, 0.5])
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (CONF / "scheduler").glob("*.yaml")))
