@@ -176,7 +176,6 @@ def test_runs_from_before_standardized_logits_share_the_cell() -> None:
         assert found == {"KD alpha 0.5 temperature 4": [0, 1], "KD alpha 0.5 standardize True temperature 4": [0]}
 
 
-@pytest.mark.xfail(reason="settings.identity does not know the schedulers' former place yet")
 def test_runs_from_before_the_schedulers_moved_share_the_cell() -> None:
     before = record("student", 0, 0.8, scheduler___target_="kdpipe.schedulers.cosine")
     now = record("student", 1, 0.8, scheduler___target_="kdpipe.training.schedules.cosine")

@@ -19,7 +19,8 @@ from torch import nn
 from kdpipe.models import Classifier
 from kdpipe.models.resnet import ResNet
 from kdpipe.models.student_cnn import StudentCNN
-from kdpipe.models.weights import State, check_class_names, load_state, read_weights, weights_digest
+from kdpipe.models.weights import State, check_class_names, load_imagenet, load_state, read_weights, weights_digest
+from kdpipe.settings.errors import ConfigError
 from kdpipe.training.checkpoint import copy_state, save_weights
 
 # What PyTorch says of pickles that are not its own, before it refuses them.
@@ -411,3 +412,13 @@ def test_a_digest_changes_where_two_tensors_change_places() -> None:
 def test_a_digest_changes_with_the_names_of_tensors() -> None:
     layer = nn.Linear(3, 3)
     assert weights_digest(nn.ModuleDict({"head": layer})) != weights_digest(nn.ModuleDict({"tail": layer}))
+
+
+def test_pretrained_weights_that_a_library_loads_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+    file = tmp_path / "whole network.pt"
+    torch.save(nn.Linear(1, 1), file)
+    network = nn.Linear(1, 1)
+    network.imagenet_backbone = lambda: torch.load(file, weights_only=False)
+    with pytest.raises(ConfigError, match="Weights only load failed"):
+        load_imagenet("model.weights", network, "theirs")
