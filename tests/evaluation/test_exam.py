@@ -19,9 +19,9 @@ from kdpipe.evaluation.exam import (
     Exam,
     _most_differing,
     caveats,
-    require_finite,
     class_frame,
     prediction_frame,
+    require_finite,
     write_exam,
 )
 from kdpipe.evaluation.figures import as_png, draw_confusion
