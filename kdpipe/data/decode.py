@@ -41,17 +41,11 @@ QUEUED = 1024  # files that wait to be decoded, at most
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A file that should be an image.
+    """A file that should be an image."""
 
-    Attributes:
-        name: within the data set.
-        stamp: changes with the content: size and time, or a checksum.
-        read: gives the content.
-    """
-
-    name: str
+    name: str  # within the data set
     label: int
-    stamp: tuple[int, ...]
+    stamp: tuple[int, ...]  # changes with the content: size and time, or a checksum
     read: Callable[[], bytes]
 
 
@@ -105,7 +99,6 @@ def _opened(content: bytes) -> Image.Image:
 def decoded_source(
     files: Sequence[ImageFile],
     class_names: tuple[str, ...],
-    *,
     image_size: int | None,
     on_bad_image: str,
     cache_dir: str,
@@ -181,7 +174,10 @@ def _decode(
         problem = f"the {lost.pop() or 'train'} folder has no readable image"
         raise ConfigError("root", expected="at least one", problem=problem)
     if bad:
-        images = _compacted(images, good, folder)
+        everything, images = images, new_array(folder / "good.npy", (len(good), 3, height, width), np.uint8)
+        for row, position in enumerate(good):
+            images[row] = everything[position]
+        (folder / "good.npy").replace(folder / "images.npy")
     images.flush()
     np.save(folder / "labels.npy", labels)
     source = Source(torch.from_numpy(images), torch.from_numpy(labels), class_names, _given_splits(kept, split_of))
@@ -226,16 +222,6 @@ def _decode_into(images: np.memmap, files: Sequence[ImageFile], resizes: bool) -
         problem = f"the first image has {size[0]}×{size[1]} pixels, but {min(other_sizes)}"
         raise ConfigError("image_size", None, "the side in pixels, such as 128", problem)
     return bad
-
-
-def _compacted(images: np.memmap, good: Sequence[int], folder: Path) -> np.memmap:
-    """The good rows alone, in the file's place."""
-    compact = new_array(folder / "good.npy", (len(good), *images.shape[1:]), np.uint8)
-    for row, position in enumerate(good):
-        compact[row] = images[position]
-    compact.flush()
-    (folder / "good.npy").replace(folder / "images.npy")
-    return compact
 
 
 def _about(shape: tuple[int, ...]) -> str:
@@ -299,8 +285,7 @@ def files_below(root: Path) -> list[str]:
 def _paths_below(folder: Path | str, seen: set[str]) -> Iterator[str]:
     real = os.path.realpath(folder)
     if real in seen:
-        problem = f"{folder} is a link to a folder that was read already, {real}; remove it"
-        raise ConfigError("root", problem=problem)
+        raise ConfigError("root", problem=f"{folder} is a link to a folder that was read already, {real}; remove it")
     seen.add(real)
     with os.scandir(folder) as found:  # tells files from folders without asking the file system again
         for item in found:

@@ -8,15 +8,7 @@ from pathlib import Path, PureWindowsPath
 from threading import Lock
 
 from kdpipe.data.dataset import Source
-from kdpipe.data.decode import (
-    MAX_BYTES,
-    ImageFile,
-    ImageSize,
-    OnBadImage,
-    decoded_source,
-    files_below,
-    image_file,
-)
+from kdpipe.data.decode import MAX_BYTES, ImageFile, ImageSize, OnBadImage, decoded_source, files_below, image_file
 from kdpipe.settings.errors import ConfigError, flat
 from kdpipe.settings.values import checked
 
@@ -50,13 +42,8 @@ def dogs_vs_cats(root: str, image_size: ImageSize, on_bad_image: OnBadImage, cac
         problem = "cat.N.jpg and dog.N.jpg not found" if path.exists() else "no such file or folder"
         kaggle = "Kaggle's train folder (train/cat.0.jpg, …), train.zip or dogs-vs-cats.zip"
         raise ConfigError("root", root, kaggle, problem)
-    return decoded_source(
-        sorted(files, key=lambda file: file.name),
-        CLASS_NAMES,
-        image_size=image_size,
-        on_bad_image=on_bad_image,
-        cache_dir=cache_dir,
-    )
+    files.sort(key=lambda file: file.name)
+    return decoded_source(files, CLASS_NAMES, image_size, on_bad_image, cache_dir)
 
 
 def _files_in(path: Path, root: str) -> list[ImageFile]:
@@ -98,8 +85,8 @@ def check_members(archive: zipfile.ZipFile) -> None:
 def _content(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) -> bytes:
     """A member's bytes, at most as many as its header claims, and only if that is below the limit."""
     if member.file_size > limit:
-        megabytes = f"{member.file_size / 1e6:,.0f} MB; expected at most {limit / 1e6:,.0f} MB"
-        raise ValueError(f"{member.filename} has {megabytes}")
+        size, most = member.file_size / 1e6, limit / 1e6
+        raise ValueError(f"{member.filename} has {size:,.0f} MB; expected at most {most:,.0f} MB")
     # bz2 and lzma decompress more than was requested.
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{member.filename} is packed with method {member.compress_type}; expected deflate")

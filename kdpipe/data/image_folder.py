@@ -39,14 +39,11 @@ def image_folder(root: str, image_size: ImageSize | None, on_bad_image: OnBadIma
             if not found and part == parts[0]:
                 raise ConfigError("root", root, problem=f"the class folder {part / class_name} is empty")
             files += [image_file(path, top, label) for path in found]
-    return decoded_source(
-        files,
-        tuple(class_names),
-        image_size=image_size,
-        on_bad_image=on_bad_image,
-        cache_dir=cache_dir,
-        split_of=lambda name: SPLIT_FOLDERS.get(name.split("/")[0]) if len(parts) > 1 else None,
-    )
+
+    def split_of(name: str) -> str | None:
+        return SPLIT_FOLDERS.get(name.split("/")[0]) if len(parts) > 1 else None
+
+    return decoded_source(files, tuple(class_names), image_size, on_bad_image, cache_dir, split_of)
 
 
 def _folders(part: Path) -> list[str]:

@@ -73,8 +73,7 @@ def with_unlabelled(data: ImageDataset, root: str, on_bad_image: str, cache_dir:
         if not files:
             problem = "no file in this folder" if top.is_dir() else "no such folder"
             raise ConfigError("root", problem=problem, expected="a folder with images")
-        names = ("unlabelled",)
-        source = decoded_source(files, names, image_size=height, on_bad_image=on_bad_image, cache_dir=cache_dir)
+        source = decoded_source(files, ("unlabelled",), height, on_bad_image, cache_dir)
     except ConfigError as error:
         if error.key != "root":
             raise

@@ -76,7 +76,7 @@ def examine(learner: nn.Module, data: ImageDataset, hardware: Hardware, teacher_
         ValueError: logits that are NaN or infinite.
     """
     positions, labels = data.splits["test"].cpu(), data.labels.cpu()
-    student = check_finite("the trained network", logits_of(learner, data, "test", hardware))
+    student = require_finite("the trained network", logits_of(learner, data, "test", hardware))
     temperature = None
     if "validation" in data.splits:
         validation = logits_of(learner, data, "validation", hardware)
@@ -86,7 +86,7 @@ def examine(learner: nn.Module, data: ImageDataset, hardware: Hardware, teacher_
     return Exam(positions, labels[positions], student, teacher_logits, temperature)
 
 
-def check_finite(network: str, logits: Tensor) -> Tensor:
+def require_finite(network: str, logits: Tensor) -> Tensor:
     """The logits [n, classes].
 
     Raises:

@@ -79,18 +79,9 @@ def draw_reliability(networks: Mapping[str, Reliability]) -> Figure:
 def _calibration(axis: Axes, middles: NDArray[np.float64], found: Reliability) -> None:
     """Bars of accuracy, and from each bar the gap to the mean confidence."""
     axis.bar(middles, np.nan_to_num(found.accuracy), width=0.9 / BINS, color=RIGHT, label="accuracy")
-    gap = np.nan_to_num(found.confidence - found.accuracy)
-    bottom = np.nan_to_num(found.accuracy)
-    axis.bar(
-        middles,
-        gap,
-        bottom=bottom,
-        width=0.9 / BINS,
-        color="none",
-        edgecolor=WRONG,
-        hatch="////",
-        label="gap to the confidence",
-    )
+    gap, bottom = np.nan_to_num(found.confidence - found.accuracy), np.nan_to_num(found.accuracy)
+    label = "gap to the confidence"
+    axis.bar(middles, gap, bottom=bottom, width=0.9 / BINS, color="none", edgecolor=WRONG, hatch="////", label=label)
     axis.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="accuracy = confidence")
     axis.set_ylim(0, 1)
 

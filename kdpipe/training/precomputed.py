@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kdpipe.data import ImageDataset, PerImageValues
 from kdpipe.data.augmentation import Views
-from kdpipe.evaluation.exam import check_finite
+from kdpipe.evaluation.exam import require_finite
 from kdpipe.models import Classifier, Ensemble
 from kdpipe.models.weights import weights_digest
 from kdpipe.settings.identity import RESULTS
@@ -140,7 +140,7 @@ def logits_of_test_images(
     positions = data.splits["test"]
     request = OutputRequest("logits", name, teacher, teacher, data, positions.sort().values)
     (known,) = precomputed_outputs(request, folder, math.inf, hardware)
-    return check_finite(f"the teacher {name}", known[positions].clone())
+    return require_finite(f"the teacher {name}", known[positions].clone())
 
 
 @torch.no_grad()

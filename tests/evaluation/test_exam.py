@@ -19,9 +19,9 @@ from kdpipe.evaluation.exam import (
     Exam,
     _most_differing,
     caveats,
-    check_finite,
     class_frame,
     prediction_frame,
+    require_finite,
     write_exam,
 )
 from kdpipe.evaluation.figures import as_png, draw_confusion
@@ -209,7 +209,7 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
     logits = torch.zeros(5, 3)
     logits[2, 1] = torch.nan
     with pytest.raises(ValueError, match=r"^the teacher resnet20 has .* NaN or infinite for 1 of 5 test images$"):
-        check_finite("the teacher resnet20", logits)
+        require_finite("the teacher resnet20", logits)
 
 
 @pytest.mark.parametrize("run", [evaluate, logits_of])
