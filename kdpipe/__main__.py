@@ -1,7 +1,9 @@
+"""`python -m kdpipe`."""
+
 import sys
 
 try:
-    from kdpipe.main import cli  # seconds, in which somebody may change their mind
+    from kdpipe.main import cli  # takes seconds, in which a user may press Ctrl-C
 except KeyboardInterrupt:
     sys.exit(130)
 

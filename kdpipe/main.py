@@ -26,11 +26,11 @@ from kdpipe.evaluation.inference import evaluate
 from kdpipe.evaluation.report import cost_table, epoch_line, result_table
 from kdpipe.models import Classifier, Ensemble
 from kdpipe.runs.claim import ClaimedError, claim
+from kdpipe.runs.commands import compare_command, export_command
 from kdpipe.runs.journal import CHECKPOINTS, NOT_CREATED, Journal, is_unfinished, rows_since, sync_command
 from kdpipe.runs.names import CONFIG, IMAGE_SHAPE, PEER_WEIGHTS, TIMED_ON, UNLABELLED_IMAGES
 from kdpipe.runs.store import PATIENCE, store_uri, wait_for_store
 from kdpipe.settings.addresses import WEIGHTS, epoch_file
-from kdpipe.settings.commands import compare_command, export_command
 from kdpipe.settings.composition import CONF, Invocation, added_configs, explain, read_settings, register_resolvers
 from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.schema import Settings

@@ -8,9 +8,9 @@ import torch
 from kdpipe.assembly.networks import build_network, load_trained, load_weights
 from kdpipe.data import ImageDataset
 from kdpipe.models import Classifier, Ensemble
+from kdpipe.runs.commands import teacher_command
 from kdpipe.runs.names import CONFIG
 from kdpipe.settings.addresses import run_and_file
-from kdpipe.settings.commands import teacher_command
 from kdpipe.settings.composition import Invocation
 from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.identity import canonical

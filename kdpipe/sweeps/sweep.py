@@ -20,9 +20,9 @@ from kdpipe.assembly.networks import build_model
 from kdpipe.assembly.parts import check_components
 from kdpipe.assembly.teachers import KnownTeachers
 from kdpipe.runs.claim import ClaimedError, locked, wait_until_free, worker_pid
+from kdpipe.runs.commands import compare_command
 from kdpipe.runs.journal import is_unfinished
 from kdpipe.runs.store import PATIENCE, check_uri, store_uri, wait_for_store
-from kdpipe.settings.commands import compare_command
 from kdpipe.settings.composition import explain
 from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.schema import Settings

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kdpipe.data import ImageDataset
 from kdpipe.data.augmentation import Views
+from kdpipe.data.feeding import feed
 from kdpipe.data.mixing import Mixing
 from kdpipe.evaluation.inference import evaluate
 from kdpipe.system.interruption import postponed
@@ -116,11 +117,10 @@ def train_epoch(training: Training, data: ImageDataset, recipe: Recipe, hooks: H
     learned = [weight for part in (model, loss) for weight in part.parameters() if weight.requires_grad]
     with progress(f"epoch {epoch}/{recipe.epochs}", len(order)) as bar:
         bar.advance(training.seen * hardware.processes)
-        for whole_batch in batches(order, recipe.batch_size, hardware.processes)[training.steps :]:
+        whole_batches = batches(order, recipe.batch_size, hardware.processes)[training.steps :]
+        fed = feed(map(hardware.shard, whole_batches), data.images, data.labels, hardware.device)
+        for whole_batch, (batch, images, labels) in zip(whole_batches, fed, strict=True):
             with postponed():
-                batch = hardware.shard(whole_batch)
-                images = data.images[batch].to(hardware.device, non_blocking=True)
-                labels = data.labels[batch].to(hardware.device, non_blocking=True)
                 if recipe.views and draws is not None:
                     images = recipe.views.augment(images, draws[batch].to(hardware.device, non_blocking=True))
                 if recipe.mixing:
