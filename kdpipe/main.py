@@ -82,7 +82,7 @@ def run(settings: Settings, folder: Path, invocation: Invocation) -> float:
             log.info("this run is already finished (train.resume=never trains anew)")
             tracker.restore(finished.id, folder)
             if settings.train.keep_epochs:
-                _warn_of_missing_epochs(settings, settings.train.epochs, tracker.artifacts(finished.id))
+                settings.train.warn_of_missing_epochs(settings.train.epochs, tracker.artifacts(finished.id))
             _show_result(finished.metrics, settings, folder, tracker, finished.id)
             return _objective(finished.metrics)
         return _lead(settings, parts, tracker, folder, hardware)
@@ -264,13 +264,7 @@ def _save_earlier_epochs(settings: Settings, current: "ActiveRun", epoch: int) -
             current.save(file)
         else:  # of another run, or this one comes to that epoch again
             file.unlink()
-    _warn_of_missing_epochs(settings, epoch - 1, [file.name for file in over if file.exists()])
-
-
-def _warn_of_missing_epochs(settings: Settings, over: int, files: Sequence[str]) -> None:
-    """Warn of epochs whose weights should be kept, but were not asked for when the run came to them."""
-    if problem := settings.train.missing_epochs(over, files):
-        log.warning(problem)
+    settings.train.warn_of_missing_epochs(epoch - 1, [file.name for file in over if file.exists()])
 
 
 def _cost_of(settings: Settings, parts: Parts, hardware: Hardware) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """A run's settings: typed, frozen, and checked once, where a run begins."""
 
+import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
@@ -14,6 +15,7 @@ from kdpipe.settings.components import loss_class
 from kdpipe.settings.errors import ConfigError, as_typed
 from kdpipe.settings.values import NonNegative, NonNegativeInt, Number, Positive, PositiveInt, model_error
 
+log = logging.getLogger("kdpipe")
 ENSEMBLE = "kdpipe.models.Ensemble"
 Freeze = Literal["none", "backbone"]
 Model = TypeVar("Model", bound="Section")
@@ -172,11 +174,12 @@ class TrainSettings(Section):
         """Whether images are mixed, so that no two epochs see the same ones."""
         return self.mixup is not None or self.cutmix is not None
 
-    def missing_epochs(self, over: int, files: Collection[str]) -> str:
-        """A line on the epochs of `keep_epochs` that are over and not among a run's files; "" where none is missing."""
-        missing = [str(epoch) for epoch in self.keep_epochs or () if epoch <= over and epoch_file(epoch) not in files]
-        line = f"train.keep_epochs=[{','.join(missing)}]: this run has not kept them; train.resume=never trains it anew"
-        return line if missing else ""
+    def warn_of_missing_epochs(self, over: int, files: Collection[str], run: str = "this run") -> None:
+        """Log the epochs of `keep_epochs` that are over and not among a run's files."""
+        missing = [epoch for epoch in self.keep_epochs or () if epoch <= over and epoch_file(epoch) not in files]
+        if missing:
+            problem = f"{run} has not kept them; train.resume=never trains it anew"
+            log.warning(ConfigError("train.keep_epochs", missing, problem=problem))
 
 
 class EvaluationSettings(Section):

@@ -216,8 +216,8 @@ def take_finished(sweep: Sweep, run: PlannedRun) -> bool:
     if finished is None or (sweep.rerun and finished.ended < sweep.started):
         return False
     train = run.settings.train
-    if train.keep_epochs and (problem := train.missing_epochs(train.epochs, sweep.tracker.artifacts(finished.id))):
-        log.warning("%s: %s", run.name, problem)
+    if train.keep_epochs:
+        train.warn_of_missing_epochs(train.epochs, sweep.tracker.artifacts(finished.id), run.name)
     sweep.tracker.adopt(finished, sweep.id, sweep.parent)
     sweep.finished[run.identity] = finished
     return True
