@@ -25,7 +25,7 @@ from kdpipe.runs.journal import is_unfinished
 from kdpipe.runs.store import PATIENCE, check_uri, store_uri, wait_for_store
 from kdpipe.settings.composition import explain
 from kdpipe.settings.errors import ConfigError
-from kdpipe.settings.schema import Settings
+from kdpipe.settings.schema import JobSettings, Settings
 from kdpipe.sweeps.chain import check_links, compose_link, draft, links_of, networks_of
 from kdpipe.sweeps.grid import (
     Axes,
@@ -211,7 +211,7 @@ def train_missing(sweep: Sweep, planned: Sequence[PlannedRun]) -> dict[str, str]
 
 
 def take_finished(sweep: Sweep, run: PlannedRun) -> bool:
-    """Whether a run is finished; it is part of the sweep then."""
+    """Whether a run is finished; then it becomes part of the sweep."""
     finished = None if is_unfinished(run.folder, run.tags) else sweep.tracker.find_finished(run.tags)
     if finished is None or (sweep.rerun and finished.ended < sweep.started):
         return False
@@ -227,16 +227,19 @@ def launch(sweep: Sweep, missing: Sequence[PlannedRun]) -> tuple[dict[str, str],
     """Hand runs to Hydra's launcher, and wait for them.
 
     Returns:
-        Why runs did not end well, by identity; and those of them whose job was lost or whose run another process had,
-        which may be tried again.
+        Why runs failed, by identity; and those to try again: their job was lost, or another process had them.
     """
-    # What Hydra's launchers tell of each job is told better by the job.
+    # Each job logs its own progress, better than Hydra's launchers do.
     for name in ("hydra._internal.core_plugins.basic_launcher", "hydra_plugins"):
         logging.getLogger(name).setLevel(logging.WARNING)
     jobs = [[*run.overrides, *_job_overrides(sweep, run, n, len(missing))] for n, run in enumerate(missing, start=1)]
     assert sweep.sweeper.launcher
+
+    def workers() -> list[int]:
+        return [worker for run in missing if (worker := worker_pid(run.folder))]
+
     try:
-        with forward_signals(lambda: workers_of(missing) if runs_here(sweep.drafts[0][0]) else []):
+        with forward_signals(workers if runs_here(sweep.drafts[0][0]) else list):
             results = sweep.sweeper.launcher.launch(jobs, initial_job_idx=0)
     except Exception as error:  # a process was killed, or a cluster lost a job; others may go on
         log.error("a job was lost: %s", explain(error))
@@ -253,11 +256,6 @@ def launch(sweep: Sweep, missing: Sequence[PlannedRun]) -> tuple[dict[str, str],
     for run in undecided:
         wait_until_free(run.folder)
     return reasons, undecided
-
-
-def workers_of(runs: Sequence[PlannedRun]) -> list[int]:
-    """The processes that train them for this one."""
-    return [worker for run in runs if (worker := worker_pid(run.folder))]
 
 
 def check_confirmation(sweep: Sweep, planned: Sequence[PlannedRun]) -> None:
@@ -316,7 +314,7 @@ def _without(overrides: Sequence[str], *keys: str) -> list[str]:
 
 
 def summarise(sweep: Sweep) -> None:
-    """Say what came of the sweep, and keep it in its parent run."""
+    """Print the comparison of the sweep's runs, and keep it in the parent run."""
     if not sweep.finished:
         return
 
@@ -346,32 +344,21 @@ def summarise(sweep: Sweep) -> None:
 
 
 def _job_overrides(sweep: Sweep, run: PlannedRun, number: int, of: int) -> list[str]:
-    """What a job is told of the sweep that it is part of."""
-    told = {
-        "id": sweep.id,
-        "parent": sweep.parent,
-        "name": run.name,
-        "teacher": run.teacher,
-        "number": number,
-        "of": of,
-    }
-    values = ",".join(f"{key}:{json.dumps(value, ensure_ascii=False)}" for key, value in told.items())
+    """What a job has to know of its sweep."""
+    job = JobSettings(id=sweep.id, parent=sweep.parent, name=run.name, teacher=run.teacher, number=number, of=of)
+    values = ",".join(f"{key}:{json.dumps(value, ensure_ascii=False)}" for key, value in job.plain.items())
     return [f"sweep.job={{{values}}}", *(["train.resume=never"] if sweep.rerun else [])]
 
 
 def failures(failed: dict[str, str], total: int, left_out: int = 0) -> str:
-    """One line on the runs that failed, those with the same reason together.
-
-    Args:
-        left_out: how many would have been taught by them.
-    """
+    """One line on the runs that failed, grouped by reason, and on the number left out that they would have taught."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in failed.items():
         by_reason.setdefault(reason, []).append(name)
-    told = []
+    groups = []
     for reason, names in by_reason.items():
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        told.append(f"{', '.join(names[:5])}{more} ({reason})")
+        groups.append(f"{', '.join(names[:5])}{more} ({reason})")
     if left_out:
-        told.append(f"{left_out} that they would have taught left out")
-    return f"{len(failed)} of {total} runs failed: {'; '.join(told)}; the same command trains what is missing"
+        groups.append(f"{left_out} that they would have taught left out")
+    return f"{len(failed)} of {total} runs failed: {'; '.join(groups)}; the same command trains what is missing"

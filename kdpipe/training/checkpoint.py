@@ -1,4 +1,4 @@
-"""Weights on disk, and all that a training needs to go on from where it was."""
+"""Weights on disk, and checkpoints from which a training continues."""
 
 import hashlib
 import io
@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import nn
 
 from kdpipe.models.weights import State
+from kdpipe.settings.errors import first_line
 from kdpipe.system.files import fsync_folder, write_atomically
 
 log = logging.getLogger("kdpipe")
@@ -21,25 +22,23 @@ KEPT = 2
 
 
 def copy_state(module: nn.Module) -> State:
-    """The module's state as it is now, out of reach of further training."""
+    """A copy of the module's state, which further training does not change."""
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
 def save_weights(network: nn.Module, path: Path, class_names: Sequence[str]) -> None:
-    """Write a network's weights as safetensors, class names among its metadata; whole or not at all, and the same
-    bytes for the same weights."""
+    """Write a network's weights as safetensors, with the class names in the metadata: atomically, and the same bytes
+    for the same weights."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    # More than one entry would come in any order.
+    # One entry of metadata: the order of several is not fixed.
     write_atomically(path, save(state, metadata={"class_names": json.dumps(list(class_names))}))
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Keep `state` (tensors and plain values, nested) in a new file of `folder`, and the one before; older ones go.
+    """Keep `state` (tensors and plain values, nested) in a new file of `folder`, and the one before; delete older ones.
 
-    The file's name has the SHA-256 of its content, so that a torn or damaged one is known.
-
-    Raises:
-        OSError: with the file's name; what was there before is intact.
+    The name of the file has the SHA-256 of its content, which shows a torn or damaged one. An OSError names the file;
+    what was there before is intact.
     """
     if not folder.is_dir():
         folder.mkdir()
@@ -48,31 +47,30 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     torch.save(state, content)
     before = _files(folder)
     number = 1 + max((_number(file) for file in before), default=0)
-    write_atomically(folder / f"{number:06}-{digest(content.getbuffer())}.pt", content.getbuffer())
+    write_atomically(folder / f"{number:06}-{_digest(content.getbuffer())}.pt", content.getbuffer())
     for file in before[KEPT - 1 :]:
         file.unlink()
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The newest state in `folder` that is whole; None where there is none. No code in a file is run.
+    """The newest intact state in `folder`; None where there is none. No code in a file is run.
 
     Raises:
-        ValueError: a whole file that this version of PyTorch does not read.
+        ValueError: an intact file that this version of PyTorch cannot read.
     """
     for file in _files(folder):
         content = file.read_bytes()
-        if not file.stem.endswith(f"-{digest(content)}"):
-            log.warning("%s is torn or damaged: the checkpoint before it is taken, if there is one", file)
+        if not file.stem.endswith(f"-{_digest(content)}"):
+            log.warning("%s is torn or damaged: using the checkpoint before it, if there is one", file)
             continue
         try:
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             if not isinstance(state, dict):
-                raise TypeError(f"no checkpoint, but {type(state).__name__}")
+                raise TypeError(f"a checkpoint expected, found {type(state).__name__}")
         except MemoryError:
             raise
         except Exception as error:  # the unpickler raises whatever it stumbles over
-            reason = str(error).split("\n")[0]
-            raise ValueError(f"{file}: not readable ({reason}); train.resume=never trains anew") from error
+            raise ValueError(f"{file}: not readable ({first_line(error)}); train.resume=never trains anew") from error
         return state
     return None
 
@@ -95,5 +93,5 @@ def _number(file: Path) -> int:
     return int(number) if number.isdecimal() else 0
 
 
-def digest(content: bytes | memoryview) -> str:
+def _digest(content: bytes | memoryview) -> str:
     return hashlib.sha256(content).hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""A network whose features are seen on the way to its logits."""
+"""A network that returns its features along with its logits."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,23 +8,24 @@ from torch.utils.hooks import RemovableHandle
 
 from kdpipe.losses.outputs import Outputs, as_embedding, wide
 from kdpipe.models.roles import places
+from kdpipe.settings.errors import ConfigError
 
 
 class Observed:
-    """A model that is called with images and gives `Outputs`.
+    """A model that is called with images and returns `Outputs`.
 
     Args:
-        model: what is called; it may be a wrapper around the network, or around its head.
-        network: where the roles' submodules are; the model itself where it is None.
+        model: what is called; it may wrap the network, or its head.
+        network: where the submodules of the roles are; None for the model itself.
         roles: of `ROLES`.
-        key: where in the config the network stands, for messages ("model" or "teacher").
+        key: the section of the config ("model" or "teacher"), for messages.
 
     Attributes:
-        places: the submodules of each role, by name.
+        places: the names of the submodules of each role.
 
     Raises:
-        ValueError: the network does not say which of its submodules have a role; or, when it is called, what they give
-            is not what the role stands for.
+        ConfigError: the network does not name the submodules of a role; or, when it is called, they return something
+            else than the role stands for.
     """
 
     def __init__(
@@ -56,12 +57,12 @@ class Observed:
         self._hooks.append(hook)
 
     def remove(self) -> None:
-        """Leave the network as it was."""
+        """Remove the hooks from the network."""
         for hook in self._hooks:
             hook.remove()
 
     def __call__(self, images: Tensor) -> Outputs:
-        """What the network makes of images, in float32 at least."""
+        """Logits and features of images, in float32 at least."""
         self._caught.clear()
         self._listening = True
         try:
@@ -80,9 +81,10 @@ class Observed:
         )
 
     def _checked(self, place: tuple[str, int]) -> Tensor:
-        """What was caught there; a stage's are maps."""
+        """What a submodule returned; a stage returns maps."""
         given: object = self._caught.get(place)
         if isinstance(given, Tensor) and (given.ndim == 4 or place[0] == "embedding"):
             return given
         shape = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
-        raise ValueError(f"{self.key}.stages: {self._names[place]} gives {shape}; maps [N, C, H, W] are accepted")
+        problem = f"{self._names[place]} returns {shape}"
+        raise ConfigError(f"{self.key}.stages", expected="maps [N, C, H, W]", problem=problem)

@@ -1,4 +1,4 @@
-"""Whether a teacher has something to say, looked at before a student spends hours on listening to it."""
+"""Whether a teacher has anything to teach, checked before a student spends hours on it."""
 
 import logging
 import math
@@ -16,76 +16,73 @@ from kdpipe.training.teacher import Teacher
 
 log = logging.getLogger("kdpipe")
 
-SAMPLE = 1000  # images: a percentage of them is known to three points, and any teacher looks at them in seconds
-CHANCE = 0.05  # how often a teacher that guesses passes for a better one
-# Of log(classes), the entropy of a teacher that knows nothing. At 5 % about 98 % of an answer stands at one of ten
-# classes (99 % at one of two): less than label smoothing of 0.1 leaves to the others, and the labels say as much.
+SAMPLE = 1000  # images: enough for an accuracy within three points, and any teacher sees them in seconds
+CHANCE = 0.05  # the probability that a guessing teacher passes for a better one
+# A share of log(classes), the entropy of a teacher that knows nothing. At 5 %, about 98 % of an answer is on one of ten
+# classes (99 % on one of two): less than label smoothing of 0.1 leaves to the others, so the labels say as much.
 ONE_HOT = 0.05
 
 
 def check_teacher(
     name: str, teacher: Teacher, temperature: float | None, data: ImageDataset, folder: Path, hardware: Hardware
 ) -> None:
-    """Say how good a teacher is and how soft its answers are; warn where distilling from it is mostly a no-op.
-
-    It is asked about at most 1,000 validation images (training images where there are none), for how good it is, and
-    1,000 training images, for how soft; the answers are kept in `folder`.
+    """Log how accurate a teacher is and how soft its answers are; warn where distilling from it is mostly a no-op.
 
     Args:
-        temperature: T of the loss; None where it has none, and the softness does not matter.
+        temperature: T of the loss; None where it has none, so that the softness does not matter.
+        folder: keeps the answers, for up to 1,000 validation (else training) images and 1,000 training images.
     """
     split = "validation" if "validation" in data.splits else "train"
     labelled = data.splits[split][data.labels[data.splits[split]] >= 0]
     judged, taught = evenly_spaced(labelled), evenly_spaced(data.splits["train"])
     positions = torch.cat([judged, taught]).unique()
-    question = OutputRequest("logits", name, teacher.classifier, teacher.classifier, data, positions)
-    (answers,) = precomputed_outputs(question, folder, math.inf, hardware, logging.DEBUG)
+    request = OutputRequest("logits", name, teacher.classifier, teacher.classifier, data, positions)
+    (answers,) = precomputed_outputs(request, folder, math.inf, hardware, logging.DEBUG)
 
     labels = data.labels[judged]
     correct, commonest = int((answers[judged].argmax(dim=1) == labels).sum()), int(labels.bincount().max())
-    told = f"{100 * correct / len(judged):.1f} % of {len(judged):,} {split.replace('train', 'training')} images"
+    found = f"{100 * correct / len(judged):.1f} % of {len(judged):,} {split.replace('train', 'training')} images"
     is_one_hot = False
     if temperature is not None:
         entropy, highest = mean_entropy(answers[taught], temperature), math.log(data.num_classes)
-        told += f", mean entropy {entropy:.2f} nats of {highest:.2f} at T {temperature:g}"
+        found += f", mean entropy {entropy:.2f} nats of {highest:.2f} at T {temperature:g}"
         is_one_hot = entropy < ONE_HOT * highest
-    log.info("teacher %s: %s", name, told)
+    log.info("teacher %s: %s", name, found)
     if no_better_than_chance(correct, commonest, len(judged)):
         warn_once(
-            "teacher %s is no better than chance (%s; always saying the most common class: %.1f %%): distilling "
-            "from it is mostly a no-op; train it longer, or take other teacher.weights",
-            *(name, told, 100 * commonest / len(judged)),
+            "teacher %s is no better than chance (%s; always the most common class: %.1f %%): distilling from it is "
+            "mostly a no-op; train it longer, or use other teacher.weights",
+            *(name, found, 100 * commonest / len(judged)),
         )
     if is_one_hot:
         warn_once(
-            "teacher %s answers near one-hot (%s), as the labels do: distilling from it is mostly a no-op; "
+            "teacher %s answers near one-hot (%s), like the labels: distilling from it is mostly a no-op; "
             "a higher loss.temperature softens its answers",
-            *(name, told),
+            *(name, found),
         )
 
 
 @cache
 def warn_once(message: str, *values: object) -> None:
-    """Not for each run of a sweep in this process."""
+    """Warn once in a process, not in each run of a sweep."""
     log.warning(message, *values)
 
 
 def evenly_spaced(positions: Tensor) -> Tensor:
-    """At most 1,000 of the positions [n], sorted, from all over them: of images that lie class by class, a prefix
-    would be of one class."""
+    """At most 1,000 of the positions [n], sorted, from all over them: images may lie class by class."""
     chosen = torch.linspace(0, len(positions) - 1, min(len(positions), SAMPLE)).round().long()
     return positions.sort().values[chosen]
 
 
 def mean_entropy(logits: Tensor, temperature: float) -> float:
-    """Of softmax(logits / T), in nats, for logits [N, classes]."""
+    """The mean entropy of softmax(logits / T), in nats, for logits [N, classes]."""
     # In float64, where logits of any size stay finite when a small T divides them.
     return float(torch.special.entr((logits.double() / temperature).softmax(dim=1)).sum(dim=1).mean())
 
 
 def no_better_than_chance(correct: int, commonest: int, total: int) -> bool:
-    """Whether always saying the most common class would do as well, as far as so many images can tell."""
+    """Whether always answering the most common class would do as well, as far as so many images can tell."""
     share = commonest / total
-    if share**total > CHANCE:  # not even a teacher without a mistake would stand out
+    if share**total > CHANCE:  # not even a perfect teacher would stand out
         return False
     return bool(binomtest(correct, total, share, alternative="greater").pvalue > CHANCE)

@@ -377,4 +377,4 @@ def test_a_stage_that_gives_no_maps_is_refused_when_it_is_run(stage: str, given:
 
     with pytest.raises(ValueError) as error:
         observe(Odd(), torch.zeros(2, 3, 4, 4), "stages")
-    assert str(error.value) == f"model.stages: {stage} gives {given}; maps [N, C, H, W] are accepted"
+    assert str(error.value) == f"model.stages: {stage} returns {given}; expected maps [N, C, H, W]"
