@@ -105,7 +105,7 @@ def test_groups_of_parameters_keep_their_own_rates(build: Build, values: dict[st
 def test_a_warm_up_that_does_not_fit_is_refused(value: object) -> None:
     with pytest.raises(ValueError) as error:
         rates(cosine, 3, 2, warmup_epochs=value)
-    expected = "a number from 0 to train.epochs=3" if value == 4 else "a number from 0"
+    expected = "a number from 0 to 3" if value == 4 else "a number from 0"
     assert str(error.value) == f"warmup_epochs={as_typed(value)}: expected {expected}"
 
 
