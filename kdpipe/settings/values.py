@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args,
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, validate_call
 from pydantic.fields import FieldInfo
 
-from kdpipe.settings.errors import MISSING, ConfigError, one_of, suggestion
+from kdpipe.settings.errors import ConfigError, one_of, suggestion
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -137,17 +137,3 @@ def _limits(bounds: Sequence[Any]) -> list[str]:
     words = {"gt": "above", "ge": "from", "le": "to", "lt": "below"}
     found = {name: getattr(bound, name) for name in words for bound in bounds if hasattr(bound, name)}
     return [f"{words[name]} {limit:g}" for name, limit in found.items() if limit is not None]
-
-
-__all__ = [
-    "MISSING",
-    "NonNegative",
-    "NonNegativeInt",
-    "Number",
-    "Positive",
-    "PositiveInt",
-    "Share",
-    "checked",
-    "expected",
-    "model_error",
-]
