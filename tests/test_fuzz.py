@@ -24,7 +24,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 from PIL import Image, features
 from safetensors.torch import save_file
 
@@ -35,7 +34,7 @@ from kdpipe.runs.claim import worker_pid
 from kdpipe.runs.journal import Journal, read_rows, write_rows
 from kdpipe.settings.composition import CONF, explain
 from kdpipe.settings.yaml_files import check_foreign
-from kdpipe.training.checkpoint import digest, load_checkpoint, save_checkpoint
+from kdpipe.training.checkpoint import checkpoint_digest, load_checkpoint, save_checkpoint
 from kdpipe.training.precomputed import is_intact
 
 pytestmark = [
@@ -243,7 +242,7 @@ def checkpoints(photo: Callable[..., Image.Image], folder: Path) -> tuple[Read, 
     def read(content: bytes) -> None:
         file.write_bytes(content)
         assert (load_checkpoint(folder / "checkpoints") is None) == (content != whole)
-        again = file.with_name(f"000002-{digest(content)}.pt")
+        again = file.with_name(f"000002-{checkpoint_digest(content)}.pt")
         again.write_bytes(content)
         try:
             load_checkpoint(folder / "checkpoints")

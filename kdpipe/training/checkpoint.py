@@ -47,7 +47,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     torch.save(state, content)
     before = _files(folder)
     number = 1 + max((_number(file) for file in before), default=0)
-    write_atomically(folder / f"{number:06}-{_digest(content.getbuffer())}.pt", content.getbuffer())
+    write_atomically(folder / f"{number:06}-{checkpoint_digest(content.getbuffer())}.pt", content.getbuffer())
     for file in before[KEPT - 1 :]:
         file.unlink()
 
@@ -60,7 +60,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     """
     for file in _files(folder):
         content = file.read_bytes()
-        if not file.stem.endswith(f"-{_digest(content)}"):
+        if not file.stem.endswith(f"-{checkpoint_digest(content)}"):
             log.warning("%s is torn or damaged: using the checkpoint before it, if there is one", file)
             continue
         try:
@@ -93,5 +93,5 @@ def _number(file: Path) -> int:
     return int(number) if number.isdecimal() else 0
 
 
-def _digest(content: bytes | memoryview) -> str:
+def checkpoint_digest(content: bytes | memoryview) -> str:
     return hashlib.sha256(content).hexdigest()[:32]
