@@ -16,17 +16,6 @@ SECTIONS = (
     *("model", "teacher", "dataset", "loss", "also", "optimizer", "scheduler", "augmentation"),
     *("train", "distillation"),
 )
-    "model",
-    "teacher",
-    "dataset",
-    "loss",
-    "also",
-    "optimizer",
-    "scheduler",
-    "augmentation",
-    "train",
-    "distillation",
-]
 
 
 @dataclass(frozen=True)
