@@ -12,10 +12,12 @@ from kdpipe import __version__
 from kdpipe.assembly.finished_runs import FinishedRun
 from kdpipe.export.formats import INT8, ONNX, PROGRAM
 from kdpipe.export.measurements import Measurement, table_of
-from kdpipe.export.sources import Sources, fitted_temperature, run_settings
+from kdpipe.export.sources import Sources, fitted_temperature, public_settings
 from kdpipe.export.writers import strip_folders
 from kdpipe.runs.names import UNLABELLED_IMAGES
 from kdpipe.settings.addresses import WEIGHTS
+from kdpipe.settings.identity import canonical
+from kdpipe.settings.schema import EnsembleSettings
 from kdpipe.system.tables import markdown_table
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
@@ -44,6 +46,8 @@ DESCRIPTIONS = {
     WEIGHTS: "weights alone; config.yaml describes their network",
 }
 
+TRAIN_KEYS = {"epochs", "batch_size", "precision", "mixup", "cutmix", "clip_norm", "select"}
+
 
 def model_card(
     sources: Sources, files: Collection[str], measurements: Sequence[Measurement], legend: str, license: str | None
@@ -55,7 +59,7 @@ def model_card(
         legend: of the measurements.
         license: of the weights; None if unknown.
     """
-    run, config = sources.run, run_settings(sources.run)
+    run, settings = sources.run, sources.run.settings
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
@@ -64,22 +68,20 @@ def model_card(
         data=sources.data,
         files={name: DESCRIPTIONS[name] for name in files if name in DESCRIPTIONS},
         front_matter=front_matter(sources, files, license),
-        initial_weights=initial_weights(config["model"].get("weights")),
+        initial_weights=initial_weights(settings.model.weights),
         legend=legend,
         license=license,
         measurements=markdown_table(*table_of(measurements)),
-        methods=methods(config),
-        metrics=metrics_table(run, config),
-        model=config["model"],
+        methods=[loss.target.rpartition(".")[2] for loss in settings.losses if not loss.is_off],
+        metrics=metrics_table(run),
         onnx=next((name for name in (ONNX, INT8) if name in files), None),
         record=run.record,
         run=run,
-        second_student=config["teacher"]["name"],
-        settings=yaml.safe_dump(strip_folders(training_settings(run, config)), sort_keys=False, allow_unicode=True),
-        teacher=teacher_facts(sources, config, measurements),
+        settings=settings,
+        teacher=teacher_facts(sources, measurements),
         temperature=fitted_temperature(run),
-        train=config["train"],
-        unlabelled=unlabelled_facts(run, config),
+        training=yaml.safe_dump(strip_folders(training_settings(run)), sort_keys=False, allow_unicode=True),
+        unlabelled=unlabelled_facts(run),
         version=__version__,
     )
 
@@ -106,56 +108,52 @@ def front_matter(sources: Sources, files: Collection[str], license: str | None) 
     return yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
 
 
-def teacher_facts(
-    sources: Sources, config: Mapping[str, Any], measurements: Sequence[Measurement]
-) -> dict[str, Any] | None:
+def teacher_facts(sources: Sources, measurements: Sequence[Measurement]) -> dict[str, Any] | None:
     """The name, the weights and, if it could be opened, the accuracy of the teacher; None without one."""
-    tags, teacher = sources.run.record.tags, config["teacher"]
-    if not tags.get("kdpipe.teacher_run"):
+    teacher, teacher_run = sources.run.settings.teacher, sources.run.record.tags.get("kdpipe.teacher_run")
+    if not teacher_run:
         return None
-    weights = f"runs:/{tags['kdpipe.teacher_run']}" if teacher["weights"] == "auto" else str(teacher["weights"])
-    if teacher.get("members"):
-        weights = ", ".join(teacher["members"])
+    if isinstance(teacher, EnsembleSettings):
+        weights = ", ".join(teacher.members)
+    else:
+        weights = f"runs:/{teacher_run}" if teacher.weights == "auto" else str(teacher.weights)
     accuracy = measurements[0].accuracy if sources.teacher else None
-    return {"name": teacher["name"], "weights": strip_folders(weights), "accuracy": accuracy}
+    return {"name": teacher.name, "weights": strip_folders(weights), "accuracy": accuracy}
 
 
-def unlabelled_facts(run: FinishedRun, config: Mapping[str, Any]) -> dict[str, str] | None:
+def unlabelled_facts(run: FinishedRun) -> dict[str, str] | None:
     """The number (unknown for older runs), the folder and the fingerprint of the unlabelled images."""
     tags = run.record.tags
     if "kdpipe.unlabelled" not in tags:
         return None
     return {
         "count": f"{int(tags[UNLABELLED_IMAGES]):,} " if UNLABELLED_IMAGES in tags else "",
-        "folder": strip_folders(config["dataset"]["unlabelled_root"]),
+        "folder": strip_folders(run.settings.dataset.unlabelled_root),
         "fingerprint": tags["kdpipe.unlabelled"],
     }
 
 
-def methods(config: Mapping[str, Any]) -> list[str]:
-    """The class names of the losses that had an effect."""
-    losses = [config.get(part) for part in ("loss", "also")]
-    return [loss["_target_"].rpartition(".")[2] for loss in losses if loss and loss.get("alpha") != 0]
-
-
-def training_settings(run: FinishedRun, config: Mapping[str, Any]) -> dict[str, Any]:
+def training_settings(run: FinishedRun) -> dict[str, Any]:
     """The settings that had an effect on the training."""
-    settings = {"loss": config["loss"]}
-    if (also := config.get("also")) and also.get("alpha") != 0:
-        settings["also"] = {key: value for key, value in also.items() if key != "ce_weight"}  # has no effect there
-    settings |= {part: config[part] for part in ("optimizer", "scheduler")}
-    if (augmentation := config.get("augmentation")) and not augmentation["_target_"].endswith(".no_augmentation"):
-        settings["augmentation"] = augmentation
+    settings, sections = run.settings, public_settings(run)
     is_distilled = run.record.tags.get("kdpipe.stage") == "distill"
-    if is_distilled and config["teacher"].get("members"):  # for the shares of its members
-        settings["teacher"] = config["teacher"]
-    if is_distilled and (distillation := config.get("distillation")) and distillation["outputs"] == "views":
-        settings["distillation"] = {key: distillation[key] for key in ("outputs", "views")}
-    train = {key: config["train"].get(key) for key in ("epochs", "batch_size", "precision")}
-    train |= {key: value for key in ("mixup", "cutmix", "clip_norm") if (value := config["train"].get(key)) is not None}
-    if config["train"].get("select") == "best":
-        train["select"] = "best"
-    return {**settings, "train": train}
+    has_effect = {
+        "loss": True,
+        "also": settings.also is not None and not settings.also.is_off,
+        "optimizer": True,
+        "scheduler": True,
+        "augmentation": not settings.augmentation.target.endswith(".no_augmentation"),
+        "teacher": is_distilled and isinstance(settings.teacher, EnsembleSettings),  # for the shares of its members
+        "distillation": is_distilled and settings.distillation.outputs == "views",
+    }
+    shown = {section: sections[section] for section, counts in has_effect.items() if counts}
+    if "also" in shown:
+        shown["also"].pop("ce_weight", None)  # has no effect in a second loss
+    if "distillation" in shown:
+        shown["distillation"].pop("cache_max_gb", None)
+    train = canonical(settings.train.model_dump(include=TRAIN_KEYS))
+    shown["train"] = {key: value for key, value in train.items() if value not in (None, "last")}
+    return shown
 
 
 def initial_weights(weights: str | None) -> str | None:
@@ -165,9 +163,9 @@ def initial_weights(weights: str | None) -> str | None:
     return "weights pretrained on ImageNet" if weights == "imagenet" else f"the weights in {strip_folders(weights)}"
 
 
-def metrics_table(run: FinishedRun, config: Mapping[str, Any]) -> str:
+def metrics_table(run: FinishedRun) -> str:
     metrics = dict(run.metrics)
-    if config["train"].get("select") != "best":
+    if run.settings.train.select != "best":
         metrics.pop("selected/epoch", None)  # simply the last one
     rows = [[words, metric_text(key, metrics[key])] for key, words in METRICS.items() if key in metrics]
     return markdown_table(["of the run", ""], rows)

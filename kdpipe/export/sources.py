@@ -12,6 +12,11 @@ from kdpipe.runs.names import CLASSES
 from kdpipe.settings.identity import canonical
 from kdpipe.tracking import RunStore
 
+SECTIONS = (
+    *("model", "teacher", "dataset", "loss", "also", "optimizer", "scheduler", "augmentation"),
+    *("train", "distillation"),
+)
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -51,10 +56,11 @@ def accuracy_by_class(run: FinishedRun, store: RunStore) -> dict[str, float]:
     return {line["class"]: float(line["accuracy"]) for line in lines if line["accuracy"]}
 
 
-def run_settings(run: FinishedRun) -> dict[str, Any]:
-    """The settings of a run as nested plain values; older runs may lack some."""
+def public_settings(run: FinishedRun) -> dict[str, Any]:
+    """The sections of a run's settings that describe the model and its training, as plain values; not where the run
+    was stored, which may contain passwords."""
     settings: dict[str, Any] = canonical(run.settings.plain)
-    return settings
+    return {section: settings[section] for section in SECTIONS if section in settings}
 
 
 def fitted_temperature(run: FinishedRun) -> float:

@@ -17,7 +17,7 @@ from torch.export import Dim, ExportedProgram
 
 from kdpipe.assembly.finished_runs import FinishedRun
 from kdpipe.export.predictor import METADATA_FILE
-from kdpipe.export.sources import run_settings
+from kdpipe.export.sources import public_settings
 from kdpipe.models import Classifier
 from kdpipe.settings.errors import first_line
 
@@ -99,7 +99,7 @@ def write_weights(run: FinishedRun, file: Path, metadata: dict[str, str]) -> Non
 
 def portable_config(run: FinishedRun) -> str:
     """The run's composed config as YAML, without folders of this machine."""
-    return yaml.safe_dump(strip_folders(run_settings(run)), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(strip_folders(public_settings(run)), sort_keys=False, allow_unicode=True)
 
 
 def strip_folders(value: Any) -> Any:

@@ -10,8 +10,8 @@ from kdpipe.losses.outputs import Outputs, wide
 def kd_tutorial(student: Tensor, teacher: Tensor, temperature: float, standardize: bool = False) -> Tensor:
     """T²·KL, averaged over the batch and the classes: `kd` divided by the number of classes.
 
-    PyTorch's reduction "mean" divides by the number of elements, not of images, so the term is weaker than its formula
-    says; with 10 classes ten times.
+    PyTorch's reduction "mean" divides by the number of elements, not of images, so with 10 classes the term is ten
+    times weaker than its formula.
 
     Args:
         student: logits, float [N, classes].

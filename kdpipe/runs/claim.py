@@ -91,7 +91,7 @@ def _is_alive(owner: dict[str, Any]) -> bool:
     except ProcessLookupError:
         return False
     except (OSError, OverflowError):  # another user's, or an id that is out of range here
-        return True
+        pass
     return True
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_origin, get_type_hints
 
 from kdpipe.runs.store import without_password
 from kdpipe.system.files import append_atomically, write_atomically
@@ -29,19 +29,6 @@ NOT_CREATED = ""  # the id of a run that the store may not have created
 RUNNING, FINISHED, KILLED, FAILED = "RUNNING", "FINISHED", "KILLED", "FAILED"  # as in MLflow
 
 Row = dict[str, float]  # {"step": 3, "train/loss": 0.5, …}
-TYPES = {  # in tracking.json
-    "uri": str,
-    "run_id": str,
-    "tags": dict,
-    "status": str,
-    "reason": str,
-    "ended": int,
-    "seconds": float,
-    "files": list,
-    "released": int,
-    "times": list,
-    "delivered": bool,
-}
 
 
 @dataclass
@@ -129,9 +116,10 @@ class Journal:
 
 
 def _is_well_formed(content: Any) -> bool:
+    types = {name: get_origin(hint) or hint for name, hint in get_type_hints(Journal).items() if name != "folder"}
     return (
         isinstance(content, dict)
-        and {name: type(value) for name, value in content.items()} == TYPES
+        and {name: type(value) for name, value in content.items()} == types
         and content["status"] in (RUNNING, FINISHED, KILLED, FAILED)
         and all(isinstance(text, str) for text in [*content["tags"].values(), *content["files"]])
         and (content["run_id"] != NOT_CREATED or CREATION_TOKEN in content["tags"])
@@ -170,9 +158,9 @@ def read_rows(folder: Path) -> list[Row]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             break
-        if not (isinstance(row, dict) and all(isinstance(value, int | float) for value in row.values())):
+        if not (isinstance(row, dict) and "step" in row and len(row) > 1):
             break
-        if "step" not in row or len(row) < 2:
+        if not all(isinstance(value, int | float) for value in row.values()):
             break
         rows.append(row)
     return rows

@@ -9,7 +9,7 @@ import urllib.error
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from kdpipe.settings.errors import ConfigError, flat
 
@@ -20,7 +20,9 @@ DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 PORTS = {"postgresql": 5432, "mysql": 3306}
 PATIENCE = 300  # seconds that a sweep and its runs wait for a store that was up when the sweep began
 TIMEOUT = 5  # seconds to connect, and again to answer
-SECRET = re.compile(r"passw|pwd|odbc_connect", re.IGNORECASE)  # in the name of a query parameter
+USER = re.compile(r"[\w+.-]+://[^:/]*:(.*)@", re.DOTALL)  # SCHEME://USER:PASSWORD@
+PARAMETER = re.compile(r"[?&]([^=&]*)=([^&]*)")
+SECRET = re.compile(r"passw|pwd|odbc_connect", re.IGNORECASE)  # in the name of a parameter
 
 
 def store_uri(configured: str | None, output_dir: Path) -> str:
@@ -34,38 +36,21 @@ def without_password(uri: str) -> str:
     SQLAlchemy's `hide_password` and urllib end a password at the first @ or /, and show the rest where it is not
     percent-encoded. Here it goes on to the last @.
     """
+    secrets = [match.span(2) for match in PARAMETER.finditer(uri) if SECRET.search(unquote(match[1]))]
+    if (match := USER.match(uri)) and not _is_address(uri):
+        secrets.append(match.span(1))
     shown = uri
-    for start, end in _secrets(uri):
+    for start, end in secrets:  # they may overlap
         shown = shown[:start] + "\0" * (end - start) + shown[end:]
     return re.sub("\0+", "PASSWORD", shown)
-
-
-def _secrets(uri: str) -> list[tuple[int, int]]:
-    """Where a URI has passwords."""
-    found = []
-    if (match := re.match(r"[\w+.-]+://[^:/]*:(.*)@", uri, re.DOTALL)) and not _is_address(uri):
-        found.append(match.span(1))
-    for parameter in re.finditer(r"[?&]([^=&]*)=([^&]*)", uri):
-        if SECRET.search(unquote(parameter[1])):
-            found.append(parameter.span(2))
-    return found
 
 
 def _is_address(uri: str) -> bool:
     """Whether this is http://HOST:PORT/… or http://USER@HOST/…, where a later @ is part of the path."""
     try:
-        parts = _split(uri)
+        return server_address(uri).startswith("http") and ":" not in urlsplit(uri).netloc.rpartition("@")[0]
     except ValueError:  # the port is not a number: it is the start of a password
         return False
-    return parts.scheme in ("http", "https") and ":" not in parts.netloc.rpartition("@")[0]
-
-
-def _split(uri: str) -> SplitResult:
-    """`urlsplit`, with a check of the port, which that leaves until it is asked for."""
-    parts = urlsplit(uri)
-    if parts.port == 0:
-        raise ValueError("no port has the number 0")
-    return parts
 
 
 def without_passwords(text: str) -> str:
@@ -84,7 +69,9 @@ def server_address(uri: str) -> str:
     Raises:
         ValueError: the URI cannot be parsed.
     """
-    parts = _split(uri)
+    parts = urlsplit(uri)
+    if parts.port == 0:  # urlsplit checks the port only when asked for it
+        raise ValueError("a port is at least 1")
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2].lower()}{parts.path.rstrip('/')}"
 
 

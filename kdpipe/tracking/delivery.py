@@ -3,8 +3,9 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from enum import Enum
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
 from pathlib import Path
 from uuid import uuid4
 
@@ -103,11 +104,11 @@ class ActiveRun:
 class _Stage(Enum):
     """Of a delivery; after the first two its thread ends."""
 
-    OPEN = "the run is in progress"
-    CLOSING = "the run has ended, and the store is to have all of it"
-    DELIVERED = "the store has all of it"
-    REFUSED = "the store will never take it"
-    ABANDONED = "nobody waits any more"
+    OPEN = auto()
+    CLOSING = auto()  # the run has ended, and the rest is being delivered
+    DELIVERED = auto()
+    REFUSED = auto()  # the store will never take it
+    ABANDONED = auto()  # `finish` has given up
 
 
 class Delivery:
@@ -175,7 +176,9 @@ class Delivery:
                 self._pending = False
                 rows = self._rows[: self._journal.released]
             try:
-                send(self._client, self._journal, rows, self._known, self._is_wanted, stage is _Stage.CLOSING)
+                for _ in send(self._client, self._journal, rows, self._known, stage is _Stage.CLOSING):
+                    if self._stage not in (_Stage.OPEN, _Stage.CLOSING):
+                        return
             except Exception as error:  # of MLflow, SQLAlchemy, drivers, requests
                 if is_permanent(error):
                     self._refusal = error
@@ -199,9 +202,6 @@ class Delivery:
                     self._journal.mark_delivered()
                     self._move(_Stage.DELIVERED)
 
-    def _is_wanted(self) -> bool:
-        return self._stage in (_Stage.OPEN, _Stage.CLOSING)
-
     def _pause(self, stage: _Stage) -> None:
         """After a failure, wait for the next attempt: at most until the next stage."""
         with self._changed:
@@ -212,21 +212,18 @@ class Delivery:
             self._changed.wait_for(lambda: self._stage is not stage, pause)
 
 
+@dataclass
 class Known:
     """What the store is known to have of a run."""
 
-    def __init__(self) -> None:
-        self.rows: int | None = None  # how many; None before the store was asked
-        self.files: set[str] = set()
+    rows: int | None = None  # how many; None before the store was asked
+    files: set[str] = field(default_factory=set)
 
 
-def send(
-    client: MlflowClient, journal: Journal, rows: list[Row], known: Known, is_wanted: Callable[[], bool], closing: bool
-) -> None:
+def send(client: MlflowClient, journal: Journal, rows: list[Row], known: Known, closing: bool) -> Iterator[None]:
     """Send what the store lacks of a run: rows, files and, where it is `closing`, how it ended.
 
-    Args:
-        is_wanted: asked before each request whether to go on.
+    Yields before each request: a caller that stops there sends no more.
 
     Raises:
         Exception: whatever MLflow raises; part of it may have been sent.
@@ -235,8 +232,7 @@ def send(
     if known.rows is None:
         known.rows = count_rows(client, journal.run_id, rows)
     for number in range(known.rows, len(rows)):
-        if not is_wanted():
-            return
+        yield
         row = rows[number]
         metrics = [
             Metric(name, float(value), times[number], int(row["step"])) for name, value in row.items() if name != "step"
@@ -244,22 +240,21 @@ def send(
         client.log_batch(journal.run_id, metrics=metrics)
         known.rows = number + 1
     for name in [name for name in journal.files if name not in known.files]:
-        if not is_wanted():
-            return
+        yield
         if (journal.folder / name).exists():
             client.log_artifact(journal.run_id, str(journal.folder / name))
         else:
             log.warning("%s is missing: MLflow does not get it", journal.folder / name)
         known.files.add(name)
     if closing:
-        if is_wanted():
-            delete_duplicates(client, journal)
-        tags = {"kdpipe.seconds": f"{journal.seconds:.1f}", "kdpipe.reason": journal.reason}
-        for key, value in tags.items():
-            if value and is_wanted():
+        yield
+        delete_duplicates(client, journal)
+        for key, value in {"kdpipe.seconds": f"{journal.seconds:.1f}", "kdpipe.reason": journal.reason}.items():
+            if value:
+                yield
                 client.set_tag(journal.run_id, key, value)
-        if is_wanted():
-            client.set_terminated(journal.run_id, journal.status, end_time=journal.ended)
+        yield
+        client.set_terminated(journal.run_id, journal.status, end_time=journal.ended)
 
 
 def count_rows(client: MlflowClient, run_id: str, rows: Sequence[Row]) -> int:
@@ -336,7 +331,8 @@ class Recovery:
                     journal.run_id = next(iter(created), NOT_CREATED)
                 if journal.run_id != NOT_CREATED:
                     rows = read_rows(folder)[: journal.released]
-                    send(self._clients[uri], journal, rows, Known(), lambda: True, closing=True)
+                    for _ in send(self._clients[uri], journal, rows, Known(), closing=True):
+                        pass
                 journal.mark_delivered()
                 return ""
         except Exception as error:  # as in `Delivery`

@@ -122,10 +122,7 @@ class RunStore:
         try:
             place = self.client.get_run(run_id).info.artifact_uri
             is_local = place.startswith(("file:", "/"))
-            file = mlflow.artifacts.download_artifacts(
-                run_id=run_id, artifact_path=name, tracking_uri=self.uri, dst_path=None if is_local else folder
-            )
-            return Path(file)
+            return self._fetch(run_id, name, None if is_local else folder)
         except (MlflowException, OSError) as error:
             if self.get_run(run_id):
                 similar = [file for file in self.artifacts(run_id) if Path(file).suffix == Path(name).suffix]
@@ -141,10 +138,7 @@ class RunStore:
             if name not in self.artifacts(run_id):
                 return None
             with TemporaryDirectory() as folder:  # for a copy of a server's file
-                file = mlflow.artifacts.download_artifacts(
-                    run_id=run_id, artifact_path=name, tracking_uri=self.uri, dst_path=folder
-                )
-                return Path(file).read_bytes()
+                return self._fetch(run_id, name, folder).read_bytes()
         except (MlflowException, OSError) as error:
             log.warning("run %s: %s cannot be read (%s)", run_id, name, first_line(error))
             return None
@@ -152,13 +146,17 @@ class RunStore:
     def restore(self, run_id: str, folder: Path) -> None:
         """Copy a run's artifacts into its folder, which a later run of the same identity may have overwritten. Weights
         after single epochs are left out: the later run has its own."""
-        names = [file.path for file in self.client.list_artifacts(run_id) if not file.is_dir]
-        for name in names:
-            if fnmatch(name, epoch_file("*")):
-                continue
+        for file in self.client.list_artifacts(run_id):
+            if not file.is_dir and not fnmatch(file.path, epoch_file("*")):
+                self._fetch(run_id, file.path, str(folder))
+
+    def _fetch(self, run_id: str, name: str, folder: str | None) -> Path:
+        """An artifact as a local file: a copy in `folder`, or itself where the store's files are local."""
+        return Path(
             mlflow.artifacts.download_artifacts(
-                run_id=run_id, artifact_path=name, tracking_uri=self.uri, dst_path=str(folder)
+                run_id=run_id, artifact_path=name, tracking_uri=self.uri, dst_path=folder
             )
+        )
 
     @property
     def ui(self) -> str:

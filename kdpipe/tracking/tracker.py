@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import quote, urlencode
 
 import mlflow
@@ -67,8 +67,7 @@ class Tracker(RunStore):
         found = self.client.get_experiment_by_name(experiment)
         if found is None:
             names = ", ".join(known.name for known in self._experiments())
-            problem = f"not found in {self.name}"
-            raise ConfigError("tracking.experiment", experiment, f"one of {names}" if names else "", problem)
+            raise ConfigError("tracking.experiment", experiment, f"one of {names}", f"not found in {self.name}")
         if found.lifecycle_stage == "deleted":
             restore = f"mlflow experiments restore -x {found.experiment_id}"
             problem = f"this experiment was deleted; {restore} brings it back"
@@ -237,9 +236,9 @@ class Tracker(RunStore):
     def _log_params(self, run_id: str, params: Mapping[str, object]) -> None:
         # MLflow's params cannot change, and those that matter do not change in a resumed run.
         known = self.client.get_run(run_id).data.params
-        texts = {key: str(value)[:MAX_PARAM_LENGTH] for key, value in params.items() if key not in known}
-        for part in _chunks([Param(key, text) for key, text in texts.items()], 100):
-            self.client.log_batch(run_id, params=part)
+        new = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in params.items() if key not in known]
+        for start in range(0, len(new), 100):  # at most so many at once
+            self.client.log_batch(run_id, params=new[start : start + 100])
 
     def log_dataset(self, run_id: str, name: str, fingerprint: str, source: str, splits: Mapping[str, int]) -> None:
         """Log the images of a run as its MLflow dataset."""
@@ -378,7 +377,7 @@ def git_tags() -> dict[str, str]:
         return {}
 
 
-def _origin() -> dict[str, Any]:
+def _origin() -> dict[str, str]:
     user = os.environ.get("USER") or os.environ.get("LOGNAME") or "unknown"
     return {"mlflow.user": user, "mlflow.source.name": "kdpipe", "mlflow.source.type": "LOCAL"}
 
@@ -388,8 +387,3 @@ def _quoted(value: str) -> str | None:
     if "\\" in value or ("'" in value and '"' in value):
         return None
     return f'"{value}"' if "'" in value else f"'{value}'"
-
-
-def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

@@ -31,7 +31,7 @@ def cosine(optimizer: Optimizer, epochs: int, steps_per_epoch: int, warmup_epoch
     if epochs == 0:
         return constant(optimizer, epochs, steps_per_epoch)
     if warmup_epochs > epochs:
-        raise ConfigError("warmup_epochs", f"{warmup_epochs:g}", f"a number from 0 to {epochs}")
+        raise ConfigError("warmup_epochs", warmup_epochs, f"a number from 0 to {epochs}")
     steps = epochs * steps_per_epoch
     warmup_steps = round(warmup_epochs * steps_per_epoch)
     if warmup_steps == 0:

@@ -14,11 +14,13 @@ from mlflow import MlflowClient
 from omegaconf import DictConfig, OmegaConf
 from test_export import ALL, QUICK, no_store
 
-from kdpipe.assembly import finished_runs as finished
+from kdpipe.assembly import finished_runs
 from kdpipe.assembly.finished_runs import open_run
 from kdpipe.export.predictor import open_predictor, read_metadata
+from kdpipe.export.sources import SECTIONS
 from kdpipe.export.writers import portable_config
 from kdpipe.settings.saved import read_run_settings
+from kdpipe.settings.schema import Settings
 from kdpipe.tracking import RunStore
 
 
@@ -135,7 +137,11 @@ def test_the_card_and_the_config_describe_the_training(
 def test_a_run_of_an_older_version_with_less_config_is_exported(
     taught: Taught, command: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finished, "OPTIONAL", ())
+    def less(file: Path) -> Settings:
+        sections = {"model", "teacher", "dataset", "loss", "optimizer", "scheduler", "train"}
+        return Settings.model_validate(read_run_settings(file).model_dump(include=sections, by_alias=True))
+
+    monkeypatch.setattr(finished_runs, "read_run_settings", less)
     made = command("export", taught.student, "--out", "files", "--format", "safetensors", *QUICK)
     assert made.status == 0, made.errors
     assert "Method: KD." in Path("files/README.md").read_text()
@@ -153,10 +159,11 @@ def test_a_student_is_exported_without_its_missing_teacher(
     assert "distilled from resnet20." in Path("files/README.md").read_text()
 
 
-def test_the_config_next_to_the_weights_has_no_folders(taught: Taught, command: Callable) -> None:
+def test_the_config_next_to_the_weights_names_no_folders_and_no_store(taught: Taught, command: Callable) -> None:
     command("export", taught.student, "--out", "files", "--format", "safetensors", *QUICK)
     config = read_run_settings(Path("files/config.yaml"))
     assert config.model.name == "student_cnn" and config.dataset.name == "digits"
+    assert config.model_fields_set <= {*SECTIONS}
     assert portable_config(open_run(taught.student, RunStore(taught.uri))) == Path("files/config.yaml").read_text()
 
 

@@ -1,4 +1,4 @@
-"""CRD against its authors' formulas worked out image by image, the negatives that it draws, and its memory."""
+"""CRD against its authors' formulas computed image by image, the negatives that it draws, and its memory."""
 
 import copy
 import io
@@ -23,10 +23,11 @@ from kdpipe.models.resnet import ResNet
 from kdpipe.settings.errors import ConfigError
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.interruption import Interrupted
-from kdpipe.training.loop import Training, fit
+from kdpipe.training.loop import Hooks, Recipe, fit
 from kdpipe.training.observed import Observed
 from kdpipe.training.schedules import constant
-from kdpipe.training.teacher import Teacher
+from kdpipe.training.state import Training
+from kdpipe.training.teacher import FrozenTeacher
 
 TEMPERATURE = 0.07
 
@@ -94,7 +95,7 @@ def test_crd_is_its_authors_formula(rows: int, temperature: float) -> None:
     )
 
 
-def test_crd_worked_out_by_hand() -> None:
+def test_crd_by_hand() -> None:
     # One image, one negative, two rows, T 1: the own row's product is 1, the negative's 0; Z = (e + 1) / 2 · 2.
     row, other = [1.0, 0], [0.0, 1]
     memory = torch.tensor([row, other])
@@ -114,7 +115,7 @@ def test_gradients_are_the_derivatives_with_memory_and_negatives_frozen(rows: in
 
 
 @pytest.mark.parametrize("rows", [30, 1000], ids=["whole memory multiplied", "rows fetched"])
-def test_the_memory_may_be_written_to_before_the_gradient_is_worked_out(rows: int) -> None:
+def test_the_memory_may_be_overwritten_before_the_backward_pass(rows: int) -> None:
     gradients = []
     for write in (False, True):
         student, teacher, *memories, candidates = arguments(rows=rows)
@@ -241,16 +242,16 @@ def test_a_student_learns_to_find_its_teacher_s_embeddings() -> None:
     teacher = outputs(2, 40, 24)
     embedding = torch.randn(40, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)
     optimizer = torch.optim.Adam([embedding, *loss.parameters()], lr=0.05)
-    told = []
+    values = []
     for epoch in range(1, 41):
         part = loss(Outputs(teacher.logits, embedding=embedding), teacher, labels, positions, epoch)["crd"]
         optimizer.zero_grad()
         part.backward()
         optimizer.step()
-        told.append(part.item())
-    assert told[-1] < told[0] / 4
+        values.append(part.item())
+    assert values[-1] < values[0] / 4
     found = F.normalize(loss.student_projection(embedding)) @ loss.teacher_memory.t()
-    # Images of one class are never told from each other.
+    # Images of one class are never contrasted with each other.
     assert torch.equal(labels[found.argmax(dim=1)], labels)
 
 
@@ -342,7 +343,7 @@ def test_negatives_depend_on_seed_epoch_and_image_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state[0]) and np.random.get_state()[1].tolist() == state[1]
 
 
-def test_a_state_that_is_kept_and_loaded_gives_the_same_next_losses() -> None:
+def test_a_saved_and_loaded_state_gives_the_same_next_losses() -> None:
     loss, positions, labels = fitted()
 
     def two_steps(loss: CRD) -> list[float]:
@@ -365,12 +366,12 @@ def some_digits() -> ImageDataset:
     return split(digits(), "digits", train_fraction=0.1, val_fraction=0, test_fraction=0.25, split_seed=0)
 
 
-def training(data: ImageDataset) -> tuple[Training, Teacher]:
+def training(data: ImageDataset) -> tuple[Training, FrozenTeacher]:
     """A student with CRD, before its first step, as a run with `loss=crd loss.negatives=64` has it."""
     torch.manual_seed(0)
     student, teacher = (Classifier(ResNet(8, data.num_classes), 8, [0.5] * 3, [0.5] * 3) for _ in range(2))
-    observed, answering = Observed(student, student.network, CRD.roles), Teacher(teacher)
-    answering.ask_for(CRD.roles)
+    observed, answering = Observed(student, student.network, CRD.roles), FrozenTeacher(teacher)
+    answering.observe(CRD.roles)
     loss = CRD(negatives=64)
     positions = data.splits["train"].sort().values
     images = data.images[positions[:2]]
@@ -382,9 +383,9 @@ def training(data: ImageDataset) -> tuple[Training, Teacher]:
     return Training(observed, loss, optimizer, scheduler, Hardware(torch.device("cpu"))), answering
 
 
-def run(training: Training, teacher: Teacher, data: ImageDataset, stop_after: int | None = None) -> list[float]:
+def run(training: Training, teacher: FrozenTeacher, data: ImageDataset, stop_after: int | None = None) -> list[float]:
     """Train to the end, or through so many steps; the loss of each epoch that ended."""
-    told: list[float] = []
+    values: list[float] = []
     steps = 0
 
     def on_step() -> None:
@@ -393,27 +394,16 @@ def run(training: Training, teacher: Teacher, data: ImageDataset, stop_after: in
         if steps == stop_after:
             raise Interrupted(2)
 
-    fit(
-        training,
-        data,
-        teacher=teacher,
-        views=None,
-        epochs=3,
-        batch_size=50,
-        seed=0,
-        select_best=False,
-        test_each_epoch=False,
-        on_epoch=lambda epoch, metrics: told.append(metrics["train/crd"]),
-        on_step=on_step,
-    )
-    return told
+    hooks = Hooks(on_epoch=lambda epoch, metrics: values.append(metrics["train/crd"]), on_step=on_step)
+    fit(training, data, Recipe(epochs=3, batch_size=50, seed=0, teacher=teacher), hooks)
+    return values
 
 
-def test_a_training_that_goes_on_ends_with_the_bits_of_one_that_was_not_interrupted() -> None:
+def test_a_resumed_training_ends_with_the_bits_of_an_uninterrupted_one() -> None:
     data = some_digits()
     assert len(data.splits["train"]) == 135  # three steps in an epoch
     whole, teacher = training(data)
-    told = run(whole, teacher, data)
+    expected = run(whole, teacher, data)
 
     interrupted, teacher = training(data)
     with pytest.raises(Interrupted):
@@ -424,7 +414,7 @@ def test_a_training_that_goes_on_ends_with_the_bits_of_one_that_was_not_interrup
     torch.manual_seed(99)
     rest.restore(torch.load(io.BytesIO(checkpoint.getvalue()), weights_only=True))
     assert (rest.epoch, rest.steps) == (2, 1)
-    assert run(rest, teacher, data) == told[1:]
+    assert run(rest, teacher, data) == expected[1:]
     for mine, others in ((rest.learner, whole.learner), (rest.loss, whole.loss)):
         expected = others.state_dict()
         assert all(torch.equal(value, expected[name]) for name, value in mine.state_dict().items())

@@ -1,4 +1,4 @@
-"""The losses on features against values worked out without PyTorch, and what must hold for any features."""
+"""The losses on features against values computed without PyTorch, and invariants for any features."""
 
 import json
 import math
@@ -9,15 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import DictConfig
 from safetensors.torch import load_file
 from scipy.spatial.distance import cdist
 from scipy.stats import norm, ortho_group
 from torch import Tensor, nn
 
+from kdpipe.assembly.building import build
 from kdpipe.losses import (
     PKT,
     RKD,
@@ -41,6 +40,7 @@ from kdpipe.losses import (
 from kdpipe.losses.outputs import Outputs
 from kdpipe.models.resnet import ResNet
 from kdpipe.settings.errors import as_typed
+from kdpipe.settings.schema import Settings
 from kdpipe.training.observed import Observed
 
 any_invariant = settings(max_examples=15, deadline=None)
@@ -126,7 +126,7 @@ def test_hint_is_the_mean_of_squared_differences() -> None:
     assert hint(student.view(1, 2, 1, 2), teacher.view(1, 2, 1, 2)).item() == (2**2 + 1**2) / 4
 
 
-def test_attention_worked_out_by_hand() -> None:
+def test_attention_by_hand() -> None:
     # Over the channels the student's |x| is 3 and 4 on the mean, (3/5, 4/5) at length 1; the teacher's (4/5, 3/5).
     student = torch.tensor([[[[1.0, -8]], [[-5.0, 0]]]])
     teacher = torch.tensor([[[[4.0, 3]]]])
@@ -151,7 +151,7 @@ def test_attention_is_numpy_s(p: int, student_size: int, teacher_size: int) -> N
     assert attention(student, teacher, p).item() == pytest.approx(expected)
 
 
-def test_similarity_worked_out_by_hand() -> None:
+def test_similarity_by_hand() -> None:
     # The student tells the two images apart, rows (1, 0) and (0, 1); the teacher does not, rows (1, 1) / √2.
     student, teacher = torch.eye(2), torch.ones(2, 3)
     by_hand = 2 * ((1 - 1 / math.sqrt(2)) ** 2 + 1 / 2) / 2**2
@@ -168,14 +168,14 @@ def test_similarity_is_numpy_s() -> None:
     assert similarity(student, teacher).item() == pytest.approx(expected)
 
 
-def test_rkd_distance_worked_out_by_hand() -> None:
+def test_rkd_distance_by_hand() -> None:
     # Distances 1, 2, 3 with the mean 2 against 1, 1, 2 with the mean 4/3: relative (1/2, 1, 3/2) and (3/4, 3/4, 3/2).
     student, teacher = torch.tensor([[0.0], [1], [3]]), torch.tensor([[0.0], [1], [2]])
     by_hand = 2 * (0.5 * 0.25**2 + 0.5 * 0.25**2 + 0) / 9
     assert rkd_distance(student, teacher).item() == pytest.approx(by_hand)
 
 
-def test_rkd_angle_worked_out_by_hand() -> None:
+def test_rkd_angle_by_hand() -> None:
     # On a line each image sees the other two in the same direction, but the middle one, cosine −1; in a right
     # triangle it is 0 there and 1/√2 at the other two. Two orders of the two others, of 27 triplets.
     student, teacher = torch.tensor([[1.0, 0], [0, 0], [-1, 0]]), torch.tensor([[1.0, 0], [0, 0], [0, 1]])
@@ -211,7 +211,7 @@ def test_rkd_is_scipy_s() -> None:
     assert rkd(student, teacher, distance_weight=1, angle_weight=2).item() == pytest.approx(by_distance + 2 * by_angle)
 
 
-def test_pkt_worked_out_by_hand() -> None:
+def test_pkt_by_hand() -> None:
     # Cosines (1, 0) are similarities (1, 1/2) and probabilities (2/3, 1/3); the teacher's (1, 1) are (1/2, 1/2).
     by_hand = (math.log((1 / 2) / (2 / 3)) / 2 + math.log((1 / 2) / (1 / 3)) / 2) / 2
     assert pkt(torch.eye(2), torch.ones(2, 3)).item() == pytest.approx(by_hand, rel=1e-5)
@@ -236,7 +236,7 @@ def test_vid_is_scipy_s() -> None:
     assert vid(student, teacher, variance).item() == pytest.approx(expected)
 
 
-def test_correlation_worked_out_by_hand() -> None:
+def test_correlation_by_hand() -> None:
     student = torch.tensor([[1.0, 2], [3, 4], [5, 6]])
     teacher = torch.tensor([[0.0, 4], [3, 1], [7, 7]])  # differences (1, 2), (0, 3), (2, 1)
     assert correlation(student, teacher).item() == ((0 + 6) + (0 + 3)) / 2
@@ -328,7 +328,7 @@ def test_gradients_are_the_derivatives(name: str) -> None:
     assert torch.autograd.gradcheck(lambda features: method.term(features, teacher), student)
 
 
-def test_gradients_of_what_vid_and_correlation_learn_beside() -> None:
+def test_gradients_of_what_vid_and_correlation_learn() -> None:
     variance = torch.tensor([0.3, 1.0, 5.0], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda variance: vid(maps(1), maps(2), variance), variance)
     teacher = embeddings(2).requires_grad_()
@@ -497,10 +497,10 @@ def test_hint_brings_the_student_s_maps_to_the_teacher_s_shape(
     torch.testing.assert_close(parts(loss, outputs, targets)["hint"], hint(regressed, targets.stages[2]))
 
 
-@pytest.mark.parametrize(("stage", "accepted"), [(1, True), (3, True), (4, False)])
-def test_hint_s_stage_is_one_that_both_networks_have(stage: int, accepted: bool) -> None:
+@pytest.mark.parametrize(("stage", "exists"), [(1, True), (3, True), (4, False)])
+def test_hint_s_stage_is_one_that_both_networks_have(stage: int, exists: bool) -> None:
     student, teacher = network_outputs(1, NARROW), network_outputs(20, WIDE_AND_LONG)
-    if accepted:
+    if exists:
         assert parts(fitted("hint", student, teacher, stage=stage), student, teacher)["hint"].isfinite()
     else:
         with pytest.raises(ValueError) as error:
@@ -573,8 +573,8 @@ def test_bad_values_are_refused(name: str, key: str, value: object) -> None:
 
 
 @each_method
-def test_the_defaults_are_the_benchmark_s(name: str, composed: Callable[..., DictConfig]) -> None:
-    loss = instantiate(composed(f"loss={name}").loss)
+def test_the_defaults_are_the_benchmark_s(name: str, composed: Callable[..., Settings]) -> None:
+    loss = build("loss", composed(f"loss={name}").loss)
     assert isinstance(loss, METHODS[name].module)
     assert (loss.weight, loss.ce_weight) == (METHODS[name].weight, 1)
     for key, value in {**METHODS[name].arguments, **({"dimensions": 128} if name == "correlation" else {})}.items():
@@ -608,13 +608,13 @@ def test_a_student_gets_closer_to_a_teacher_of_another_shape(name: str) -> None:
     student, teacher = Stages(8, 12, 16), Stages(6, 10, 14, 20).eval().requires_grad_(False)
     images, labels = normal(0, 16, 3, 16, 16).float(), torch.arange(16) % 10
     loss = loss_of(name, METHODS[name].weight, ce_weight=0)
-    asked, answered = Observed(student, student, loss.roles), Observed(teacher, teacher, loss.roles)
+    observed_student, observed_teacher = Observed(student, student, loss.roles), Observed(teacher, teacher, loss.roles)
     with torch.no_grad():
-        loss.fit_to(asked(images[:2]), answered(images[:2]), torch.arange(16), labels)
+        loss.fit_to(observed_student(images[:2]), observed_teacher(images[:2]), torch.arange(16), labels)
     optimizer = torch.optim.Adam([*student.parameters(), *loss.parameters()], lr=0.003)
     values = []
     for _ in range(15):
-        found = loss(asked(images), answered(images), labels, torch.arange(16), 1)
+        found = loss(observed_student(images), observed_teacher(images), labels, torch.arange(16), 1)
         optimizer.zero_grad()
         found["loss"].backward()
         optimizer.step()

@@ -1,4 +1,4 @@
-"""The losses on logits against values worked out by NumPy and SciPy, and what must hold for any logits."""
+"""The losses on logits against values computed with NumPy and SciPy, and invariants for any logits."""
 
 import math
 from collections.abc import Callable
@@ -69,7 +69,7 @@ METHODS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
 all_methods = pytest.mark.parametrize("method", METHODS)
 
 
-# Worked out without PyTorch
+# Values computed without PyTorch
 
 
 def divergence(targets: np.ndarray, outputs: np.ndarray) -> float:
@@ -122,7 +122,7 @@ def test_dkd_by_hand() -> None:
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("classes", [2, 10, 1000])
-def test_dkd_is_worked_out_from_probabilities(temperature: float, classes: int) -> None:
+def test_dkd_is_that_of_probabilities(temperature: float, classes: int) -> None:
     student, teacher, truth = logits(1, classes=classes), logits(2, classes=classes), labels(classes=classes)
     target = np.eye(classes, dtype=bool)[truth.numpy()]
 
@@ -186,7 +186,7 @@ def test_label_smoothing_of_mixed_images_and_of_some_without_a_label() -> None:
     assert label_smoothing(student, torch.tensor([-1, -1]), 0.2).item() == 0
 
 
-# What must hold for any logits
+# Invariants
 
 
 @any_invariant
@@ -307,7 +307,7 @@ def test_half_precision_at_a_high_temperature(method: str, scale: float, kind: t
 
 
 @all_methods
-def test_what_goes_in_stays_as_it_is(method: str) -> None:
+def test_inputs_stay_unchanged(method: str) -> None:
     student, teacher, truth = logits(1), logits(2), labels()
     before = [part.clone() for part in (student, teacher, truth)]
     METHODS[method](student, teacher, truth, 4)

@@ -1,4 +1,4 @@
-"""The losses against values worked out without PyTorch, and what must hold for any logits."""
+"""The losses against values computed without PyTorch, and invariants for any logits."""
 
 import math
 import warnings
@@ -48,7 +48,7 @@ def any_logits(images: int, classes: int) -> st.SearchStrategy[Tensor]:
     return arrays(np.float64, (images, classes), elements=st.floats(-30, 30)).map(torch.from_numpy)
 
 
-def test_kd_of_two_classes_worked_out_by_hand() -> None:
+def test_kd_of_two_classes_by_hand() -> None:
     # Teacher (3/4, 1/4), student (1/2, 1/2).
     teacher, student = torch.tensor([[math.log(3), 0]]), torch.tensor([[0.0, 0]])
     by_hand = 3 / 4 * math.log(3 / 2) + 1 / 4 * math.log(1 / 2)
@@ -201,7 +201,7 @@ def test_alpha_0_without_a_teacher_is_cross_entropy_to_the_last_bit(
 
 
 @METHODS
-def test_alpha_1_does_not_look_at_the_labels(module: type[KD], term: Callable[..., Tensor]) -> None:
+def test_alpha_1_ignores_the_labels(module: type[KD], term: Callable[..., Tensor]) -> None:
     gradients = []
     for truth in (labels(), (labels() + 1) % 10):
         student = logits(1).requires_grad_()
@@ -217,7 +217,7 @@ def test_a_missing_teacher_is_noticed_where_it_counts() -> None:
         parts(KD(0.5, 5), logits(1), None, labels())
 
 
-def test_only_distillation_asks_for_a_teacher() -> None:
+def test_only_distillation_needs_a_teacher() -> None:
     assert (KD.uses_teacher, KDTutorial.uses_teacher, CrossEntropy.uses_teacher) == (True, True, False)
     with_teacher = parts(CrossEntropy(), logits(1), logits(2), labels())
     assert with_teacher == parts(CrossEntropy(), logits(1), None, labels())
@@ -246,7 +246,7 @@ def test_what_is_added_to_all_logits_of_an_image_changes_nothing(
 def test_kd_is_0_for_equal_outputs_only(student: Tensor, teacher: Tensor, temperature: float) -> None:
     for term in (kd, kd_tutorial):
         assert abs(term(teacher.clone(), teacher, temperature).item()) < 1e-12
-    # Pinsker's inequality says by how much at least it is above 0.
+    # Pinsker's inequality gives a lower bound.
     difference = F.softmax(student / temperature, dim=1) - F.softmax(teacher / temperature, dim=1)
     total_variation = difference.abs().sum(dim=1) / 2
     least = temperature**2 * (2 * total_variation**2).mean().item()

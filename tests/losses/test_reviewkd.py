@@ -1,4 +1,4 @@
-"""ReviewKD against its authors' formulas worked out without PyTorch, for maps of any size."""
+"""ReviewKD against its authors' formulas computed without PyTorch, for maps of any size."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from kdpipe.data.digits import digits
@@ -19,8 +18,9 @@ from kdpipe.losses.outputs import Outputs
 from kdpipe.losses.reviewkd import Fusion
 from kdpipe.models import Classifier
 from kdpipe.models.resnet import ResNet
+from kdpipe.settings.schema import Settings
 from kdpipe.training.observed import Observed
-from kdpipe.training.teacher import Teacher
+from kdpipe.training.teacher import FrozenTeacher
 
 
 def maps(seed: int, *shape: int) -> Tensor:
@@ -267,8 +267,8 @@ def test_a_student_is_taught_by_a_larger_network_and_its_term_falls() -> None:
     student, teacher = (Classifier(ResNet(depth, 10, shortcut="B"), 8, [0.5] * 3, [0.5] * 3) for depth in (8, 14))
     for classifier in (student, teacher):
         classifier.network.roles = {"stages": ["layer1", "layer2", "layer3"]}
-    loss, answering = ReviewKD(warmup=0), Teacher(teacher)
-    answering.ask_for(loss.roles)
+    loss, answering = ReviewKD(warmup=0), FrozenTeacher(teacher)
+    answering.observe(loss.roles)
     observed = Observed(student, student.network, loss.roles)
     indices = torch.arange(40)
     images, truth = data.images[indices], data.labels[indices]
@@ -277,14 +277,14 @@ def test_a_student_is_taught_by_a_larger_network_and_its_term_falls() -> None:
         loss.fit_to(observed(images[:2]), answering.answer(images[:2]), indices, truth)
     student.train()
     optimizer = torch.optim.SGD([*student.parameters(), *loss.parameters()], lr=0.05)
-    told = []
+    values = []
     for epoch in range(1, 11):
         parts = loss(observed(images), answering(images, indices, epoch), truth, indices, epoch)
         optimizer.zero_grad()
         parts["loss"].backward()
         optimizer.step()
-        told.append(parts["reviewkd"].item())
-    assert told[-1] < 0.9 * told[0]
+        values.append(parts["reviewkd"].item())
+    assert values[-1] < 0.9 * values[0]
 
 
 @pytest.mark.parametrize("key", ["weight", "ce_weight", "warmup"])
@@ -295,7 +295,7 @@ def test_a_bad_value_is_refused(key: str, value: Any) -> None:
     assert str(error.value) == f"{key}={value}: expected a number from 0"
 
 
-def test_the_weight_is_that_of_a_pair_of_the_benchmark_or_1(composed: Callable[..., DictConfig]) -> None:
+def test_the_weight_is_that_of_a_pair_of_the_benchmark_or_1(composed: Callable[..., Settings]) -> None:
     assert composed("loss=reviewkd").loss.weight == 1
     assert composed("loss=reviewkd", "+benchmark.reviewkd_weight=5").loss.weight == 5
     assert composed("loss=reviewkd", "+benchmark.reviewkd_weight=5", "loss.weight=2").loss.weight == 2

@@ -262,7 +262,7 @@ def test_a_timm_network_learns_by_its_head_alone(architecture: str, head_name: s
 
 
 @pytest.mark.usefixtures("timm")
-def test_an_unknown_timm_network_is_told_where_to_look() -> None:
+def test_an_unknown_timm_network_gets_near_misses() -> None:
     with pytest.raises(ValueError) as error:
         timm_classifier("mobilenetv3_tiny", num_classes=2)
     assert re.fullmatch(
@@ -335,9 +335,7 @@ def test_imagenet_weights_that_cannot_be_read_are_one_clear_line(content: bytes,
     ("architecture", "num_classes"),
     [("densenet121", 2), ("densenet121", 1000), ("squeezenet1_1", 2), ("inception_v3", 2)],
 )
-def test_imagenet_weights_are_taken_over_but_for_the_head(
-    architecture: str, num_classes: int, torch_home: Path
-) -> None:
+def test_imagenet_weights_are_loaded_except_for_the_head(architecture: str, num_classes: int, torch_home: Path) -> None:
     published = torchvision.models.get_model(architecture, weights=None).state_dict()
     torch.save(published, torch_home / file_name(architecture))
     if architecture == "densenet121":
@@ -362,7 +360,7 @@ def test_imagenet_weights_are_taken_over_but_for_the_head(
         assert torch.equal(network.eval()(images), theirs(images))
 
 
-def test_timms_imagenet_weights_are_taken_over_but_for_the_head(
+def test_timms_imagenet_weights_are_loaded_except_for_the_head(
     timm: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = pytest.importorskip("huggingface_hub.constants", reason="timm's weights come by huggingface_hub")
@@ -541,7 +539,7 @@ def test_a_bad_setting_is_refused_by_name(setting: str, value: object, expected:
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("std", [1, 1], "std=[1.0,1.0]: expected as many values as in mean=[0.485,0.456,0.406]"),
+        ("std", [1, 1], "std=[1,1]: expected as many values as in mean=[0.485,0.456,0.406]"),
         ("std", [1, 1, 0], "std=0: expected a number above 0"),
         ("std", [1, 1, -1], "std=-1: expected a number above 0"),
         ("std", [1, 1, "abc"], "std=abc: expected a number above 0"),

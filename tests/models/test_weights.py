@@ -1,4 +1,4 @@
-"""Weights in files: what is read, what is refused and how, and that nothing is loaded in part."""
+"""Weights in files: what is read, what is refused and how; nothing is loaded in part."""
 
 import os
 import pickle
@@ -23,7 +23,7 @@ from kdpipe.models.weights import State, check_class_names, load_imagenet, load_
 from kdpipe.settings.errors import ConfigError
 from kdpipe.training.checkpoint import copy_state, save_weights
 
-# What PyTorch says of pickles that are not its own, before it refuses them.
+# PyTorch's warning about pickles that are not its own, before it refuses them.
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
 
 CLASSES = ["cat", "dog"]
@@ -51,7 +51,7 @@ def load(file: Path, network: nn.Module, classes: Sequence[str] = CLASSES) -> No
 
 
 def refusal(file: Path, classes: Sequence[str] = CLASSES) -> str:
-    """What is said of a file, after its key and name; the network has to stay as it was."""
+    """The message about a file, after its key and name; the network has to stay unchanged."""
     network = small_network(len(classes))
     before = copy_state(network)
     with pytest.raises(ValueError) as error:
@@ -85,7 +85,7 @@ FORMATS = pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt", 
 
 
 @pytest.mark.parametrize("classes", [["cat", "dog"], ["dog", "cat"], ["Kätzchen", '犬 "inu"'], ["10", "9"]])
-def test_safetensors_bring_weights_and_class_names_back(classes: list[str], tmp_path: Path) -> None:
+def test_safetensors_keep_weights_and_class_names(classes: list[str], tmp_path: Path) -> None:
     network, other = small_network(), ResNet(8, 2)
     file = tmp_path / "weights.safetensors"
     save_weights(network, file, classes)
@@ -103,7 +103,7 @@ def test_a_saved_file_replaces_the_one_before(tmp_path: Path) -> None:
     assert same(read_weights("model.weights", file)[0], network.state_dict())
 
 
-def test_weights_that_lie_in_another_order_in_memory_are_saved_as_they_are(tmp_path: Path) -> None:
+def test_channels_last_weights_are_saved_unchanged(tmp_path: Path) -> None:
     network = StudentCNN(2).to(memory_format=torch.channels_last)
     save_weights(network, tmp_path / "weights.safetensors", CLASSES)
     assert same(read_weights("model.weights", tmp_path / "weights.safetensors")[0], network.state_dict())
@@ -331,10 +331,10 @@ def test_weights_of_a_deeper_network_are_refused(tmp_path: Path) -> None:
 
 def test_weights_of_another_family_are_refused(tmp_path: Path) -> None:
     save_weights(StudentCNN(2), tmp_path / "weights.safetensors", CLASSES)
-    said = refusal(tmp_path / "weights.safetensors")
-    assert said.endswith("; expected weights of resnet8 with 2 classes")
-    assert "missing, such as conv1.weight" in said
-    assert "12 unknown, such as " in said
+    message = refusal(tmp_path / "weights.safetensors")
+    assert message.endswith("; expected weights of resnet8 with 2 classes")
+    assert "missing, such as conv1.weight" in message
+    assert "12 unknown, such as " in message
 
 
 @pytest.mark.parametrize("lost", ["conv1.weight", "bn1.running_var", "linear.bias"])

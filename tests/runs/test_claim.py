@@ -1,4 +1,4 @@
-"""A run belongs to one process at a time."""
+"""One process at a time runs a run."""
 
 import json
 import multiprocessing
@@ -17,15 +17,15 @@ from kdpipe.runs.journal import Journal
 from kdpipe.tracking import Tracker
 
 
-def hold(folder: Path, told: Connection) -> None:
+def hold(folder: Path, parent: Connection) -> None:
     with claim(folder):
-        told.send("claimed")
-        told.recv()
+        parent.send("claimed")
+        parent.recv()
 
 
 @pytest.fixture
 def holder(tmp_path: Path) -> multiprocessing.Process:
-    """Another process, that has the run of `tmp_path` and keeps it."""
+    """Another process that holds the claim on `tmp_path`."""
     here, there = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=hold, args=(tmp_path, there), daemon=True)
     process.start()
@@ -34,9 +34,7 @@ def holder(tmp_path: Path) -> multiprocessing.Process:
     return process
 
 
-def test_a_run_that_another_process_has_is_refused_with_its_number(
-    tmp_path: Path, holder: multiprocessing.Process
-) -> None:
+def test_a_run_in_progress_is_refused_with_its_process_id(tmp_path: Path, holder: multiprocessing.Process) -> None:
     with pytest.raises(ClaimedError, match=rf"process {holder.pid} on .* has this run in progress"), claim(tmp_path):
         pass
     assert worker_pid(tmp_path) == holder.pid
@@ -47,14 +45,14 @@ def test_a_run_that_another_process_has_is_refused_with_its_number(
         pass
 
 
-def test_a_killed_process_has_nothing_any_more(tmp_path: Path, holder: multiprocessing.Process) -> None:
+def test_a_killed_process_leaves_no_claim(tmp_path: Path, holder: multiprocessing.Process) -> None:
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
     with claim(tmp_path):
         assert json.loads((tmp_path / "owner.json").read_text())["pid"] == os.getpid()
 
 
-def test_who_tidies_up_after_a_killed_process_is_waited_for(tmp_path: Path, holder: multiprocessing.Process) -> None:
+def test_a_claim_waits_for_the_recovery_of_a_killed_run(tmp_path: Path, holder: multiprocessing.Process) -> None:
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
     tidying = Thread(target=hold_a_moment, args=(tmp_path, held := Event()))
@@ -70,7 +68,7 @@ def hold_a_moment(folder: Path, held: Event) -> None:
         time.sleep(1)
 
 
-def test_a_run_left_by_another_machine_is_not_put_right_here(empty_store: Path, tmp_path: Path) -> None:
+def test_a_run_left_by_another_machine_is_not_recovered_here(empty_store: Path, tmp_path: Path) -> None:
     tracker = Tracker(f"sqlite:///{empty_store}", "abandoned", tmp_path)
     statuses = []
     for host in (socket.gethostname(), "another"):

@@ -1,5 +1,4 @@
-"""The store fails while runs are in progress: a real server that dies, hangs and comes back, a locked sqlite file, a
-store that was left half-made."""
+"""Stores that fail during runs: a real server that dies, hangs and comes back; locked and half-made sqlite files."""
 
 import json
 import os
@@ -31,7 +30,7 @@ LONG = [*STUDENT, "train.epochs=15"]
 
 
 class Server:
-    """An MLflow server of one's own, to be killed, stopped and started again."""
+    """An MLflow server that can be killed, stopped and restarted."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -51,8 +50,8 @@ class Server:
                 urllib.request.urlopen(f"{self.uri}/health", timeout=1).close()
                 return
             except OSError:
-                told = (self.folder / "server.log").read_text()
-                assert self.process.poll() is None and time.monotonic() < deadline, told
+                output = (self.folder / "server.log").read_text()
+                assert self.process.poll() is None and time.monotonic() < deadline, output
                 time.sleep(0.2)
 
     def send(self, number: signal.Signals) -> None:
@@ -62,7 +61,7 @@ class Server:
 
     @property
     def run(self) -> Run:
-        """The one run that it has."""
+        """Its only run."""
         client = MlflowClient(self.uri)
         (run,) = client.search_runs([client.get_experiment_by_name("kdpipe").experiment_id])
         return run
@@ -88,7 +87,7 @@ def sync() -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "kdpipe.sync"], capture_output=True, text=True, check=False)
 
 
-def the_server_has_it_all(server: Server, epochs: int) -> None:
+def assert_complete(server: Server, epochs: int) -> None:
     assert server.steps() == list(range(1, epochs + 1))
     assert server.steps("test/accuracy") == [epochs]
     last: dict[str, float] = {}
@@ -113,10 +112,12 @@ def test_a_server_that_dies_and_comes_back_misses_nothing(start: Callable[..., S
     run.send(signal.SIGCONT)
     assert run.end() == 0, run.output
     assert "is back, and has what it missed" in run.output
-    the_server_has_it_all(mlflow_server, 15)
+    assert_complete(mlflow_server, 15)
 
 
-def test_a_server_that_stays_away_gets_it_by_sync(start: Callable[..., Started], mlflow_server: Server) -> None:
+def test_sync_delivers_to_a_server_that_was_down_until_the_end(
+    start: Callable[..., Started], mlflow_server: Server
+) -> None:
     run = start(*LONG, "train.epochs=8", f"tracking.uri={mlflow_server.uri}")
     run.wait_for("epoch 3/8")
     mlflow_server.send(signal.SIGKILL)
@@ -128,12 +129,12 @@ def test_a_server_that_stays_away_gets_it_by_sync(start: Callable[..., Started],
     mlflow_server.start()
     delivered = sync()
     assert delivered.returncode == 0, delivered.stdout
-    the_server_has_it_all(mlflow_server, 8)
+    assert_complete(mlflow_server, 8)
     assert "all is delivered" in sync().stdout
 
 
 @pytest.mark.faults
-def test_the_same_command_delivers_what_is_missing_too(start: Callable[..., Started], mlflow_server: Server) -> None:
+def test_repeating_the_command_delivers_what_is_missing(start: Callable[..., Started], mlflow_server: Server) -> None:
     command = [*LONG, "train.epochs=8", f"tracking.uri={mlflow_server.uri}"]
     run = start(*command)
     run.wait_for("epoch 3/8")
@@ -143,11 +144,11 @@ def test_the_same_command_delivers_what_is_missing_too(start: Callable[..., Star
     again = start(*command)
     assert again.end() == 0, again.output
     assert "this run is finished already" in again.output
-    the_server_has_it_all(mlflow_server, 8)
+    assert_complete(mlflow_server, 8)
 
 
 @pytest.mark.faults
-def test_a_server_that_hangs_keeps_no_epoch_waiting(start: Callable[..., Started], mlflow_server: Server) -> None:
+def test_a_hanging_server_delays_no_epoch(start: Callable[..., Started], mlflow_server: Server) -> None:
     run = start(*LONG, f"tracking.uri={mlflow_server.uri}")
     run.wait_for("epoch 3/15")
     mlflow_server.send(signal.SIGSTOP)
@@ -158,11 +159,11 @@ def test_a_server_that_hangs_keeps_no_epoch_waiting(start: Callable[..., Started
         assert time.monotonic() - before < 5  # each request waits for four times as long
     mlflow_server.send(signal.SIGCONT)
     assert run.end() == 0, run.output
-    the_server_has_it_all(mlflow_server, 15)
+    assert_complete(mlflow_server, 15)
 
 
 @pytest.mark.faults
-def test_a_run_that_is_interrupted_while_its_server_hangs_ends_within_seconds(
+def test_an_interrupted_run_with_a_hanging_server_ends_within_seconds(
     start: Callable[..., Started], mlflow_server: Server
 ) -> None:
     run = start(*LONG, f"tracking.uri={mlflow_server.uri}")
@@ -176,7 +177,7 @@ def test_a_run_that_is_interrupted_while_its_server_hangs_ends_within_seconds(
     mlflow_server.send(signal.SIGCONT)
     again = start(*LONG, f"tracking.uri={mlflow_server.uri}")
     assert again.end() == 0, again.output
-    the_server_has_it_all(mlflow_server, 15)
+    assert_complete(mlflow_server, 15)
 
 
 @pytest.mark.faults
@@ -184,7 +185,7 @@ def test_a_run_that_is_interrupted_while_its_server_hangs_ends_within_seconds(
 def test_server_and_run_are_killed_at_random_moments(
     start: Callable[..., Started], mlflow_server: Server, number: int
 ) -> None:
-    """Both, again and again, until the run ends: every step is there, once."""
+    """Both, repeatedly, until the run ends: the server has every step once."""
     draw = random.Random(number)
     command = [*LONG, f"tracking.uri={mlflow_server.uri}", "train.checkpoint_minutes=0.001"]
     run, kills = start(*command), [0, 0]
@@ -205,11 +206,11 @@ def test_server_and_run_are_killed_at_random_moments(
     if status or "finished already" not in run.output:
         assert start(*command).end() == 0
     print(f"killed: run {kills[0]} times, server {kills[1]} times")
-    the_server_has_it_all(mlflow_server, 15)
+    assert_complete(mlflow_server, 15)
 
 
 @pytest.mark.faults
-def test_a_locked_sqlite_file_keeps_no_epoch_waiting(start: Callable[..., Started], tmp_path: Path) -> None:
+def test_a_locked_sqlite_file_delays_no_epoch(start: Callable[..., Started], tmp_path: Path) -> None:
     run = start(*LONG)
     run.wait_for("epoch 2/15")
     with closing(sqlite3.connect(tmp_path / "outputs/mlflow.db", timeout=30, isolation_level=None)) as database:
@@ -244,7 +245,7 @@ def test_eight_runs_at_once_on_one_sqlite_file_lose_nothing(start: Callable[...,
 
 
 def _folder(tmp_path: Path, seed: int) -> Path:
-    """A working folder whose outputs are those of all."""
+    """A working folder that shares its outputs with the others."""
     folder = tmp_path / str(seed)
     folder.mkdir()
     (folder / "outputs").symlink_to(tmp_path / "outputs")
@@ -258,7 +259,7 @@ CREATE = (
 
 @pytest.mark.faults
 @pytest.mark.parametrize("seconds", [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0])
-def test_a_store_that_a_kill_left_half_made_is_set_aside(kdpipe: Callable, tmp_path: Path, seconds: float) -> None:
+def test_a_half_made_store_is_set_aside(kdpipe: Callable, tmp_path: Path, seconds: float) -> None:
     process = subprocess.Popen([sys.executable, "-c", CREATE], cwd=tmp_path, stderr=subprocess.DEVNULL)
     while not (tmp_path / "new.db").exists():
         assert process.poll() is None
@@ -283,12 +284,12 @@ def test_a_store_with_runs_is_never_set_aside(start: Callable[..., Started]) -> 
     assert not list(Path("outputs").glob("*half-made*"))
 
 
-def test_the_command_that_delivers_names_the_folder() -> None:
+def test_the_sync_command_names_the_folder() -> None:
     assert sync_command(Path("outputs/runs/0123").resolve()) == "python -m kdpipe.sync"
     assert sync_command(Path("/my runs/runs/0123")) == "python -m kdpipe.sync --output-dir '/my runs'"
 
 
-def test_lines_that_a_kill_left_torn_are_not_read(tmp_path: Path) -> None:
+def test_incomplete_lines_are_not_read(tmp_path: Path) -> None:
     whole = [{"step": 1, "train/loss": 0.5}, {"step": 2, "train/loss": 0.25}]
     text = "".join(json.dumps(row) + "\n" for row in whole)
     for end in (
@@ -310,7 +311,7 @@ def test_lines_that_a_kill_left_torn_are_not_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"uri": 1}', '{"uri": "a", "run_id": 2}', "\x00"])
-def test_a_journal_that_is_none_is_left_out_of_account(tmp_path: Path, content: str) -> None:
+def test_an_unreadable_journal_is_ignored(tmp_path: Path, content: str) -> None:
     (tmp_path / "tracking.json").write_text(content)
     assert Journal.read(tmp_path) is None
 

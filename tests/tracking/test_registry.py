@@ -19,7 +19,7 @@ from kdpipe.export.predictor import open_onnx
 QUICK = ("--seconds", 0, "--images", 50, "--max-loss", 10)
 
 
-def test_a_model_is_registered_with_its_signature_and_an_alias_and_the_run_stays_as_it_was(
+def test_registering_a_model_sets_signature_and_alias_and_leaves_the_run_as_it_is(
     taught: Taught, command: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = MlflowClient(taught.uri)
@@ -46,9 +46,9 @@ def test_a_model_is_registered_with_its_signature_and_an_alias_and_the_run_stays
     assert client.get_model_version_by_alias("digits", "candidate").version == 2
 
 
-def predicted(uri: str, model: str, asked: object) -> np.ndarray:
-    """What `mlflow models predict` answers."""
-    Path("input.json").write_text(json.dumps(asked))
+def predicted(uri: str, model: str, inputs: object) -> np.ndarray:
+    """The logits from `mlflow models predict`."""
+    Path("input.json").write_text(json.dumps(inputs))
     words = [sys.executable, "-m", "mlflow", "models", "predict", "-m", model, "--env-manager", "local"]
     words += ["-i", "input.json", "-o", "answers.json"]
     done = subprocess.run(words, env={**os.environ, "MLFLOW_TRACKING_URI": uri}, capture_output=True, text=True)
@@ -56,7 +56,7 @@ def predicted(uri: str, model: str, asked: object) -> np.ndarray:
     return np.array(json.loads(Path("answers.json").read_text())["predictions"]["logits"])
 
 
-def test_mlflow_answers_with_a_registered_model(taught: Taught, command: Callable) -> None:
+def test_mlflow_predicts_with_a_registered_model(taught: Taught, command: Callable) -> None:
     made = command("export", taught.student, "--out", "files", "--register", "answering", *QUICK)
     assert "mlflow models predict -m models:/answering@candidate --env-manager local" in made.output
     images = np.random.default_rng(0).integers(0, 256, (3, 1, 8, 8)).astype(np.uint8)
@@ -66,7 +66,7 @@ def test_mlflow_answers_with_a_registered_model(taught: Taught, command: Callabl
 
 
 @pytest.mark.faults
-def test_a_server_s_registry_takes_models_and_gives_them(
+def test_models_go_to_a_server_s_registry_and_back(
     kdpipe: Callable, command: Callable, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student: Outcome = kdpipe("dataset=digits", "experiment=student", "train.epochs=0", f"tracking.uri={server}")
@@ -79,7 +79,7 @@ def test_a_server_s_registry_takes_models_and_gives_them(
     np.testing.assert_allclose(answers, open_onnx(Path("files/model.onnx")).forward(images), rtol=1e-4, atol=1e-5)
 
 
-def test_a_registry_that_takes_no_model_is_told_in_one_line_and_the_files_stay(
+def test_a_registry_that_refuses_a_model_gives_one_line_and_the_files_stay(
     taught: Taught, command: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:

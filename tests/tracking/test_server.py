@@ -24,7 +24,7 @@ ELSEWHERE = ["evil.example", "10.evil.example", "192.168.evil.example", "localho
 
 @contextmanager
 def serving(folder: Path, target: str, *variables: str, **environment: str) -> Iterator[int]:
-    """The port of a server that a target of the Makefile starts, with a store of its own in the folder."""
+    """The port of a server started by `make`, with its store in the folder."""
     port = free_port()
     command = ["make", f"--directory={ROOT}", target, f"PORT={port}", f"ARGS=output_dir={folder}", *variables]
     command += [f"BIN={Path(sys.executable).parent}", "--old-file=.venv/ready"]
@@ -48,7 +48,7 @@ def serving(folder: Path, target: str, *variables: str, **environment: str) -> I
 
 
 def status(port: int, name: str) -> int:
-    """What the API answers somebody who calls the server by this name."""
+    """The status of an API request that calls the server by this name."""
     url = f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/get?experiment_id=0"
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers={"Host": name}), timeout=60) as answer:
@@ -66,13 +66,13 @@ def with_port(*names: str) -> list[str]:
 
 
 def listening_addresses(port: int) -> list[str]:
-    """In the kernel's own writing: 0100007F is 127.0.0.1."""
+    """In the kernel's notation: 0100007F is 127.0.0.1."""
     tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
     sockets = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
     return [local[:-5] for _, local, _, state, *_ in sockets if state == "0A" and local[-4:] == f"{port:04X}"]
 
 
-def test_the_ui_is_this_machine_s_alone_whatever_the_environment_says(tmp_path: Path) -> None:
+def test_only_this_machine_can_reach_the_ui_whatever_the_environment_says(tmp_path: Path) -> None:
     environment = {
         "HOST": "0.0.0.0",  # not meant for us: conda sets it, and some shells do
         "ALLOWED_HOSTS": "*",
@@ -89,8 +89,8 @@ def test_the_ui_is_this_machine_s_alone_whatever_the_environment_says(tmp_path: 
 
 
 def test_a_server_for_many_machines_answers_to_its_names(tmp_path: Path) -> None:
-    told = ["HOST=0.0.0.0", "ALLOWED_HOSTS=head-node,10.0.0.5", f"DATABASE=sqlite:///{tmp_path}/mlflow.db"]
-    with serving(tmp_path, "server", *told) as port:
+    variables = ["HOST=0.0.0.0", "ALLOWED_HOSTS=head-node,10.0.0.5", f"DATABASE=sqlite:///{tmp_path}/mlflow.db"]
+    with serving(tmp_path, "server", *variables) as port:
         own = [socket.gethostname(), socket.getfqdn()]
         allowed = with_port("localhost", "127.0.0.1", "[::1]", "head-node", "10.0.0.5", *map(str.lower, own))
         assert statuses(port, allowed) == dict.fromkeys(allowed, 200)
@@ -115,7 +115,7 @@ def test_a_server_for_many_machines_answers_to_its_names(tmp_path: Path) -> None
 
 
 @pytest.mark.faults
-def test_a_server_whose_database_hangs_or_is_gone_is_refused_within_seconds(tmp_path: Path) -> None:
+def test_a_server_whose_database_hangs_or_is_down_is_refused_within_seconds(tmp_path: Path) -> None:
     programs = postgres_programs()
     if programs is None:
         pytest.skip("PostgreSQL is not installed (apt install postgresql)")
@@ -135,7 +135,7 @@ def test_a_server_whose_database_hangs_or_is_gone_is_refused_within_seconds(tmp_
 
 @contextmanager
 def stopped(process: int) -> Iterator[None]:
-    """A process and its children stand still, as on a machine that hangs."""
+    """Stop a process and its children, as on a hanging machine."""
     children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     for number in (process, *map(int, children)):
         os.kill(number, signal.SIGSTOP)
@@ -148,7 +148,7 @@ def stopped(process: int) -> Iterator[None]:
 
 @contextmanager
 def refused(reason: str) -> Iterator[None]:
-    """Refused in one line, within 10 seconds."""
+    """Expect a refusal in one line, within 10 seconds."""
     started = time.monotonic()
     with pytest.raises(ValueError, match=rf"^tracking\.uri=.*{reason}") as caught:
         yield

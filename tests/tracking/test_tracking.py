@@ -48,7 +48,7 @@ def test_a_run_goes_to_a_server_and_its_weights_come_back(
     assert not MlflowClient(f"sqlite:///{Path('outputs/mlflow.db').resolve()}").get_experiment_by_name("served")
 
 
-def test_the_command_line_wins_over_the_environment_and_that_over_the_default(
+def test_the_command_line_overrides_the_environment_and_that_the_default(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -58,7 +58,7 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_default(
     assert store_uri("http://command-line", tmp_path) == "http://command-line"
 
 
-def test_a_server_that_takes_the_call_and_says_nothing_is_given_up_within_seconds() -> None:
+def test_a_server_that_accepts_a_connection_and_never_answers_is_refused_within_seconds() -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -70,7 +70,7 @@ def test_a_server_that_takes_the_call_and_says_nothing_is_given_up_within_second
 
 @pytest.fixture
 def answering() -> Iterator[Callable[[int, str], str]]:
-    """`answering(status, text)` is the URI of something that answers every request with these."""
+    """`answering(status, text)` is the URI of a server that answers every request with these."""
     servers = []
 
     def start(status: int, text: str) -> str:
@@ -90,32 +90,30 @@ def answering() -> Iterator[Callable[[int, str], str]]:
         server.server_close()
 
 
-def test_a_server_that_is_in_trouble_is_refused_in_one_line(answering: Callable[[int, str], str]) -> None:
+def test_a_server_with_an_internal_error_is_refused_in_one_line(answering: Callable[[int, str], str]) -> None:
     uri = answering(503, '{"message": "(psycopg.OperationalError)\n connection refused"}\n')
     with pytest.raises(ValueError) as refused:
         check_uri(uri)
-    said = 'answers 503, its database may be down: {"message": "(psycopg.OperationalError) connection refused"}'
-    assert str(refused.value) == f"tracking.uri={uri}: the server there {said}"
+    problem = 'answers 503, its database may be down: {"message": "(psycopg.OperationalError) connection refused"}'
+    assert str(refused.value) == f"tracking.uri={uri}: the server there {problem}"
 
 
 @pytest.mark.parametrize("status", [200, 401, 403, 404])  # who may do what is for MLflow to say
-def test_a_server_that_wants_a_password_or_has_no_experiment_0_answers(
+def test_a_server_that_requires_a_password_or_lacks_experiment_0_is_accepted(
     answering: Callable[[int, str], str], status: int
 ) -> None:
     check_uri(answering(status, "Permission denied"))
 
 
 @pytest.mark.parametrize("uri", ["http://me:s3cret@127.0.0.1:1", "postgresql://me:s3cret@127.0.0.1:1/db"])
-def test_a_store_that_does_not_answer_is_named_without_its_password(
-    kdpipe: Callable, command: Callable, uri: str
-) -> None:
+def test_the_error_about_a_store_that_is_down_hides_its_password(kdpipe: Callable, command: Callable, uri: str) -> None:
     for outcome in (kdpipe(*STUDENT, f"tracking.uri={uri}"), command("predict", "0123", "photo.png", "--uri", uri)):
         assert outcome.status == 1
         assert "me:PASSWORD@127.0.0.1:1" in outcome.errors
         assert "s3cret" not in outcome.errors + outcome.output
 
 
-def test_what_speaks_no_http_is_no_tracking_server() -> None:
+def test_a_server_that_does_not_speak_http_is_refused() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         uri = f"http://127.0.0.1:{listening.getsockname()[1]}"
         Thread(target=lambda: listening.accept()[0].sendall(b"\0\1\2\n"), daemon=True).start()
@@ -124,7 +122,7 @@ def test_what_speaks_no_http_is_no_tracking_server() -> None:
 
 
 @pytest.mark.parametrize("database", ["postgresql", "postgresql+psycopg", "mysql+pymysql", "mssql+pyodbc"])
-def test_a_database_that_nothing_listens_for_is_given_up_at_once(database: str) -> None:
+def test_a_database_that_is_down_is_refused_at_once(database: str) -> None:
     place = f"127.0.0.1:{free_port()}"
     started = time.monotonic()
     with pytest.raises(ValueError, match=rf"tracking\.uri=.*: no database answers at {place} \(.*refused\)") as refused:
@@ -145,12 +143,12 @@ def test_a_database_that_nothing_listens_for_is_given_up_at_once(database: str) 
         "sqlite:////tmp/mlflow.db",
     ],
 )
-def test_a_database_without_host_and_port_is_for_its_driver_to_find(uri: str) -> None:
+def test_a_database_without_host_and_port_is_left_to_its_driver(uri: str) -> None:
     check_uri(uri)
 
 
 @pytest.mark.parametrize("uri", ["postgresql://host:port/mlflow", "mysql:", "postgresql://user:p@ss@host/mlflow"])
-def test_a_database_whose_address_cannot_be_read_is_refused(uri: str) -> None:
+def test_a_database_url_that_cannot_be_parsed_is_refused(uri: str) -> None:
     with pytest.raises(
         ValueError, match=r"^tracking\.uri=.*: expected .*://USER:PASSWORD@HOST:PORT/DATABASE, .*percent-encoded"
     ):
@@ -158,7 +156,7 @@ def test_a_database_whose_address_cannot_be_read_is_refused(uri: str) -> None:
 
 
 @pytest.mark.parametrize("uri", ["outputs/mlruns", "file:///tmp/mlruns", "ftp://host", "", "C:\\mlruns"])
-def test_a_store_of_no_known_kind_is_refused(uri: str) -> None:
+def test_an_unknown_kind_of_store_is_refused(uri: str) -> None:
     with pytest.raises(ValueError, match=r"^tracking\.uri=.*: expected sqlite:///FILE, postgresql"):
         check_uri(uri)
 
@@ -168,13 +166,13 @@ def open_new_store(uri: str) -> str:
 
 
 @pytest.mark.faults
-def test_processes_that_create_the_same_store_at_once_all_get_it(tmp_path: Path) -> None:
+def test_processes_can_create_the_same_store_at_once(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     with ProcessPoolExecutor(3, mp_context=get_context("spawn")) as pool:
         assert len(set(pool.map(open_new_store, [uri] * 3))) == 1
 
 
-def test_metrics_stand_in_the_folder_before_they_are_sent(empty_store: Path, tmp_path: Path) -> None:
+def test_metrics_are_in_the_folder_before_they_are_sent(empty_store: Path, tmp_path: Path) -> None:
     tracker = Tracker(f"sqlite:///{empty_store}", "lines", tmp_path)
     with tracker.run("a run", tmp_path, {"seed": 0}, {}) as run:
         run.log({"train/loss": 1.5}, step=1)
@@ -188,7 +186,7 @@ def test_metrics_stand_in_the_folder_before_they_are_sent(empty_store: Path, tmp
 
 
 class Lossy(BaseHTTPRequestHandler):
-    """Passes requests on to a server, and hangs up instead of answering to the first one that creates a run."""
+    """Forwards requests to a server, and hangs up instead of answering the first one that creates a run."""
 
     protocol_version = "HTTP/1.1"
     server: "LossyServer"
@@ -225,7 +223,7 @@ class LossyServer(ThreadingHTTPServer):
         self.behind = behind
 
 
-def test_a_server_that_began_a_run_and_did_not_answer_has_it_once(server: str, tmp_path: Path) -> None:
+def test_a_run_whose_creation_was_not_answered_exists_once(server: str, tmp_path: Path) -> None:
     with LossyServer(server) as lossy:
         Thread(target=lossy.serve_forever, daemon=True).start()
         tracker = Tracker(f"http://127.0.0.1:{lossy.server_port}", "once", tmp_path)
@@ -237,7 +235,7 @@ def test_a_server_that_began_a_run_and_did_not_answer_has_it_once(server: str, t
     assert (found.info.run_id, found.info.status) == (run.id, "FINISHED")
 
 
-def test_a_run_whose_process_is_killed_while_it_is_begun_is_ended(empty_store: Path, tmp_path: Path) -> None:
+def test_a_run_whose_process_is_killed_during_creation_is_marked_killed(empty_store: Path, tmp_path: Path) -> None:
     tracker = Tracker(f"sqlite:///{empty_store}", "killed", tmp_path)
     left = Journal(tmp_path, tracker.uri, NOT_CREATED, {CREATION_TOKEN: new_token(tracker.experiment_id)})
     left.write()
@@ -249,7 +247,7 @@ def test_a_run_whose_process_is_killed_while_it_is_begun_is_ended(empty_store: P
     assert journal.run_id == run_id  # the same command goes on with it
 
 
-def test_a_run_that_a_server_begins_late_is_removed(empty_store: Path, tmp_path: Path) -> None:
+def test_a_run_that_a_server_creates_late_is_deleted(empty_store: Path, tmp_path: Path) -> None:
     tracker = Tracker(f"sqlite:///{empty_store}", "late", tmp_path)
     token = {CREATION_TOKEN: new_token(tracker.experiment_id)}
     Journal(tmp_path, tracker.uri, NOT_CREATED, token).write()
@@ -263,7 +261,7 @@ def runs_of(tracker: Tracker) -> list[Run]:
     return list(tracker.client.search_runs([tracker.experiment_id]))
 
 
-def test_a_metric_that_mlflow_refuses_ends_the_run_and_is_kept_in_its_folder(empty_store: Path, tmp_path: Path) -> None:
+def test_a_metric_that_mlflow_refuses_ends_the_run_and_stays_in_its_folder(empty_store: Path, tmp_path: Path) -> None:
     tracker = Tracker(f"sqlite:///{empty_store}", "lines", tmp_path)
     with pytest.raises(ValueError, match=r"MLflow refuses this run's data: Invalid .*train/loss\?"):  # noqa: SIM117
         with tracker.run("a run", tmp_path, {"seed": 0}, {}) as run:
@@ -284,7 +282,7 @@ def test_long_values_and_many_params_are_kept(empty_store: Path, tmp_path: Path)
     assert kept["long"] == "x" * 6000
 
 
-def test_times_on_one_thread_are_not_those_of_a_gpu(empty_store: Path, tmp_path: Path) -> None:
+def test_latencies_on_one_cpu_thread_are_dropped_when_timed_again_on_a_gpu(empty_store: Path, tmp_path: Path) -> None:
     tracker = Tracker(f"sqlite:///{empty_store}", "times", tmp_path)
     with tracker.run("run", tmp_path, {}, {TIMED_ON: "cpu (2 threads), float32"}) as run:
         run.log({"model/latency_ms": 1.0, "model/latency_ms_1_thread": 1.5}, step=1)
@@ -296,7 +294,7 @@ def test_times_on_one_thread_are_not_those_of_a_gpu(empty_store: Path, tmp_path:
     assert known and known.metrics == {"model/latency_ms": 0.1}
 
 
-def test_the_same_images_split_otherwise_are_told_as_they_were_split(empty_store: Path, tmp_path: Path) -> None:
+def test_other_splits_of_the_same_images_are_logged_as_such(empty_store: Path, tmp_path: Path) -> None:
     tracker = Tracker(f"sqlite:///{empty_store}", "splits", tmp_path)
     for sizes in ({"train": 90, "validation": 10}, {"train": 80, "validation": 20}):
         with tracker.run("run", tmp_path, {}, {}) as run:
@@ -323,7 +321,9 @@ ODD_VALUES = [
 
 
 @pytest.mark.parametrize(("value", "other"), ODD_VALUES)
-def test_runs_are_found_by_any_text(empty_store: Path, tmp_path: Path, value: str, other: str) -> None:
+def test_runs_are_found_by_values_with_any_characters(
+    empty_store: Path, tmp_path: Path, value: str, other: str
+) -> None:
     tracker = Tracker(f"sqlite:///{empty_store}", "quotes", tmp_path)
     found = {}
     for text in (value, other):
@@ -345,7 +345,7 @@ def test_runs_are_found_by_any_text(empty_store: Path, tmp_path: Path, value: st
     assert sweep and sweep.id == parent.info.run_id
 
 
-def test_a_teacher_is_found_among_any_number_of_experiments(
+def test_a_teacher_is_found_across_pages_of_experiments(
     empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kdpipe.tracking.tracker.PAGE", 1)
@@ -358,7 +358,7 @@ def test_a_teacher_is_found_among_any_number_of_experiments(
     assert found.id == run.id
 
 
-def test_a_deleted_experiment_is_no_surprise(empty_store: Path, tmp_path: Path) -> None:
+def test_a_deleted_experiment_is_refused(empty_store: Path, tmp_path: Path) -> None:
     tracker = Tracker(f"sqlite:///{empty_store}", "deleted", tmp_path)
     tracker.client.delete_experiment(tracker.experiment_id)
     with pytest.raises(ValueError, match=r"tracking\.experiment=deleted: this experiment was deleted"):
