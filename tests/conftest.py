@@ -1,51 +1,40 @@
 """What several tests share: real photos, a fresh folder with an MLflow store, and a run as a user starts one."""
 
 import importlib
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import (
+    SHARED_DATA,
+    Outcome,
+    Started,
+    Taught,
+    exit_status,
+    free_port,
+    in_a_hurry,
+    postgres,
+    postgres_programs,
+)
 from PIL import Image
 from sklearn.datasets import load_sample_image
-from torch import nn
 
 from kdpipe import main
-from kdpipe.data import ImageDataset, split
-from kdpipe.data.augmentation import Views
-from kdpipe.data.digits import digits
-from kdpipe.data.mixing import Mixing
-from kdpipe.models import Classifier
-from kdpipe.models.resnet import ResNet
 from kdpipe.settings.composition import compose_settings, register_resolvers
 from kdpipe.settings.schema import Settings
-from kdpipe.system.hardware import Hardware
-from kdpipe.training.loop import Hooks, Recipe, fit
-from kdpipe.training.observed import Observed
-from kdpipe.training.schedules import constant
-from kdpipe.training.state import Training
-from kdpipe.training.teacher import Teacher
 
 # Of the servers that tests start: their queue of jobs would be six processes each.
 os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-SHARED_DATA = Path(os.environ.get("KDPIPE_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
-# At the end of each of hundreds of runs: pictures take a second, and timing as long as one likes.
-KEPT = {"config.yaml", "model.safetensors", "predictions.csv", "classes.csv"}  # of such a run
-IN_A_HURRY = ["evaluation.pictures=false", "evaluation.timing_seconds=0"]
 
 register_resolvers()
 
@@ -123,30 +112,6 @@ def empty_store(tmp_path: Path, store_template: Path) -> Path:
     return Path(shutil.copy(store_template, tmp_path / "outputs" / "mlflow.db"))
 
 
-def in_a_hurry(overrides: Sequence[str]) -> list[str]:
-    """A command's overrides, without pictures and timing unless it asks for them."""
-    asked = {word.partition("=")[0] for word in overrides}
-    return [*overrides, *(word for word in IN_A_HURRY if word.partition("=")[0] not in asked)]
-
-
-@dataclass
-class Outcome:
-    """What a command came to."""
-
-    status: int | str | None
-    output: str
-    errors: str
-
-
-def exit_status(cli: Callable[[], object]) -> int | str | None:
-    """What a command ends with."""
-    try:
-        cli()
-    except SystemExit as end:
-        return end.code
-    return 0
-
-
 @pytest.fixture
 def kdpipe(
     tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -166,19 +131,6 @@ def kdpipe(
         return Outcome(status, captured.out, captured.err)
 
     return command
-
-
-@dataclass
-class Taught:
-    """Finished runs for the commands on them: a folder with a store, a teacher's run and its student's by their ids."""
-
-    folder: Path
-    teacher: str
-    student: str
-
-    @property
-    def uri(self) -> str:
-        return f"sqlite:///{self.folder / 'outputs' / 'mlflow.db'}"
 
 
 @pytest.fixture(scope="session")
@@ -222,64 +174,6 @@ def command(
         return Outcome(status, captured.out, captured.err)
 
     return begin
-
-
-# Processes that have imported everything already, which takes seconds, and are real ones in all else.
-_ready = multiprocessing.get_context("forkserver")
-_ready.set_forkserver_preload(["kdpipe.main", "kdpipe.tracking"])
-
-
-def _command(folder: Path, overrides: list[str], log: Path) -> None:
-    os.chdir(folder)
-    os.setsid()  # with the processes that it starts, a group that can be killed
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(output, stream)
-    sys.stdout.reconfigure(line_buffering=True)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where tests run in the background
-    sys.argv = ["kdpipe", *in_a_hurry(overrides)]
-    status = exit_status(main.cli)
-    if loky := sys.modules.get("joblib.externals.loky"):  # which such a process would wait for
-        loky.get_reusable_executor(reuse=True).shutdown(kill_workers=True)
-    sys.exit(status)
-
-
-class Started:
-    """`python -m kdpipe …` in a process of its own."""
-
-    def __init__(self, folder: Path, overrides: Sequence[str]) -> None:
-        self.log = folder / "log"
-        self.log.touch()
-        self.before = self.log.stat().st_size
-        self.process = _ready.Process(target=_command, args=(folder, list(overrides), self.log))
-        self.process.start()
-
-    @property
-    def output(self) -> str:
-        """What it printed."""
-        return self.log.read_bytes()[self.before :].decode()
-
-    def wait_for(self, text: str, seconds: float = 120) -> None:
-        deadline = time.monotonic() + seconds
-        while text not in self.output:
-            assert self.process.is_alive() and time.monotonic() < deadline, self.output
-            time.sleep(0.02)
-
-    def send(self, number: signal.Signals) -> None:
-        os.kill(self.process.pid, number)
-
-    def kill(self) -> None:
-        """SIGKILL, for it and all that it started."""
-        for kill in (os.killpg, os.kill):  # it may not lead a group yet
-            with suppress(ProcessLookupError):
-                kill(self.process.pid, signal.SIGKILL)
-        self.process.join()
-
-    def end(self, seconds: float = 300) -> int:
-        """Its exit status."""
-        self.process.join(seconds)
-        assert self.process.exitcode is not None, self.output
-        return self.process.exitcode
 
 
 @pytest.fixture
@@ -328,37 +222,6 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def postgres_programs() -> Path | None:
-    """Where PostgreSQL is installed, if it is."""
-    found = shutil.which("initdb") or next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None)
-    return Path(found).resolve().parent if found else None
-
-
-@contextmanager
-def postgres(programs: Path) -> Iterator[tuple[str, int]]:
-    """A PostgreSQL of its own: its URI, and the number of its first process."""
-    folder = Path(tempfile.mkdtemp(prefix="kdpipe-database-"))
-    as_user = []
-    if os.getuid() == 0:  # PostgreSQL refuses to run as root
-        as_user = ["runuser", "-u", "postgres", "--"]
-        shutil.chown(folder, "postgres")
-    cluster = folder / "cluster"
-    quiet = {"stdout": subprocess.DEVNULL, "cwd": folder}
-    initdb = [*as_user, programs / "initdb", "--auth=trust", "--username=mlflow", f"--pgdata={cluster}"]
-    subprocess.run(initdb, check=True, **quiet)
-    control = [*as_user, programs / "pg_ctl", f"--pgdata={cluster}", f"--log={folder / 'log'}", "--wait"]
-    port = free_port()
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
-    subprocess.run([*control, "start", f"--options={options}"], check=True, **quiet)
-    process = int((cluster / "postmaster.pid").read_text().split()[0])
-    try:
-        yield f"postgresql://mlflow@127.0.0.1:{port}/postgres", process
-    finally:
-        # Not an error where a test has stopped it.
-        subprocess.run([*control, "--mode=immediate", "stop"], check=False, stderr=subprocess.DEVNULL, **quiet)
-        shutil.rmtree(folder)
-
-
 @pytest.fixture(scope="session")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """PostgreSQL where it is installed, with a database of its own for these tests; else a sqlite file."""
@@ -390,42 +253,3 @@ def server(tmp_path_factory: pytest.TempPathFactory, database: str) -> Iterator[
     yield uri
     os.killpg(process.pid, signal.SIGTERM)
     process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def fit_for_test(
-    learner: nn.Module,
-    data: ImageDataset,
-    loss: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    *,
-    epochs: int,
-    teacher: Teacher | None = None,
-    views: Views | None = None,
-    seed: int = 0,
-    clip_norm: float | None = None,
-    mixing: Mixing | None = None,
-) -> list[dict[str, float]]:
-    """The metrics of each epoch of a training on the CPU, without those that depend on the clock."""
-    logged: list[dict[str, float]] = []
-    hardware, schedule = Hardware(torch.device("cpu")), constant(optimizer, epochs, 1)
-    recipe = Recipe(epochs, batch_size=50, seed=seed, teacher=teacher, views=views, mixing=mixing, clip_norm=clip_norm)
-
-    def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
-        logged.append({name: value for name, value in metrics.items() if "second" not in name})
-
-    fit(Training(Observed(learner), loss, optimizer, schedule, hardware), data, recipe, Hooks(on_epoch))
-    return logged
-
-
-def some_digits() -> ImageDataset:
-    return split(digits(), "digits", train_fraction=0.2, val_fraction=0.1, test_fraction=0.25, split_seed=0)
-
-
-def classifier() -> Classifier:
-    return Classifier(ResNet(8, 10), 8, [0.5] * 3, [0.5] * 3)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import KEPT
+from helpers import KEPT
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from safetensors.torch import load_file

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import some_digits
+from helpers import some_digits
 from torch import nn
 
 from kdpipe.assembly.objectives import check_fit, check_sharing

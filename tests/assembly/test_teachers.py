@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import KEPT, Started
+from helpers import KEPT, Started
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient

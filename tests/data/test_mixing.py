@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import classifier, fit_for_test, some_digits
+from helpers import classifier, fit_for_test, some_digits
 from torch import Tensor
 
 from kdpipe.data.mixing import Mixing

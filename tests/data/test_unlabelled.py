@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import classifier, fit_for_test
+from helpers import classifier, fit_for_test, some_digits
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -119,7 +119,6 @@ def test_bad_folders_are_one_line_errors(
 
 
 def test_grey_images_cannot_be_combined_with_them(more: Path, tmp_path: Path) -> None:
-    from conftest import some_digits
 
     with pytest.raises(
         ValueError, match=r"^unlabelled_root=.*: the images with labels are 8×8×1; expected .* square RGB images"

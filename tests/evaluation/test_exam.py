@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Taught
+from helpers import Taught
 from mlflow import MlflowClient
 from PIL import Image
 from torch import nn

@@ -9,10 +9,9 @@ import onnx
 import pytest
 import torch
 import yaml
-from conftest import Taught
+from helpers import ALL, QUICK, Taught, no_store
 from mlflow import MlflowClient
 from omegaconf import DictConfig, OmegaConf
-from test_export import ALL, QUICK, no_store
 
 from kdpipe.assembly import finished_runs
 from kdpipe.assembly.finished_runs import open_run

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import Taught
+from helpers import ALL, QUICK, Taught, no_store
 from mlflow import MlflowClient
 from omegaconf import DictConfig
 from onnx import numpy_helper
@@ -25,13 +25,6 @@ from kdpipe.export.predictor import numpy_forward, open_onnx, open_predictor, op
 from kdpipe.export.verification import check_int8_accuracy, check_same_logits, subsample
 from kdpipe.export.writers import trace_classifier, write_onnx, write_program
 from kdpipe.tracking import RunStore
-
-QUICK = ("--seconds", 0, "--images", 100, "--max-loss", 10)
-ALL = ("onnx", "torch_export", "safetensors")
-
-
-def no_store() -> RunStore:
-    raise AssertionError("opening a file needs no store")
 
 
 def test_every_format_gives_the_logits_of_pytorch_for_any_batch_size(taught: Taught, command: Callable) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import Outcome, Taught
+from helpers import Outcome, Taught
 from mlflow import MlflowClient
 
 from kdpipe.export.predictor import Predictor, open_onnx, open_predictor

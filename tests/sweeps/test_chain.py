@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from conftest import Outcome, Started
+from helpers import Outcome, Started
 from mlflow import MlflowClient
 from mlflow.entities import Run
 

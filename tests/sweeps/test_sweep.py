@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import free_port, in_a_hurry
+from helpers import free_port, in_a_hurry
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
@@ -466,7 +466,7 @@ def test_a_job_that_slurm_signals_goes_on_when_it_is_queued_again(kdpipe: Callab
     assert sweep.wait(timeout=300) == 0, Path("log").read_text()
     assert run().info.status == "FINISHED"
     told = next(Path("outputs/runs").glob("*/kdpipe.log")).read_text()
-    assert told.count("epoch 60/60") == told.count("epoch 1/60") == told.count("goes on at epoch") == 1
+    assert told.count("epoch 60/60") == told.count("epoch 1/60") == told.count("continues at epoch") == 1
 
 
 def test_a_job_override_survives_hydra_s_grammar(kdpipe: Callable, teacher: Run) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Outcome
+from helpers import Outcome
 from mlflow import MlflowClient
 
 from kdpipe.tracking.tracker import git_tags

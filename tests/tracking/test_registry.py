@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Outcome, Taught
+from helpers import Outcome, Taught
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 

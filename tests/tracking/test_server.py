@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import free_port, postgres, postgres_programs
+from helpers import free_port, postgres, postgres_programs
 
 from kdpipe.runs.store import check_uri
 

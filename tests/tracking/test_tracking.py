@@ -14,7 +14,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
-from conftest import KEPT, free_port
+from helpers import KEPT, free_port
 from mlflow import MlflowClient
 from mlflow.entities import Run
 

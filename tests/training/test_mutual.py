@@ -88,7 +88,7 @@ def test_an_interrupted_run_goes_on_with_both(done: Path, start: Callable) -> No
     run.kill()
     again = start(*SMALL)
     assert again.end() == 0, again.output
-    assert "goes on at epoch 2 of 2" in again.output
+    assert "continues at epoch 2 of 2" in again.output
     assert [(done / f"{name}.safetensors").read_bytes() for name in ("model", "peer")] == whole
 
 

@@ -1,6 +1,5 @@
 """What is interrupted goes on where it was, to the last digit: after Ctrl-C, after SIGKILL, with a torn checkpoint."""
 
-import json
 import random
 import signal
 import subprocess
@@ -10,71 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Started
-from mlflow import MlflowClient
-from mlflow.entities import Run
-
-SMALL = ["dataset=digits", "dataset.train_fraction=0.3", "train.threads=1"]
-# A schedule, augmentation and dropout: what would go wrong if a step came twice, or its chance was another.
-STUDENT = [
-    *SMALL,
-    *(
-        "experiment=student",
-        "model=torchvision",
-        "model.name=squeezenet1_1",
-        "model.weights=null",
-        "model.image_size=32",
-    ),
-    *("augmentation=crop_flip", "scheduler=cosine", "optimizer.lr=3e-4", "train.epochs=4", "train.batch_size=20"),
-]
-OFTEN = "train.checkpoint_minutes=0.0001"  # after every step
-
-
-def client(folder: Path = Path()) -> MlflowClient:
-    return MlflowClient(f"sqlite:///{(folder / 'outputs/mlflow.db').resolve()}")
-
-
-def the_run(folder: Path = Path(), name: str = "") -> Run:
-    """The one run of a folder's store, or the one with this name."""
-    experiment = client(folder).get_experiment_by_name("kdpipe").experiment_id
-    runs = [run for run in client(folder).search_runs([experiment]) if name in run.info.run_name]
-    (run,) = [run for run in runs if name in ("", run.info.run_name)]
-    return run
-
-
-def result(folder: Path, run: Run) -> dict[str, object]:
-    """All that came of a run, but for what depends on the clock: weights, lines, and every value in MLflow."""
-    of_run = folder / "outputs/runs" / run.data.tags["kdpipe.identity"]
-    lines = [json.loads(line) for line in (of_run / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        line.pop("train/images_per_second", None)
-    history = {
-        name: [(point.step, point.value) for point in client(folder).get_metric_history(run.info.run_id, name)]
-        for name in run.data.metrics
-        if name != "train/images_per_second"
-    }
-    assert len(client(folder).get_metric_history(run.info.run_id, "train/images_per_second")) == len(lines) - 1
-    return {"weights": (of_run / "model.safetensors").read_bytes(), "lines": lines, "history": history}
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, store_template: Path) -> dict[str, object]:
-    """What comes of the student when nothing happens to it."""
-    folder = tmp_path_factory.mktemp("whole")
-    run = Started(folder, STUDENT)
-    assert run.end() == 0, run.output
-    return result(folder, the_run(folder))
+from helpers import OFTEN, SMALL, STUDENT, Started, checkpoints, client, result, the_run
 
 
 def kill_at(text: str, run: Started) -> None:
     """SIGKILL when it has printed this."""
     run.wait_for(text)
     run.kill()
-
-
-def checkpoints() -> list[Path]:
-    """The oldest first."""
-    return sorted(Path("outputs/runs").glob("*/checkpoints/*.pt"))
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -91,12 +32,12 @@ def test_an_interrupted_run_says_how_it_goes_on_and_does(
     assert the_run().info.status == "KILLED"
     assert number.name in the_run().data.tags["kdpipe.reason"]
     (said,) = [line for line in run.output.splitlines() if line.startswith("kdpipe: interrupted by ")]
-    again = f"this goes on from there: python -m kdpipe {' '.join(STUDENT)}"
+    again = f"this continues from there: python -m kdpipe {' '.join(STUDENT)}"
     assert said.startswith(f"kdpipe: interrupted by {number.name}; {again}")
 
     again = start(*STUDENT)
     assert again.end() == 0, again.output
-    assert "goes on at epoch" in again.output and "epoch 1/4" not in again.output
+    assert "continues at epoch" in again.output and "epoch 1/4" not in again.output
     assert the_run().info.status == "FINISHED" and "kdpipe.reason" not in the_run().data.tags
     assert result(Path(), the_run()) == whole
     assert not checkpoints()
@@ -141,7 +82,7 @@ def test_inside_an_epoch_only_what_is_missing_is_trained(
     steps = int(newest.name[:6]) - 1  # a checkpoint for each, and one for the end of the first epoch
     again = start(*STUDENT)
     assert again.end() == 0, again.output
-    assert f"goes on at epoch {1 + steps // 17} of 4, step {1 + steps % 17}" in again.output
+    assert f"continues at epoch {1 + steps // 17} of 4, step {1 + steps % 17}" in again.output
     assert result(Path(), the_run()) == whole
 
 
@@ -160,7 +101,7 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(
     again = start(*STUDENT)
     assert again.end() == 0, again.output
     assert f"{newest.name} is torn or damaged" in again.output
-    assert ("goes on at epoch" in again.output) == (damage != "both")
+    assert ("continues at epoch" in again.output) == (damage != "both")
     assert result(Path(), the_run()) == whole  # no step twice in MLflow, either
 
 
@@ -176,7 +117,7 @@ def test_a_second_ctrl_c_stops_at_once(start: Callable[..., Started]) -> None:
     run.wait_for("Ctrl-C again stops at once")
     run.send(signal.SIGINT)
     assert run.end() == 130
-    assert "kdpipe: stopped; this goes on from the last checkpoint" in run.output
+    assert "kdpipe: stopped; this continues from the last checkpoint" in run.output
     assert not checkpoints()
     assert the_run().info.status == "KILLED"
 
@@ -203,7 +144,7 @@ def test_an_interrupted_run_that_trains_anew_goes_on_and_is_not_taken_for_the_ea
     assert "train.resume" not in again.output.splitlines()[-1]
     rest = start(*STUDENT)
     assert rest.end() == 0, rest.output
-    assert "goes on at epoch" in rest.output
+    assert "continues at epoch" in rest.output
     experiment = client().get_experiment_by_name("kdpipe").experiment_id
     runs = client().search_runs([experiment], order_by=["attributes.start_time ASC"])
     assert [run.info.status for run in runs] == ["FINISHED", "FINISHED"]
@@ -215,7 +156,7 @@ def test_a_head_on_a_frozen_backbone_goes_on_whatever_is_cached(start: Callable[
     head = [word for word in head if "squeezenet" not in word and "model.weights" not in word]
     kill_at("epoch 2/300", start(*head, "train.epochs=300", "augmentation=none"))
     rest = start(*head, "train.epochs=300", "augmentation=none", "distillation.cache_max_gb=0")
-    rest.wait_for("goes on at epoch")
+    rest.wait_for("continues at epoch")
     kill_at("/300  loss", rest)
 
 
@@ -287,7 +228,7 @@ def test_ctrl_c_ends_the_workers_of_a_sweep_with_a_checkpoint(start: Callable[..
     assert sweep.wait(60) == 130, Path("log").read_text()
     assert time.monotonic() - sent < 10
     told = Path("log").read_text()
-    assert "this goes on from there: python -m kdpipe experiment=sweep" in told and "Traceback" not in told
+    assert "this continues from there: python -m kdpipe experiment=sweep" in told and "Traceback" not in told
     statuses = {name: the_run(name=name).info.status for name in CELLS[:2]}
     assert statuses == dict.fromkeys(CELLS[:2], "KILLED")
     reasons = {the_run(name=name).data.tags["kdpipe.reason"] for name in CELLS[:2]}

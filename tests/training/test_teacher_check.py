@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fit_for_test
+from helpers import fit_for_test
 from torch import Tensor, nn
 
 from kdpipe.data import ImageDataset, Source, split

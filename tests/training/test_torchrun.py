@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import in_a_hurry
+from helpers import in_a_hurry
 
 from kdpipe.models import Classifier
 from kdpipe.models.resnet import ResNet
@@ -66,7 +66,7 @@ def test_two_processes_that_were_killed_go_on_after_the_last_epoch(kdpipe: Calla
     process.wait()
     done = torchrun(*student, "output_dir=killed")
     assert done.returncode == 0, done.stderr
-    assert "goes on at epoch 3 of 4, step 1" in done.stdout
+    assert "continues at epoch 3 of 4, step 1" in done.stdout
     assert epochs("killed") == epochs("whole")
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import classifier, fit_for_test, some_digits
+from helpers import classifier, fit_for_test, some_digits
 from torch import Tensor, nn
 
 from kdpipe.data.augmentation import CropFlip, Views
