@@ -1,32 +1,32 @@
-# Every target takes overrides: make distill ARGS="loss.alpha=0.9 seed=1"
+# Targets take overrides: make distill ARGS="loss.alpha=0.9 seed=1"
 ARGS ?=
-# What make ui and make server listen on. Not ?=, because conda and some shells export a HOST of their own.
+# Where make ui and make server listen. Not ?=, because conda and some shells export HOST.
 HOST := 127.0.0.1
 PORT ?= 5000
-# Names, with commas between them, that MLflow may be called by beside this machine's own.
+# Comma-separated names under which MLflow answers, in addition to this machine's own.
 ALLOWED_HOSTS :=
-# For make server: where its PostgreSQL is; unset, one of its own under outputs/.
+# The PostgreSQL of make server; if unset, it starts one under outputs/.
 DATABASE ?=
 POSTGRES := $(or $(patsubst %/,%,$(dir $(shell command -v initdb))),$(lastword $(sort $(wildcard /usr/lib/postgresql/*/bin))))
-# What .venv is made with: Python 3.11 or newer.
+# Creates .venv: Python 3.11 or newer.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m kdpipe
 COMPARE := $(BIN)/python -m kdpipe.compare
-# As in the runs themselves: what is given in ARGS wins over MLFLOW_TRACKING_URI, which wins over the local file.
+# As in the runs: ARGS wins over MLFLOW_TRACKING_URI, which wins over the local file.
 given = $(patsubst $(1)=%,%,$(filter $(1)=%,$(ARGS)))
 OUTPUTS = $(or $(call given,output_dir),outputs)
 STORE = $(or $(call given,tracking.uri),$(MLFLOW_TRACKING_URI),sqlite:///$(abspath $(OUTPUTS))/mlflow.db)
-# MLflow's own list of names lacks this machine's and has patterns such as 10.*, which 10.evil.example fits, too.
+# MLflow's default list lacks this machine's names, and its patterns such as 10.* also match 10.evil.example.
 own_names = $(shell $(BIN)/python -c 'import socket; print(socket.gethostname().lower(), socket.getfqdn().lower())')
 comma := ,
 names = localhost 127.0.0.1 $(HOST) $(own_names) $(subst $(comma), ,$(ALLOWED_HOSTS))
 LISTEN = --host "$(or $(HOST),127.0.0.1)" --port "$(PORT)" \
 	--allowed-hosts "[::1],[[]::1]:*$(foreach name,$(names),$(comma)$(name)$(comma)$(name):*)"
-# MLflow's queue of jobs is for language models, and takes six processes.
+# MLflow's job queue is for language models, and takes six processes.
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION ?= false
-# It would turn that check off, whatever the command line says.
+# It would turn off the host check, whatever the command line says.
 unexport MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE
 DEMO := dataset=digits tracking.experiment=demo train.epochs=15
 
@@ -38,7 +38,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo '  overrides go in ARGS: make distill ARGS="loss.alpha=0.9 seed=1"'
 
-setup: $(VENV)/ready  ## make .venv with all that kdpipe needs (with uv where it is there, else with pip)
+setup: $(VENV)/ready  ## create .venv with all dependencies (with uv if installed, else with pip)
 
 $(VENV)/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -50,16 +50,16 @@ $(VENV)/ready: pyproject.toml
 	fi
 	@touch $@
 
-demo: setup  ## teacher, student alone, distilled student and their comparison on embedded images (minutes)
+demo: setup  ## teacher, student alone, distilled student and their comparison, on built-in images (minutes)
 	$(RUN) experiment=teacher model=resnet20 $(DEMO) $(ARGS)
 	$(RUN) experiment=student $(DEMO) $(ARGS)
 	$(RUN) experiment=distill model@teacher=resnet20 $(DEMO) $(ARGS)
 	$(COMPARE) --experiment $(or $(call given,tracking.experiment),demo) --uri "$(STORE)"
 
-test: setup  ## run the tests, a process for each core (ARGS=--cov shows what of kdpipe/ they do not reach)
+test: setup  ## run the tests, one process per core (ARGS=--cov reports coverage)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup $(ARGS)
 
-test-faults: setup  ## run the long tests, of faults and of many processes
+test-faults: setup  ## run the long tests, of faults and of several processes
 	$(BIN)/python -m pytest -m faults $(ARGS)
 
 teacher: setup  ## train a teacher: DenseNet-121 on CIFAR-10
@@ -71,19 +71,19 @@ student: setup  ## train the student alone
 distill: setup  ## train the student with the newest teacher
 	$(RUN) experiment=distill $(ARGS)
 
-sweep: setup  ## alpha × temperature × seed, the best of them, and whether it helped
+sweep: setup  ## alpha × temperature × seed, the best cell, and whether it helped
 	$(RUN) -m experiment=sweep $(ARGS)
 
-compare: setup  ## the finished runs side by side (ARGS="--experiment demo")
+compare: setup  ## compare finished runs (ARGS="--experiment demo")
 	$(COMPARE) $(ARGS)
 
-cost: setup  ## what a finished run's network costs beside its teacher (ARGS="RUN --seconds 30")
+cost: setup  ## measure the cost of a finished run's network and its teacher (ARGS="RUN --seconds 30")
 	$(BIN)/python -m kdpipe.cost $(ARGS)
 
-export: setup  ## a finished run as ONNX and int8 files, checked (ARGS="RUN --out student")
+export: setup  ## export a finished run to ONNX and int8, checked (ARGS="RUN --out student")
 	$(BIN)/python -m kdpipe.export $(ARGS)
 
-predict: setup  ## what a network sees in photos (ARGS="student photo.jpg other.png")
+predict: setup  ## classify photos (ARGS="student photo.jpg other.png")
 	$(BIN)/python -m kdpipe.predict $(ARGS)
 
 reproduce: setup  ## the tutorial's three experiments: CIFAR-10, DenseNet-121 (hours without a GPU)
@@ -92,10 +92,10 @@ reproduce: setup  ## the tutorial's three experiments: CIFAR-10, DenseNet-121 (h
 	$(RUN) experiment=tutorial_distill tracking.experiment=tutorial $(ARGS)
 	$(COMPARE) --experiment $(or $(call given,tracking.experiment),tutorial) --uri "$(STORE)"
 
-sync: setup  ## tell MLflow what it missed while it could not be reached
+sync: setup  ## deliver to MLflow what it missed while it was unreachable
 	$(BIN)/python -m kdpipe.sync --output-dir "$(OUTPUTS)"
 
-ui: setup  ## open MLflow on the runs: http://127.0.0.1:5000 (make ui PORT=5001)
+ui: setup  ## show the runs in MLflow: http://127.0.0.1:5000 (make ui PORT=5001)
 	@mkdir -p $(OUTPUTS)
 	$(BIN)/mlflow ui --backend-store-uri "$(STORE)" $(LISTEN)
 
@@ -116,23 +116,23 @@ server: setup  ## an MLflow server over PostgreSQL, for many machines (HOST=0.0.
 	$(BIN)/mlflow server --backend-store-uri "$$database" --artifacts-destination "$(abspath $(OUTPUTS))/mlartifacts" \
 		$(LISTEN)
 
-bench: setup  ## kdpipe beside the tutorial's loop and the compute limit (ARGS="--root cifar10-jpeg --images 5000")
+bench: setup  ## speed compared with the tutorial's loop and the compute limit (ARGS="--root cifar10-jpeg --images 5000")
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 
-bench-methods: setup  ## the rate of each method beside plain kd (ARGS="--root cifar10-jpeg --model student_cnn")
+bench-methods: setup  ## speed of each method compared with kd (ARGS="--root cifar10-jpeg --model student_cnn")
 	$(BIN)/python benchmarks/methods.py $(ARGS)
 
-cache-info: setup  ## what is kept of decoded images, teachers' answers and features
+cache-info: setup  ## list cached images, teachers' outputs and features
 	@$(BIN)/python -m kdpipe.cache info --output-dir "$(OUTPUTS)"
 
-cache-clean: setup  ## remove all of it; the next run makes what it needs
+cache-clean: setup  ## remove them; the next run recomputes what it needs
 	@$(BIN)/python -m kdpipe.cache clean --output-dir "$(OUTPUTS)"
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-format: setup  ## let ruff mend what it can
+format: setup  ## fix what ruff can fix
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-clean:  ## remove .venv and what tools leave behind; outputs/ stays
+clean:  ## remove .venv and the files of tools; outputs/ stays
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*

@@ -1,4 +1,4 @@
-"""Hydra takes a sweeper only if it is defined in this package; `kdpipe.sweeps.sweep` does the work."""
+"""Hydra only accepts sweepers that are defined in this package; `kdpipe.sweeps.sweep` does the work."""
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
@@ -10,6 +10,6 @@ class GridSweeper(BasicSweeper):
         super().__init__(max_batch_size=None, params=params)
 
     def sweep(self, arguments: list[str]) -> None:
-        from kdpipe.sweeps.sweep import run_sweep  # not before a sweep: every Hydra program imports this file
+        from kdpipe.sweeps.sweep import run_sweep  # here, because every Hydra program imports this file
 
         run_sweep(self, [*self._parse_config(), *arguments])

@@ -1,4 +1,4 @@
-"""What the README tells people to write works as it stands there."""
+"""The README's examples work as written."""
 
 import os
 import re
@@ -47,6 +47,18 @@ def test_every_option_of_every_group_is_in_the_table() -> None:
         for option in group.glob("*.yaml"):
             if not option.stem.startswith("tutorial_"):
                 assert f"`{option.stem}`" in rows[group.name], option
+
+
+def test_the_table_of_rooms_is_complete() -> None:
+    table = README[README.index("## Working on kdpipe") :]
+    entries = [path for path in (ROOT / "kdpipe").iterdir() if not path.name.startswith(("_", "py."))]
+    assert [path.name for path in entries if f"{path.name}{'/' * path.is_dir()}`" not in table] == []
+
+
+def test_the_files_that_the_readme_names_exist() -> None:
+    named = re.findall(r"`((?:kdpipe|tests|benchmarks|conf|hydra_plugins)/[\w/.]*)[` ]", README)
+    examples = re.findall(r"^`(\S+)`:$", README, re.MULTILINE)
+    assert [name for name in named if name not in examples and not (ROOT / name).exists()] == []
 
 
 def test_every_target_of_the_readme_is_in_the_makefile() -> None:

@@ -23,12 +23,17 @@ def test_a_wheel_in_an_empty_folder_runs(tmp_path: Path, empty_store: Path) -> N
     where = [sys.executable, "-c", "from kdpipe.settings.composition import CONF; print(CONF)"]
     found = subprocess.run(where, cwd=empty, env=environment, check=True, capture_output=True, text=True).stdout
     assert found.strip() == str(installed / "kdpipe" / "conf")
-    for file in ("compare/page.html.j2", "compare/published.csv", "conf/experiment/benchmark/vgg13_vgg8.yaml"):
+    for file in (
+        "compare/page.html.j2",
+        "export/card.md.j2",
+        "compare/published.csv",
+        "conf/experiment/benchmark/vgg13_vgg8.yaml",
+    ):
         assert (installed / "kdpipe" / file).is_file()
 
     store = f"tracking.uri=sqlite:///{empty_store}"
     overrides = ["dataset=digits", "experiment=student", "train.epochs=1", "train.threads=1", store]
-    command = [sys.executable, str(installed / "bin" / "kdpipe"), "-m", *overrides]  # Hydra finds our sweeper there too
+    command = [sys.executable, str(installed / "bin" / "kdpipe"), "-m", *overrides]  # Hydra finds our sweeper here, too
     outcome = subprocess.run(command, cwd=empty, env=environment, check=False, capture_output=True, text=True)
     assert outcome.returncode == 0, outcome.stderr
     assert "verdict: cannot tell" in outcome.stdout
