@@ -1,4 +1,4 @@
-"""`make bench`: kdpipe beside the tutorial's loop and beside the compute limit, measured in turn.
+"""`make bench`: kdpipe compared with the tutorial's loop and with the compute limit, measured in turns.
 
 The compute limit is the same model stepping on one batch that is resident on the device, resized and normalised, with
 everything set as kdpipe sets it. The tutorial's loop runs in a process of its own, because some of these settings hold
@@ -276,28 +276,28 @@ def loop_lines(rates: dict[str, list[float]]) -> list[dict[str, Any]]:
             f"{alone} of {limit} images/s",
         ),
         line(
-            "student alone, beside the tutorial's loop",
+            "student alone, vs. the tutorial's loop",
             ratio("ours alone", "tutorial alone"),
             ">=",
             2,
             f"{alone} and {images_per_second('tutorial alone')} images/s",
         ),
         line(
-            "distilling, an epoch after the first, beside alone",
+            "distilling, an epoch after the first, vs. alone",
             ratio("ours alone", "ours distilling"),
             "<=",
             1.05,
             f"{distilling} and {alone} images/s",
         ),
         line(
-            "~ distilling, beside the tutorial's loop",
+            "~ distilling, vs. the tutorial's loop",
             ratio("ours distilling", "tutorial distilling"),
             ">=",
             40,
             f"{distilling} and {images_per_second('tutorial distilling')} images/s",
         ),
         line(
-            "~ a teacher's head, 10 epochs, beside the tutorial's loop",
+            "~ a teacher's head, 10 epochs, vs. the tutorial's loop",
             statistics.median(ten_epochs),
             ">=",
             5,
@@ -356,8 +356,8 @@ def run(command: list[str], log_folder: Path, **environment: str) -> str:
 
 
 def bookkeeping_line(bench: Bench, images_per_second: float) -> dict[str, Any]:
-    """What an epoch costs beside its training: a line of metrics, a checkpoint, a bar on a terminal, metrics; MLflow is
-    told beside it."""
+    """What an epoch costs besides its training: a line of metrics, a checkpoint, a progress bar, metrics; a thread logs
+    them to MLflow."""
     folder = bench.folder / "books"
     folder.mkdir()
     tracker = Tracker(f"sqlite:///{folder}/mlflow.db", "bench", folder / "artifacts")

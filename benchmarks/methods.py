@@ -1,4 +1,4 @@
-"""`make bench-methods`: how fast a student learns by each method, beside plain kd; what each asks for and learns.
+"""`make bench-methods`: how fast a student learns by each method, compared with plain kd; what each needs and learns.
 
 The teacher's answers are known, as they are where every epoch sees the same images. All methods take turns on the same
 sections of the images, and each is held against kd on the same section: the median of these ratios counts.
@@ -33,8 +33,8 @@ class Method:
     """A student that learns by one method, on one section after the other.
 
     Attributes:
-        roles: what it asks of both networks beside logits.
-        learned: parameters that it learns beside the student's.
+        roles: the features it needs from both networks in addition to logits.
+        learned: its own parameters, in addition to the student's.
     """
 
     def __init__(self, bench: Bench, name: str, teacher_name: str) -> None:
@@ -109,7 +109,7 @@ def table(methods: dict[str, Method], rates: dict[str, list[float]]) -> str:
         ratio = statistics.median(mine / kd for mine, kd in zip(rates[name], rates["kd"], strict=True))
         asks = "nothing" if name in NO_TEACHER else ", ".join(method.roles) or "logits"
         rows.append([f"`{name}`", asks, f"{method.learned:,}", f"{rate:,.0f}", f"{ratio:.2f}"])
-    return markdown_table(["loss", "asks for", "learns", "images/s", "next to kd"], rows, left=(0, 1))
+    return markdown_table(["loss", "needs", "extra parameters", "images/s", "vs. kd"], rows, left=(0, 1))
 
 
 if __name__ == "__main__":

@@ -162,6 +162,8 @@ def added_configs(arguments: Sequence[str]) -> list[Path]:
     folders = []
     for number, word in enumerate(arguments):
         flag, equals, folder = word.partition("=")
-        if flag in ("-cd", "--config-dir"):
+        if flag == "-cd" or (flag.startswith("--config-d") and "--config-dir".startswith(flag)):  # argparse abbreviates
             folders += [folder] if equals else list(arguments[number + 1 : number + 2])
+        elif word.startswith("-cd"):
+            folders.append(word.removeprefix("-cd"))
     return sorted(file for folder in folders for file in Path(folder).rglob("*.yaml"))

@@ -186,6 +186,16 @@ def test_a_sweep_with_one_such_cell_trains_none(kdpipe: Callable, trap: Path) ->
     assert not list(Path("outputs").glob("runs/*/model.safetensors"))
 
 
+@pytest.mark.parametrize("flag", ["--config-dir=", "--config-d=", "-cd=", "-cd", "--config-dir ", "-cd "])
+def test_a_config_folder_is_checked_however_its_flag_is_written(
+    kdpipe: Callable, downloaded: Callable, trap: Path, flag: str
+) -> None:
+    folder, *rest = downloaded("hydra:\n  callbacks:\n    theirs: {_target_: trap.run}")
+    outcome = kdpipe(*(flag + folder.removeprefix("--config-dir=")).split(" "), *rest)
+    assert outcome.status == 1 and "trap.run" in outcome.errors
+    assert not trap.exists()
+
+
 def test_a_pickled_config_is_not_opened(kdpipe: Callable) -> None:
     for argument in ("--experimental-rerun=theirs.pickle", "--exp=theirs.pickle"):
         outcome = kdpipe(argument)

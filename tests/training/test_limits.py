@@ -43,7 +43,7 @@ def test_a_disk_that_fills_up_stops_the_run_and_with_space_it_goes_on(
     filler = fill(folder, 1_000_000)
     assert run.end() == 1, run.output
     (said,) = [line for line in run.output.splitlines() if line.startswith("kdpipe:")]
-    assert "No space left on device; what was there before is intact" in said
+    assert "No space left on device; existing files are intact" in said
     assert "Traceback" not in run.output and "Logging error" not in run.output
     assert the_run().info.status == "FAILED"
     assert checkpoints() and load_checkpoint(checkpoints()[0].parent)
@@ -120,7 +120,7 @@ def test_without_memory_the_line_says_what_to_lower(kdpipe: Callable, tmp_path: 
     done = subprocess.run([sys.executable, "-c", code, *overrides], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
     (said,) = done.stderr.splitlines()
-    assert "out of memory; lower train.batch_size or the images' size" in said
+    assert "out of memory; lower train.batch_size or the image size" in said
     assert the_run().info.status == "FAILED"
 
 
