@@ -143,7 +143,7 @@ def test_repeating_the_command_delivers_what_is_missing(start: Callable[..., Sta
     mlflow_server.start()
     again = start(*command)
     assert again.end() == 0, again.output
-    assert "this run is finished already" in again.output
+    assert "this run is already finished" in again.output
     assert_complete(mlflow_server, 8)
 
 
@@ -203,7 +203,7 @@ def test_server_and_run_are_killed_at_random_moments(
         else:
             break
     status = run.end()
-    if status or "finished already" not in run.output:
+    if status or "already finished" not in run.output:
         assert start(*command).end() == 0
     print(f"killed: run {kills[0]} times, server {kills[1]} times")
     assert_complete(mlflow_server, 15)

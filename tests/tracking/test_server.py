@@ -127,10 +127,20 @@ def test_a_server_whose_database_hangs_or_is_down_is_refused_within_seconds(tmp_
             check_uri(uri)
         check_uri(uri)
         os.kill(process, signal.SIGQUIT)
+        while is_listening(database):
+            time.sleep(0.05)
         with refused("answers 503, its database may be down: .*psycopg"):
             check_uri(uri)
         with refused(r"no database answers at 127\.0\.0\.1:\d+ \("):
             check_uri(database)
+
+
+def is_listening(database: str) -> bool:
+    try:
+        check_uri(database)
+    except ValueError:
+        return False
+    return True
 
 
 @contextmanager
