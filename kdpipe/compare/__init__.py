@@ -1,8 +1,6 @@
 """The comparison of finished runs, and whether distillation helped: `python -m kdpipe.compare`, or in Python
 
-    from kdpipe.compare import compare_runs
-
-    for comparison in compare_runs("demo"):
+    for comparison in kdpipe.compare.compare_runs("demo"):
         print(comparison.verdict)
         comparison.frame  # pandas, a row for each cell
 
@@ -31,7 +29,8 @@ def compare_runs(
     uri: str | None = None,
     output_dir: str | Path = "outputs",
 ) -> "list[Comparison]":
-    """Compare the finished runs of an experiment: one comparison, or several with `sweep` or `mixed`.
+    """Compare the finished runs of an experiment: one comparison, or several with `sweep` or `mixed`. Raises ValueError
+    if there is no store or no finished run, or if the runs cannot be compared.
 
     Args:
         experiment: name of the MLflow experiment.
@@ -41,16 +40,12 @@ def compare_runs(
         published: add published accuracies.
         uri: the MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db in `output_dir`).
         output_dir: where the runs were written.
-
-    Raises:
-        ValueError: no store, no finished runs, or runs that cannot be compared.
     """
     store = existing_store(argparse.Namespace(uri=uri, output_dir=Path(output_dir)))
 
-    from kdpipe.compare.loading import load_comparisons, with_disagreement  # imports mlflow, which takes seconds
+    from kdpipe.compare.loading import load_comparisons  # imports mlflow, which takes seconds
     from kdpipe.tracking import Tracker
 
     tracker = Tracker(store, experiment, Path(output_dir) / "mlartifacts", create=False)
     tracker.recover_all(Path(output_dir) / "runs")
-    comparisons = load_comparisons(tracker, sweep, where or {}, mixed, published)
-    return [with_disagreement(comparison, tracker) for comparison in comparisons]
+    return load_comparisons(tracker, sweep, where or {}, mixed, published)

@@ -7,8 +7,6 @@ from pathlib import Path
 from kdpipe.runs.command_line import add_store_arguments, existing_store, run_command
 from kdpipe.settings.errors import ConfigError
 
-FORMATS = ("table", "csv", "json", "html")
-
 
 def _parse(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -16,30 +14,20 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
         description="Compare the finished runs of an experiment, and say whether distillation helped.",
     )
     parser.add_argument("--experiment", default="kdpipe", help="MLflow experiment (default: %(default)s)")
-    parser.add_argument(
-        "--sweep", metavar="ID", help="only the runs of a sweep, and students alone from the whole experiment"
-    )
-    parser.add_argument(
-        "--where", metavar="KEY=VALUE", action="append", default=[], help="leave out runs with another value"
-    )
-    parser.add_argument(
-        "--mixed", action="store_true", help="compare students of different data, budgets or teachers, each by itself"
-    )
-    parser.add_argument(
-        "--published", action="store_true", help="add published accuracies for the pairs of experiment=benchmark/…"
-    )
-    parser.add_argument("--format", choices=FORMATS, default="table", help="default: %(default)s")
+    parser.add_argument("--sweep", metavar="ID", help="only the runs of a sweep, and students alone from elsewhere")
+    parser.add_argument("--where", metavar="KEY=VALUE", action="append", default=[], help="leave out other values")
+    parser.add_argument("--mixed", action="store_true", help="compare each kind of data, budget and teacher by itself")
+    parser.add_argument("--published", action="store_true", help="add published accuracies of experiment=benchmark/…")
+    formats = ("table", "csv", "json", "html")
+    parser.add_argument("--format", choices=formats, default="table", help="default: %(default)s")
     parser.add_argument("--out", metavar="DIR", type=Path, help="write to this folder, with plots, instead of printing")
     add_store_arguments(parser)
     return parser.parse_args(words)
 
 
 def run_comparison(words: list[str] | None = None) -> str:
-    """Run the command with these arguments (default: the command line's); the text to print.
-
-    Raises:
-        ValueError: no store, no runs, or runs that cannot be compared.
-    """
+    """Run the command with these arguments (default: the command line's); the text to print. Raises ValueError if there
+    is no store or no run, or if the runs cannot be compared."""
     arguments = _parse(words)
     where = dict(map(_pair, arguments.where))
     if len(where) < len(arguments.where):
@@ -52,23 +40,21 @@ def run_comparison(words: list[str] | None = None) -> str:
 
     # Seconds of imports, after what can fail sooner.
     from kdpipe.compare import frames, rendering
-    from kdpipe.compare.loading import draw_pictures, load_comparisons, with_disagreement
+    from kdpipe.compare.loading import draw_pictures, load_comparisons
     from kdpipe.compare.published import NONE_PUBLISHED
     from kdpipe.tracking import Tracker
 
     tracker = Tracker(uri, arguments.experiment, arguments.output_dir / "mlartifacts", create=False)
     tracker.recover_all(arguments.output_dir / "runs")
     comparisons = load_comparisons(tracker, arguments.sweep, where, arguments.mixed, arguments.published)
-    if arguments.format != "csv":
-        comparisons = [with_disagreement(comparison, tracker) for comparison in comparisons]
-    elif arguments.published and not any(row.published for comparison in comparisons for row in comparison.rows):
-        print(NONE_PUBLISHED, file=sys.stderr)  # a note in the other formats
     pictures = []
     if arguments.out or arguments.format == "html":
         pictures = [draw_pictures(comparison, tracker) for comparison in comparisons]
     match arguments.format:
         case "csv":
             text = frames.to_csv(comparisons)
+            if any(NONE_PUBLISHED in comparison.notes for comparison in comparisons):
+                print(NONE_PUBLISHED, file=sys.stderr)  # a note in the other formats
         case "json":
             text = frames.to_json(comparisons)
         case "html":
@@ -95,7 +81,7 @@ def _pair(condition: str) -> tuple[str, str]:
 
 
 def cli() -> None:
-    """`kdpipe-compare` and `python -m kdpipe.compare`."""
+    """Run the command line."""
     run_command("kdpipe-compare", run_comparison)
 
 

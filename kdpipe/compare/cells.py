@@ -31,6 +31,10 @@ class Cell:
         return next(iter(self.runs.values()))
 
     @property
+    def run_ids(self) -> set[str]:
+        return {run.id for run in self.runs.values()}
+
+    @property
     def stage(self) -> str:
         return self.first.tags["kdpipe.stage"]
 
@@ -57,13 +61,11 @@ class Cell:
     @property
     def loss(self) -> str:
         """The loss and its settings, such as "KD alpha 0.5 temperature 5 + Attention weight 1000"."""
-        settings = dict(sorted(self.settings.items()))
         losses = []
-        for group in ("loss", "also"):
-            if target := settings.pop(f"{group}._target_", ""):
-                keys = [key for key in settings if key.startswith(f"{group}.")]
-                values = [f"{key.removeprefix(f'{group}.')} {settings[key]}" for key in keys]
-                losses.append(" ".join([target.rpartition(".")[2], *values]))
+        for group in ("loss.", "also."):
+            values = {key.removeprefix(group): value for key, value in self.settings.items() if key.startswith(group)}
+            if target := values.pop("_target_", ""):
+                losses.append(" ".join([target.rpartition(".")[2], *map(" ".join, sorted(values.items()))]))
         return " + ".join(losses)
 
     @property
@@ -85,9 +87,9 @@ class Cell:
         """The cell restricted to these seeds."""
         return Cell(self.settings, {seed: self.runs[seed] for seed in seeds if seed in self.runs})
 
-    def settings_without(self, *groups: str) -> dict[str, str]:
-        """The settings outside these config groups."""
-        return {key: value for key, value in self.settings.items() if key.split(".")[0] not in groups}
+    def settings_without(self, *left_out: str) -> dict[str, str]:
+        """The settings without these keys and config groups."""
+        return {key: value for key, value in self.settings.items() if not {key, key.split(".")[0]} & {*left_out}}
 
 
 def teacher_runs(record: RunRecord) -> list[str]:
@@ -107,8 +109,7 @@ def make_cells(records: Iterable[RunRecord], chain: Iterable[RunRecord] = ()) ->
     for record in records:
         cell = Cell(_settings(record, links), {})
         found.setdefault(cell.key, cell).runs.setdefault(int(record.params["seed"]), record)
-    cells = [cell.only(sorted(cell.runs)) for cell in found.values()]
-    return sorted(cells, key=_place)
+    return sorted((cell.only(sorted(cell.runs)) for cell in found.values()), key=_place)
 
 
 def _settings(record: RunRecord, links: Mapping[str, RunRecord]) -> dict[str, str]:
@@ -143,28 +144,20 @@ class Controls:
 
     @staticmethod
     def _shared(cell: Cell) -> Key:
-        shared = cell.settings_without("loss", "also", "teacher", "stage", "kdpipe", "distillation")
-        shared = {key: value for key, value in shared.items() if key not in (UNLABELLED, "model.stages")}
+        of_the_method = ("loss", "also", "teacher", "stage", "kdpipe", "distillation", UNLABELLED, "model.stages")
+        shared = cell.settings_without(*of_the_method)
         return frozenset({**shared, "kdpipe.data": cell.first.tags["kdpipe.data"]}.items())
 
 
 def differences(cells: Sequence[Cell]) -> list[str]:
     """For each cell the settings in which cells of its stage differ, except those with a column of their own."""
-    own_column = ("model", "loss", "also", "stage", "kdpipe")
-    shown = [cell.settings_without(*own_column) for cell in cells]
-    values: dict[tuple[str, str], set[str | None]] = {}
-    for stage in {cell.stage for cell in cells}:
-        settings = [mine for cell, mine in zip(cells, shown, strict=True) if cell.stage == stage]
-        for key in {key for mine in settings for key in mine}:
-            values[stage, key] = {mine.get(key) for mine in settings}
-    return [
-        " ".join(
-            f"{key}={value}"
-            for key, value in sorted(mine.items())
-            if len(values[cell.stage, key]) > 1 and key not in ("dataset.name", "train.epochs", "teacher.name")
-        )
-        for cell, mine in zip(cells, shown, strict=True)
-    ]
+    own_column = ("model", "loss", "also", "stage", "kdpipe", "dataset.name", "train.epochs", "teacher.name")
+    shown = [(cell.stage, cell.settings_without(*own_column).items()) for cell in cells]
+    same = {
+        stage: set.intersection(*(set(mine) for other, mine in shown if other == stage))
+        for stage in {cell.stage for cell in cells}
+    }
+    return [" ".join(f"{key}={value}" for key, value in sorted(mine - same[stage])) for stage, mine in shown]
 
 
 def _place(cell: Cell) -> tuple[object, ...]:

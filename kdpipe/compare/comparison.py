@@ -1,14 +1,14 @@
 """The gain over the student alone: a row for each cell, the best cell by validation accuracy, and the verdict on it by
 test accuracy."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from kdpipe.compare.cells import Cell, Controls
+from kdpipe.compare.cells import Cell, Controls, Key
 from kdpipe.compare.disagreement import Disagreement
 from kdpipe.compare.published import Published, published_for, published_notes, teacher_note
 from kdpipe.compare.statistics import CANNOT_TELL, Interval, interval, verdict
@@ -31,8 +31,7 @@ OF_THE_METHOD = {UNLABELLED, "teacher.temperature", "teacher.stages"}
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """A cell with its mean accuracies over seeds and its gains over the student alone, paired by seed, all fractions,
-    and the published result if one was looked up and found."""
+    """A cell, its mean accuracies over seeds, and its gains over the student alone, paired by seed; all fractions."""
 
     cell: Cell
     control: Cell | None
@@ -40,32 +39,25 @@ class ComparisonRow:
     test: Interval | None
     validation_gain: Interval | None
     gain: Interval | None
-    published: Published | None = None
+
+    @cached_property
+    def published(self) -> Published | None:
+        """The published result for the cell, if there is one."""
+        return published_for(self.cell)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows that can be compared, and the verdict.
-
-    Attributes:
-        best: the distilled student with the best validation accuracy, None without distilled students.
-        confirmed: the best cell on the seeds that were trained after the choice, if any.
-        verdict: starts with one of the four verdicts of `statistics`.
-        notes: what the verdict rests on.
-        teacher_accuracy: of the decisive student's teacher on the test images, a fraction; the mean if each seed has
-            its own teacher, None if unknown.
-        published: whether published results were looked up.
-        disagreement: where the decisive student and the student alone disagree, if predictions were read and found.
-    """
+    """Rows that can be compared, and the verdict."""
 
     rows: list[ComparisonRow]
-    best: ComparisonRow | None
-    confirmed: ComparisonRow | None
-    verdict: str
-    notes: list[str] = field(default_factory=list)
-    teacher_accuracy: float | None = None
-    published: bool = False
-    disagreement: Disagreement | None = None
+    best: ComparisonRow | None  # the distilled student with the best validation accuracy
+    confirmed: ComparisonRow | None  # the best cell on the seeds that were trained after the choice, if any
+    verdict: str  # starts with one of the four verdicts of `statistics`
+    notes: list[str] = field(default_factory=list)  # what the verdict rests on
+    teacher_accuracy: float | None = None  # see the function of this name
+    published: bool = False  # whether to show published results
+    disagreement: Disagreement | None = None  # of the decisive student and the student alone, if predictions are known
 
     @property
     def decisive(self) -> ComparisonRow | None:
@@ -86,7 +78,7 @@ def compare_cells(
     """Compare cells.
 
     Args:
-        get_run: finds a run by its id, to look up teachers.
+        get_run: finds a teacher's run by its id.
         controls: more cells that may hold the student alone.
         confirm: seeds that are kept out of the choice of the best cell, and that the verdict rests on.
     """
@@ -96,7 +88,7 @@ def compare_cells(
     distilled = [row for row in rows if row.cell.stage == "distill"]
     if not distilled:
         return Comparison(rows, None, None, f"{CANNOT_TELL}: there is no distilled student")
-    best = choose_best(distilled)
+    best = _choose_best(distilled)
     whole = next(cell for cell in cells if cell.settings == best.cell.settings)
     confirmed = make_row(whole.only(sorted(later)), students_alone) if later & set(whole.runs) else None
     decisive = confirmed or best
@@ -104,89 +96,70 @@ def compare_cells(
         text = f"{CANNOT_TELL}: the same student alone has not been trained (experiment=student, or loss=cross_entropy)"
     else:
         text = verdict(decisive.gain)
-    accuracy = teacher_accuracy(decisive.cell, get_run)
-    return Comparison(rows, best, confirmed, text, verdict_notes(best, confirmed, distilled, get_run), accuracy)
+    notes = _notes(best, confirmed, distilled, get_run)
+    return Comparison(rows, best, confirmed, text, notes, teacher_accuracy(decisive.cell, get_run))
 
 
 def with_published(comparison: Comparison, get_run: GetRun) -> Comparison:
-    """Add published results to the rows; the verdict stays."""
-
-    def add(row: ComparisonRow) -> ComparisonRow:
-        return replace(row, published=published_for(row.cell))
-
-    rows = [add(row) for row in comparison.rows]
-    best = next((new for new, row in zip(rows, comparison.rows, strict=True) if row is comparison.best), None)
-    confirmed = add(comparison.confirmed) if comparison.confirmed else None
-    known = [row for row in (*rows, confirmed) if row and row.published]
+    """Add published results; the verdict stays."""
+    known = [row for row in (*comparison.rows, comparison.confirmed) if row and row.published]
     notes = [*comparison.notes, *published_notes([row.published for row in known if row.published])]
     taught = {row.cell.teacher_run: row.cell for row in known if row.cell.stage == "distill"}
     for cell in taught.values():
         notes.append(teacher_note(cell.first.params["teacher.name"], teacher_accuracy(cell, get_run)))
-    return replace(comparison, rows=rows, best=best, confirmed=confirmed, notes=notes, published=True)
+    return replace(comparison, notes=notes, published=True)
 
 
 def make_row(cell: Cell, students_alone: Controls) -> ComparisonRow:
     """Compare a cell with the student alone on the seeds that both have."""
     control = students_alone.of(cell) if cell.has_gain else None
-    return ComparisonRow(
-        cell,
-        control,
-        interval(list(cell.values(VALIDATION).values())),
-        interval(list(cell.values(TEST).values())),
-        paired_gain(cell, control, VALIDATION),
-        paired_gain(cell, control, TEST),
-    )
+
+    def gain(metric: str) -> Interval | None:
+        if control is None:
+            return None
+        mine, alone = cell.values(metric), control.values(metric)
+        return interval([mine[seed] - alone[seed] for seed in mine if seed in alone])
+
+    validation, test = (interval(list(cell.values(metric).values())) for metric in (VALIDATION, TEST))
+    return ComparisonRow(cell, control, validation, test, gain(VALIDATION), gain(TEST))
 
 
-def paired_gain(cell: Cell, control: Cell | None, metric: str) -> Interval | None:
-    """The gain over the control, seed by seed."""
-    if control is None:
-        return None
-    mine, alone = cell.values(metric), control.values(metric)
-    return interval([mine[seed] - alone[seed] for seed in mine if seed in alone])
-
-
-def shared_seeds(distilled: Sequence[ComparisonRow]) -> tuple[int, ...]:
-    """The seeds that most cells have, on which cells are ranked; the smaller set on a tie."""
+def _choosable(distilled: Sequence[ComparisonRow]) -> tuple[tuple[int, ...], list[ComparisonRow]]:
+    """The seeds that most cells have (the smaller set on a tie), and the rows that have them all."""
     counted = Counter(tuple(row.cell.runs) for row in distilled)
-    return max(counted, key=lambda seeds: (counted[seeds], -len(seeds)))
+    seeds = max(counted, key=lambda seeds: (counted[seeds], -len(seeds)))
+    return seeds, [row for row in distilled if set(seeds) <= row.cell.runs.keys()]
 
 
-def choosable(distilled: Sequence[ComparisonRow]) -> list[ComparisonRow]:
-    """The rows that have all shared seeds."""
-    seeds = set(shared_seeds(distilled))
-    return [row for row in distilled if seeds <= row.cell.runs.keys()]
-
-
-def choose_best(distilled: Sequence[ComparisonRow]) -> ComparisonRow:
+def _choose_best(distilled: Sequence[ComparisonRow]) -> ComparisonRow:
     """The row with the best validation accuracy (test accuracy without a validation split) on the shared seeds."""
-    seeds = shared_seeds(distilled)
+    seeds, rows = _choosable(distilled)
 
     def accuracy(row: ComparisonRow) -> float:
         cell = row.cell.only(seeds)
         return fmean((cell.values(VALIDATION) or cell.values(TEST)).values())
 
-    return max(choosable(distilled), key=accuracy)
+    return max(rows, key=accuracy)
 
 
-def verdict_notes(
+def _notes(
     best: ComparisonRow, confirmed: ComparisonRow | None, distilled: Sequence[ComparisonRow], get_run: GetRun
 ) -> list[str]:
     """What a reader has to know before believing the verdict."""
     notes = []
-    number = len(choosable(distilled))
+    shared, rows = _choosable(distilled)
     if len(distilled) > 1:
         where = "validation images" if best.validation else "test images, for lack of a validation split"
-        notes.append(f"the best of {number} cells was chosen on {where}")
+        notes.append(f"the best of {len(rows)} cells was chosen on {where}")
         if confirmed:
             seeds = ", ".join(map(str, confirmed.cell.runs))
             notes.append(f"the verdict rests on seeds that the choice did not see: {seeds}")
         else:
             remedy = "sweep.confirm_seeds=5 trains new ones" if best.cell.link == 1 else "train the chain on new ones"
             notes.append(f"the choice saw the verdict's own seeds, which flatters it; {remedy}")
-    if number < len(distilled):
-        seeds = ", ".join(map(str, shared_seeds(distilled)))
-        notes.append(f"cells without all of the seeds {seeds} were left out of the choice: {len(distilled) - number}")
+    if left_out := len(distilled) - len(rows):
+        seeds = ", ".join(map(str, shared))
+        notes.append(f"cells without all of the seeds {seeds} were left out of the choice: {left_out}")
     decisive = confirmed or best
     if decisive.control and (unpaired := sorted(decisive.cell.runs.keys() - decisive.control.runs.keys())):
         notes.append(f"seeds without a student alone to pair with: {', '.join(map(str, unpaired))}")
@@ -197,8 +170,8 @@ def verdict_notes(
     elif len(decisive.cell.teacher_runs) > 1 and "teacher.members" not in decisive.cell.first.params:
         covered = "the seeds of the whole chain (first weights, order of images), not"
     notes.append(f"the interval covers {covered} the sample of test images")
-    if leak := teacher_leak(best.cell, get_run):
-        notes.append(leak)
+    leaks = (_leak(source, best.cell, get_run) for source in best.cell.teacher_runs)
+    notes += list(filter(None, leaks))[:1]
     seed, run = best_run(decisive.cell)
     measured = "validation" if VALIDATION in run.metrics else "test"
     notes.append(f"the student's run with the best {measured} accuracy is {run.id} (seed {seed})")
@@ -212,7 +185,7 @@ def best_run(cell: Cell) -> tuple[int, RunRecord]:
 
 def teacher_accuracy(cell: Cell, get_run: GetRun) -> float | None:
     """The teacher's accuracy on the test images, a fraction; the mean if each seed has its own. Students' runs measure
-    it. For those of early versions, which did not, that of an ensemble or of an earlier epoch is unknown."""
+    it; in those of early versions, which did not, that of an ensemble or of an earlier epoch is unknown."""
     if not cell.teacher_run:  # two students that learn from each other
         return None
     if measured := cell.values("teacher/accuracy"):
@@ -230,13 +203,8 @@ def uses_final_weights(cell: Cell) -> bool:
     return "teacher.members" not in params and "/epoch_" not in params.get("teacher.weights", "")
 
 
-def teacher_leak(cell: Cell, get_run: GetRun) -> str:
-    """Why a teacher may have trained on images that the student is evaluated on; "" if none has."""
-    return next(filter(None, (_leak(source, cell, get_run) for source in cell.teacher_runs)), "")
-
-
 def _leak(source: str, cell: Cell, get_run: GetRun) -> str:
-    settings = cell.first.params
+    """Why a teacher may have trained on images that the student is evaluated on; "" if it has not."""
     images = "validation images" if VALIDATION in cell.first.metrics else "test images"
     seen = set()
     while source not in seen:
@@ -247,12 +215,10 @@ def _leak(source: str, cell: Cell, get_run: GetRun) -> str:
         if run.tags.get("kdpipe.data") != cell.first.tags["kdpipe.data"]:
             return "the teacher was trained on other images than these: it may have seen validation and test images"
         for key in ("dataset.val_fraction", "dataset.test_fraction", "dataset.split_seed"):
-            if run.params.get(key) != settings.get(key):
-                seen_images = "validation" if key == "dataset.val_fraction" else "validation and test"
-                return (
-                    f"the teacher was trained with {key}={run.params.get(key)} instead of {settings.get(key)}: "
-                    f"on some of the {seen_images} images"
-                )
+            its, own = run.params.get(key), cell.first.params.get(key)
+            if its != own:
+                some = "validation" if key == "dataset.val_fraction" else "validation and test"
+                return f"the teacher was trained with {key}={its} instead of {own}: on some of the {some} images"
         weights = run.params.get("model.weights", "None")
         if weights in ("None", "imagenet"):
             return ""
@@ -261,18 +227,11 @@ def _leak(source: str, cell: Cell, get_run: GetRun) -> str:
 
 
 def check_comparable(cells: Sequence[Cell]) -> None:
-    """Refuse students of different data, budgets or teachers, between which a gain would mean nothing.
-
-    Raises:
-        ValueError: names the setting, its values, and the ways out.
-    """
+    """Raise ValueError for students of different data, budgets or teachers, between which a gain would mean nothing."""
     students = [cell for cell in cells if cell.stage != "teacher"]
     distilled = [cell for cell in students if cell.stage == "distill"]
-    for what, group, prefixes in (
-        ("data set", students, DATA),
-        ("budget", students, BUDGET),
-        ("teacher", distilled, TEACHER),
-    ):
+    groups = {"data set": (students, DATA), "budget": (students, BUDGET), "teacher": (distilled, TEACHER)}
+    for what, (group, prefixes) in groups.items():
         keys = {key for cell in group for key in cell.settings if key.startswith(prefixes)}
         for key in sorted(keys - OF_THE_METHOD, key=lambda key: (key.startswith("kdpipe."), key)):
             values = sorted({cell.settings.get(key, "none") for cell in group})
@@ -286,27 +245,23 @@ def check_comparable(cells: Sequence[Cell]) -> None:
 def families(cells: Sequence[Cell], one_teacher: bool) -> list[list[Cell]]:
     """Group cells that can be compared: same data and budget, and same teacher if `one_teacher`. A student alone joins
     every family of its data and budget, a teacher those of its students; what is left over is the last family."""
-    groups: dict[str, list[Cell]] = {}
-    shared = (*DATA, *BUDGET, *TEACHER) if one_teacher else (*DATA, *BUDGET)
+    same_data = (*DATA, *BUDGET)
+    groups: dict[Key, list[Cell]] = {}
     for cell in cells:
         if cell.stage == "distill":
-            groups.setdefault(_shared(cell, shared), []).append(cell)
-    result, placed = [], set()
+            groups.setdefault(_shared(cell, (*same_data, *TEACHER) if one_teacher else same_data), []).append(cell)
+    result = []
     for group in groups.values():
         taught = {source for cell in group for source in cell.teacher_runs}
-        teachers = [
-            cell for cell in cells if cell.stage == "teacher" and taught & {run.id for run in cell.runs.values()}
-        ]
-        data_and_budget = _shared(group[0], (*DATA, *BUDGET))
-        alone = [
-            cell for cell in cells if cell.stage == "student" and _shared(cell, (*DATA, *BUDGET)) == data_and_budget
-        ]
+        data = _shared(group[0], same_data)
+        teachers = [cell for cell in cells if cell.stage == "teacher" and cell.run_ids & taught]
+        alone = [cell for cell in cells if cell.stage == "student" and _shared(cell, same_data) == data]
         result.append([*teachers, *alone, *group])
-        placed |= {cell.key for cell in result[-1]}
+    placed = {cell.key for family in result for cell in family}
     left = [cell for cell in cells if cell.key not in placed]
     return [*result, left] if left else result
 
 
-def _shared(cell: Cell, prefixes: tuple[str, ...]) -> str:
-    keys = sorted(key for key in cell.settings if key.startswith(prefixes) and key not in OF_THE_METHOD)
-    return json.dumps([(key, cell.settings[key]) for key in keys])
+def _shared(cell: Cell, prefixes: tuple[str, ...]) -> Key:
+    shared = cell.settings.keys() - OF_THE_METHOD
+    return frozenset((key, cell.settings[key]) for key in shared if key.startswith(prefixes))

@@ -5,6 +5,7 @@ import csv
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import fmean
 
 from kdpipe.compare.statistics import Interval, interval
 
@@ -13,23 +14,14 @@ Correct = dict[tuple[str, str], bool]  # whether the prediction is right, by the
 
 @dataclass(frozen=True)
 class Disagreement:
-    """Fractions of the test images, means over seeds; `gained` minus `lost` is the gain in accuracy.
+    """Fractions of the test images, means over seeds; `gained` minus `lost` is the gain in accuracy."""
 
-    Attributes:
-        gained: right only with distillation.
-        lost: right only without.
-    """
-
-    gained: Interval
-    lost: Interval
+    gained: Interval  # right only with distillation
+    lost: Interval  # right only without
 
 
 def read_predictions(content: bytes) -> Correct:
-    """Read a run's predictions.csv.
-
-    Raises:
-        ValueError: the columns image, label and answer cannot be read.
-    """
+    """Read a run's predictions.csv; ValueError if the columns image, label and answer cannot be read."""
     try:
         lines = csv.reader(io.StringIO(content.decode(), newline=""))
         header = next(lines, [])
@@ -42,11 +34,7 @@ def read_predictions(content: bytes) -> Correct:
 def find_disagreement(pairs: Iterable[tuple[Correct, Correct]]) -> Disagreement | None:
     """Compare the distilled student with the student alone, one pair per seed. Pairs on different images are left out;
     None if no pair remains."""
-    gained, lost = [], []
-    for distilled, alone in pairs:
-        if not distilled or distilled.keys() != alone.keys():
-            continue
-        gained.append(sum(right and not alone[image] for image, right in distilled.items()) / len(distilled))
-        lost.append(sum(alone[image] and not right for image, right in distilled.items()) / len(distilled))
-    first, second = interval(gained), interval(lost)
-    return Disagreement(first, second) if first and second else None
+    pairs = [(distilled, alone) for distilled, alone in pairs if distilled and distilled.keys() == alone.keys()]
+    gained = interval([fmean(right > alone[image] for image, right in distilled.items()) for distilled, alone in pairs])
+    lost = interval([fmean(right < alone[image] for image, right in distilled.items()) for distilled, alone in pairs])
+    return Disagreement(gained, lost) if gained and lost else None

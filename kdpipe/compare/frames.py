@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from statistics import fmean
 
 import pandas as pd
@@ -9,18 +10,21 @@ import pandas as pd
 from kdpipe.compare.cell_metrics import averages, threads_of, timed_on
 from kdpipe.compare.cells import differences
 from kdpipe.compare.comparison import Comparison, ComparisonRow, best_run
+from kdpipe.compare.published import Published
 from kdpipe.compare.statistics import Interval
 
 Record = dict[str, str | float | list[int] | None]
 
 
-def displayed_rows(comparison: Comparison) -> list[tuple[ComparisonRow, str]]:
-    """All rows with their remarks: which one the verdict is about, repeated on the confirmation seeds if any."""
-    best = comparison.best
+def displayed_rows(comparison: Comparison) -> list[tuple[ComparisonRow, str, str]]:
+    """All rows; a remark for the one that the verdict is about, which is repeated on the confirmation seeds if any; and
+    the settings in which rows differ."""
+    best, confirmed = comparison.best, comparison.confirmed
     rivals = [row for row in comparison.rows if best and (row.cell.stage, row.cell.link) == ("distill", best.cell.link)]
     remark = "best" if len(rivals) > 1 else "verdict"  # a chain's last link may be worse than those before it
-    rows = [(row, remark if row is best else "") for row in comparison.rows]
-    return rows + ([(comparison.confirmed, f"{remark}, on new seeds")] if comparison.confirmed else [])
+    rows = [*comparison.rows, *([confirmed] if confirmed else [])]
+    remarks = [remark if row is best else f"{remark}, on new seeds" if row is confirmed else "" for row in rows]
+    return list(zip(rows, remarks, differences([row.cell for row in rows]), strict=True))
 
 
 def to_frame(comparisons: Sequence[Comparison]) -> pd.DataFrame:
@@ -39,35 +43,32 @@ def to_csv(comparisons: Sequence[Comparison]) -> str:
 
 def to_json(comparisons: Sequence[Comparison]) -> str:
     """A list with an object for each comparison: verdict, notes, rows."""
-    return json.dumps(
-        [
-            {
-                "verdict": comparison.verdict.split(":")[0],
-                "sentence": comparison.verdict,
-                "notes": comparison.notes,
-                "run": best_run(comparison.decisive.cell)[1].id if comparison.decisive else None,
-                "confirmed_on": list(comparison.confirmed.cell.runs) if comparison.confirmed else [],
-                **_bounds("gain", decisive.gain if (decisive := comparison.decisive) else None),
-                **_bounds("gained_images", found.gained if (found := comparison.disagreement) else None),
-                **_bounds("lost_images", found.lost if found else None),
-                "rows": _records(comparison),
-            }
-            for comparison in comparisons
-        ],
-        indent=2,
-        ensure_ascii=False,
-    )
+    described = [
+        {
+            "verdict": comparison.verdict.split(":")[0],
+            "sentence": comparison.verdict,
+            "notes": comparison.notes,
+            "run": best_run(decisive.cell)[1].id if (decisive := comparison.decisive) else None,
+            "confirmed_on": list(comparison.confirmed.cell.runs) if comparison.confirmed else [],
+            **_bounds("gain", decisive.gain if decisive else None),
+            **_bounds("gained_images", found.gained if (found := comparison.disagreement) else None),
+            **_bounds("lost_images", found.lost if found else None),
+            "rows": _records(comparison),
+        }
+        for comparison in comparisons
+    ]
+    return json.dumps(described, indent=2, ensure_ascii=False)
 
 
 def best_metrics(comparison: Comparison) -> dict[str, float]:
     """The best cell's results as metrics of a sweep's parent run, fractions."""
-    best, decisive, disagreement = comparison.best, comparison.decisive, comparison.disagreement
+    best, decisive = comparison.best, comparison.decisive
     if best is None or decisive is None:
         return {}
     record = _record(decisive) | _bounds("validation_accuracy", best.validation)
-    if disagreement:
-        record |= {"gained_images": disagreement.gained.mean, "lost_images": disagreement.lost.mean}
-    threads = threads_of([decisive.cell], timed_on(decisive.cell.runs.values()))
+    if found := comparison.disagreement:
+        record |= {"gained_images": found.gained.mean, "lost_images": found.lost.mean}
+    threads = threads_of([decisive.cell], timed_on([decisive.cell]))
     sources = {
         **{"val_accuracy": "validation_accuracy", "test_accuracy": "test_accuracy"},
         **{"gain": "test_gain", "gain_low": "test_gain_low", "gain_high": "test_gain_high"},
@@ -82,17 +83,16 @@ def best_metrics(comparison: Comparison) -> dict[str, float]:
 
 
 def _records(comparison: Comparison) -> list[Record]:
-    rows = displayed_rows(comparison)
     return [
-        _record(row, remark, difference) | (_published(row) if comparison.published else {})
-        for (row, remark), difference in zip(rows, differences([row.cell for row, _ in rows]), strict=True)
+        _record(*shown) | (_published(shown[0].published) if comparison.published else {})
+        for shown in displayed_rows(comparison)
     ]
 
 
 def _record(row: ComparisonRow, remark: str = "", difference: str = "") -> Record:
     """A row's values; a metric that was not measured has no key."""
     params, runs = row.cell.first.params, row.cell.runs
-    hardware = timed_on(runs.values())
+    hardware = timed_on([row.cell])
     return {
         "model": params["model.name"],
         "dataset": params["dataset.name"],
@@ -115,26 +115,23 @@ def _record(row: ComparisonRow, remark: str = "", difference: str = "") -> Recor
     }
 
 
-def _published(row: ComparisonRow) -> Record:
-    published = row.published
-    deviations = published.deviations if published else ()
+def _published(found: Published | None) -> Record:
+    deviations = found.deviations if found else ()
     return {
-        "published_accuracy": published.accuracy if published else None,
-        "published_epoch": published.epoch if published else None,
-        "published_source": published.source if published else None,
+        "published_accuracy": found.accuracy if found else None,
+        "published_epoch": found.epoch if found else None,
+        "published_source": found.source if found else None,
         "trained_otherwise": ", ".join(f"{key}={value} instead of {theirs}" for key, value, theirs in deviations),
-        **_bounds("difference", published.difference if published else None),
+        **_bounds("difference", found.difference if found else None),
     }
 
 
 def _bounds(name: str, value: Interval | None) -> dict[str, float | None]:
-    if value is None:
-        return {name: None, f"{name}_low": None, f"{name}_high": None}
-    return {name: value.mean, f"{name}_low": value.low, f"{name}_high": value.high}
+    numbers = (value.mean, value.low, value.high) if value else (None, None, None)
+    return dict(zip((name, f"{name}_low", f"{name}_high"), numbers, strict=True))
 
 
 def _number(text: str) -> float | str:
-    try:
+    with suppress(ValueError):
         return float(text)
-    except ValueError:
-        return text
+    return text

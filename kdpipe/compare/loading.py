@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 
@@ -50,16 +51,15 @@ def load_comparisons(
             check_comparable(cells)
         groups = families(cells, one_teacher=True) if mixed else [cells]
         comparisons = [compare_cells(group, find) for group in groups]
-    return [with_published(comparison, find) for comparison in comparisons] if published else comparisons
+    if published:
+        comparisons = [with_published(comparison, find) for comparison in comparisons]
+    return [with_disagreement(comparison, tracker) for comparison in comparisons]
 
 
 def compare_sweep(tracker: Tracker, sweep_id: str, where: Mapping[str, str] | None = None) -> list[Comparison]:
     """Compare a sweep's finished runs, each data set and budget of its grid by itself; students alone from the rest of
-    the experiment serve as controls. For a chain, the verdict is on the last link and earlier links are rows.
-
-    Raises:
-        ValueError: the sweep was not found, or has no finished run.
-    """
+    the experiment serve as controls. For a chain, the verdict is on the last link and earlier links are rows. Raises
+    ValueError if the sweep was not found, or has no finished run."""
     parent = tracker.find_sweep(sweep_id)
     records = tracker.finished_runs()
     if parent is None:
@@ -75,10 +75,9 @@ def compare_sweep(tracker: Tracker, sweep_id: str, where: Mapping[str, str] | No
     controls = make_cells(record for record in records if record.id not in mine)
     confirm = [int(seed) for seed in parent.tags.get("kdpipe.confirm_seeds", "").split()]
     links = int(parent.tags.get("kdpipe.links", 1))
-    cells = make_cells([*mine.values(), *teachers], mine.values() if links > 1 else ())
-    cells = select_cells(cells, where or {})
+    cells = select_cells(make_cells([*mine.values(), *teachers], mine.values() if links > 1 else ()), where or {})
     if links > 1:
-        return compare_chain(cells, links, find, controls)
+        return _compare_chain(cells, links, find, controls)
     return [compare_cells(family, find, controls, confirm) for family in families(cells, one_teacher=False)]
 
 
@@ -86,7 +85,7 @@ def _sweeps_of(record: RunRecord) -> list[str]:
     return record.tags.get("kdpipe.sweep", "").split()
 
 
-def compare_chain(cells: Sequence[Cell], links: int, find: GetRun, controls: Sequence[Cell]) -> list[Comparison]:
+def _compare_chain(cells: Sequence[Cell], links: int, find: GetRun, controls: Sequence[Cell]) -> list[Comparison]:
     """Compare a chain's last link, each data set and budget by itself, with the links before it as rows."""
     students_alone = Controls([*cells, *controls])
     comparisons: list[Comparison] = []
@@ -110,23 +109,17 @@ def compare_chain(cells: Sequence[Cell], links: int, find: GetRun, controls: Seq
 def _links_before(students: Sequence[Cell], cells: Sequence[Cell]) -> list[Cell]:
     """The cells that taught these students, those that taught them, and so on."""
     found: list[Cell] = []
-    seen = {cell.key for cell in students}
     while students:
         sources = {source for cell in students for source in cell.teacher_runs}
-        students = [
-            cell for cell in cells if cell.key not in seen and any(run.id in sources for run in cell.runs.values())
-        ]
-        seen |= {cell.key for cell in students}
+        students = [cell for cell in cells if cell.run_ids & sources and cell not in found]
         found += students
     return found
 
 
 def select_cells(cells: list[Cell], where: Mapping[str, str]) -> list[Cell]:
-    """The cells without another value for any of these settings; cells that lack a setting stay.
-
-    Raises:
-        ConfigError: no run has a setting, a value, or all of them together.
-    """
+    """The cells without another value for any of these settings; cells that lack a setting stay. Raises ConfigError if
+    no run has a setting, a value, or all of them together."""
+    selected = cells
     for key, wanted in where.items():
         condition = f"{key}={wanted}"
         if key == "seed":
@@ -136,21 +129,18 @@ def select_cells(cells: list[Cell], where: Mapping[str, str]) -> list[Cell]:
             raise ConfigError("--where", condition, problem="no finished run has this setting")
         if not any(_same(value, wanted) for value in values):
             raise ConfigError("--where", condition, one_of(sorted(map(str, values))), "no finished run has this value")
-    selected = [
-        cell for cell in cells if all(_same(cell.settings.get(key, wanted), wanted) for key, wanted in where.items())
-    ]
+        selected = [cell for cell in selected if _same(cell.settings.get(key, wanted), wanted)]
     if not selected:
-        conditions = " --where ".join(f"{key}={value}" for key, value in where.items())
+        conditions = " --where ".join(map("=".join, where.items()))
         raise ConfigError("--where", conditions, problem="no finished run has all of these values")
     return selected
 
 
 def _same(one: str | None, other: str) -> bool:
     """Whether two texts are equal, or equal numbers such as 0.5 and 0.50."""
-    try:
+    with suppress(ValueError):
         return float(str(one)) == float(other)
-    except ValueError:
-        return one == other
+    return one == other
 
 
 def draw_pictures(comparison: Comparison, tracker: Tracker) -> dict[str, Picture]:
@@ -159,35 +149,26 @@ def draw_pictures(comparison: Comparison, tracker: Tracker) -> dict[str, Picture
     from kdpipe.compare import plots  # matplotlib takes a second to import
     from kdpipe.evaluation.figures import as_png
 
-    decisive = comparison.decisive
-    curves = None
-    if decisive:
-        shown = {"student distilled": decisive.cell}
-        if decisive.control:
-            shown = {"student alone": decisive.control.only(decisive.cell.runs), **shown}
-        curves = plots.curves(
-            {
-                name: {seed: tracker.history(run.id, "val/accuracy") for seed, run in cell.runs.items()}
-                for name, cell in shown.items()
-            }
-        )
     drawn = {
         "pareto": (plots.pareto(comparison), plots.pareto_caption(comparison)),
         "heatmap": (plots.heatmap(comparison), "Gain over the student alone at each alpha and temperature"),
-        "curves": (curves, "Validation accuracy during training"),
     }
+    pictures = {}
+    if decisive := comparison.decisive:
+        shown = {"student distilled": decisive.cell}
+        if decisive.control:
+            shown = {"student alone": decisive.control.only(decisive.cell.runs), **shown}
+        curves = {
+            name: {seed: tracker.history(run.id, "val/accuracy") for seed, run in cell.runs.items()}
+            for name, cell in shown.items()
+        }
+        drawn["curves"] = plots.curves(curves), "Validation accuracy during training"
+        seed, best = best_run(decisive.cell)
+        for name, caption in PICTURES_OF_A_RUN.items():
+            if content := tracker.read(best.id, name):
+                pictures[name] = Picture(content, f"{caption} (run {best.name or best.id}, seed {seed})")
     found = {f"{name}.png": Picture(as_png(figure), caption) for name, (figure, caption) in drawn.items() if figure}
-    return found | (_pictures_of_best_run(decisive.cell, tracker) if decisive else {})
-
-
-def _pictures_of_best_run(cell: Cell, tracker: RunStore) -> dict[str, Picture]:
-    seed, run = best_run(cell)
-    contents = {name: tracker.read(run.id, name) for name in PICTURES_OF_A_RUN}
-    return {
-        name: Picture(content, f"{PICTURES_OF_A_RUN[name]} (run {run.name or run.id}, seed {seed})")
-        for name, content in contents.items()
-        if content
-    }
+    return found | pictures
 
 
 def with_disagreement(comparison: Comparison, store: RunStore) -> Comparison:
@@ -195,19 +176,19 @@ def with_disagreement(comparison: Comparison, store: RunStore) -> Comparison:
     decisive = comparison.decisive
     if decisive is None or decisive.control is None:
         return comparison
-    pairs = []
-    for seed in sorted(decisive.cell.runs.keys() & decisive.control.runs.keys()):
-        distilled = _predictions(decisive.cell.runs[seed], store)
-        alone = _predictions(decisive.control.runs[seed], store) if distilled else None
-        if distilled and alone:
-            pairs.append((distilled, alone))
+    taught, alone = decisive.cell.runs, decisive.control.runs
+    pairs = [
+        (predictions, _predictions(alone[seed], store))
+        for seed in sorted(taught.keys() & alone.keys())
+        if (predictions := _predictions(taught[seed], store))
+    ]
     return replace(comparison, disagreement=find_disagreement(pairs))
 
 
-def _predictions(run: RunRecord, store: RunStore) -> Correct | None:
+def _predictions(run: RunRecord, store: RunStore) -> Correct:
     content = store.read(run.id, PREDICTIONS)
     try:
-        return None if content is None else read_predictions(content)
+        return {} if content is None else read_predictions(content)
     except ValueError as error:
         log.warning("run %s: %s", run.id, error)
-        return None
+        return {}

@@ -7,10 +7,12 @@ Blue and orange can be told apart with any kind of colour vision (Okabe & Ito 20
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
@@ -49,10 +51,11 @@ def heatmap(comparison: Comparison) -> Figure | None:
     best = comparison.best
     if best is None:
         return None
+    others = best.cell.settings_without("loss.alpha", "loss.temperature")
     rows = {
         (float(params["loss.alpha"]), float(params["loss.temperature"])): row
         for row in comparison.rows
-        if row.cell.stage == "distill" and _other_settings(row.cell) == _other_settings(best.cell)
+        if row.cell.stage == "distill" and row.cell.settings_without("loss.alpha", "loss.temperature") == others
         if {"loss.alpha", "loss.temperature"} <= (params := row.cell.first.params).keys()
     }
     if len(rows) < 2:
@@ -60,8 +63,8 @@ def heatmap(comparison: Comparison) -> Figure | None:
     panels = {"test images": {key: row.gain for key, row in rows.items()}}
     if any(row.validation_gain for row in rows.values()):
         panels = {"validation images": {key: row.validation_gain for key, row in rows.items()}, **panels}
-    alphas, temperatures = (sorted({key[position] for key in rows}) for position in (0, 1))
-    size = (1.2 + 1.55 * len(temperatures) * len(panels) + 1.2, max(3.2, 1.7 + 0.85 * len(alphas)))
+    alphas, temperatures = map(len, map(set, zip(*rows, strict=True)))
+    size = (1.2 + 1.55 * temperatures * len(panels) + 1.2, max(3.2, 1.7 + 0.85 * alphas))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     means = [100 * gain.mean for gains in panels.values() for gain in gains.values() if gain]
@@ -70,9 +73,6 @@ def heatmap(comparison: Comparison) -> Figure | None:
     for axis, (images, gains) in zip(axes, panels.items(), strict=True):
         image = _panel(axis, gains, limit, chosen)
         axis.set_title(f"on {images}", fontsize=11)
-        axis.set_xlabel("temperature")
-        axis.set_xticks(range(len(temperatures)), [f"{temperature:g}" for temperature in temperatures])
-        axis.set_yticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
     axes[0].set_ylabel("alpha")
     figure.colorbar(image, ax=list(axes)).set_label("gain over the student alone, points")
     figure.suptitle("mean gain ± half of the 95 % interval;  ∘ the interval includes 0;  frame: best cell", fontsize=10)
@@ -80,25 +80,21 @@ def heatmap(comparison: Comparison) -> Figure | None:
 
 
 def _panel(axis: Axes, gains: Mapping[Place, Interval | None], limit: float, chosen: Place | None) -> AxesImage:
-    alphas, temperatures = (sorted({key[position] for key in gains}) for position in (0, 1))
-    grid = np.full((len(alphas), len(temperatures)), np.nan)
-    for (alpha, temperature), gain in gains.items():
-        row, column = alphas.index(alpha), temperatures.index(temperature)
-        if gain is None:
-            text = "–"
-        else:
-            grid[row, column] = 100 * gain.mean
+    grid = pd.Series({place: 100 * gain.mean if gain else math.nan for place, gain in gains.items()}).unstack()
+    for place, gain in gains.items():
+        row, column = grid.index.get_loc(place[0]), grid.columns.get_loc(place[1])
+        text = "–"
+        if gain:
             spread = "" if gain.low is None else f" ± {100 * gain.half_width:.1f}"
             text = f"{signed(gain.mean)}{spread}{' ∘' if gain.includes_zero else ''}"
         axis.text(column, row, text, ha="center", va="center", fontsize=10)
-        if (alpha, temperature) == chosen:
+        if place == chosen:
             axis.add_patch(Rectangle((column - 0.47, row - 0.47), 0.94, 0.94, fill=False, linewidth=2.5))
+    axis.set_xlabel("temperature")
+    axis.set_xticks(range(len(grid.columns)), [f"{temperature:g}" for temperature in grid.columns])
+    axis.set_yticks(range(len(grid.index)), [f"{alpha:g}" for alpha in grid.index])
     norm = TwoSlopeNorm(0, -1.8 * limit, 1.8 * limit)
     return axis.imshow(grid, cmap="PuOr", norm=norm, origin="lower", aspect="auto")
-
-
-def _other_settings(cell: Cell) -> dict[str, str]:
-    return {key: value for key, value in cell.settings.items() if key not in ("loss.alpha", "loss.temperature")}
 
 
 def curves(named: Mapping[str, Curves]) -> Figure | None:
@@ -108,16 +104,14 @@ def curves(named: Mapping[str, Curves]) -> Figure | None:
     axis = figure.subplots()
     for name, runs in named.items():
         color, style = LINES[name]
-        epochs = sorted(set.intersection(*(({epoch for epoch, _ in run}) for run in runs.values())) if runs else set())
-        if len(epochs) < 2:
+        accuracies = pd.DataFrame({seed: dict(run) for seed, run in runs.items()}).dropna().sort_index()
+        if len(accuracies) < 2:
             continue
-        means = [interval([dict(run)[epoch] for run in runs.values()]) for epoch in epochs]
-        middle = [100 * mean.mean for mean in means if mean]
-        low = [100 * (mean.mean if mean.low is None else mean.low) for mean in means if mean]
-        high = [100 * (mean.mean if mean.high is None else mean.high) for mean in means if mean]
+        means = [mean for values in accuracies.to_numpy().tolist() if (mean := interval(values))]
         seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
-        axis.plot(epochs, middle, color=color, linestyle=style, label=f"{name}, {seeds}")
-        axis.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
+        middle, (low, high) = [100 * mean.mean for mean in means], 100 * np.transpose([mean.ends for mean in means])
+        axis.plot(accuracies.index, middle, color=color, linestyle=style, label=f"{name}, {seeds}")
+        axis.fill_between(accuracies.index, low, high, color=color, alpha=0.2, linewidth=0)
     if not axis.lines:
         return None
     axis.set_xlabel("epoch")
@@ -131,20 +125,13 @@ def curves(named: Mapping[str, Curves]) -> Figure | None:
 
 @dataclass(frozen=True)
 class Point:
-    """A network with its cost and accuracy.
-
-    Attributes:
-        stage: a key of `STAGES`.
-        costs: by panel, in MB and ms, if known.
-        accuracy: on the test images, a fraction.
-        is_decisive: whether the verdict is about it.
-    """
+    """A network with its cost and accuracy."""
 
     name: str
-    stage: str
-    costs: dict[str, float]
-    accuracy: Interval
-    is_decisive: bool = False
+    stage: str  # a key of STAGES
+    costs: dict[str, float]  # by panel, in MB and ms, if known
+    accuracy: Interval  # on the test images, a fraction
+    is_decisive: bool = False  # whether the verdict is about it
 
 
 def points_of(comparison: Comparison) -> list[Point]:
@@ -159,21 +146,23 @@ def points_of(comparison: Comparison) -> list[Point]:
         cells = [of_the_verdict.pop(cell.key, cell) for cell in cells] + list(of_the_verdict.values())
         taught_by = distilled.teacher_runs if uses_final_weights(distilled) else []
     latencies = Latencies(cells, _hardware(comparison))
-    points, has_teacher = [], False
+    points = []
     for cell, name in zip(cells, _names(cells), strict=True):
-        accuracy = interval(list(cell.values("test/accuracy").values()))
-        if accuracy is None:
-            continue
-        is_decisive = decisive is not None and cell.key == decisive.cell.key
-        has_teacher |= any(run.id in taught_by for run in cell.runs.values())
-        costs = {SIZE: average(cell, "model/size_mb"), LATENCY: latencies.of(cell.first)}
-        points.append(Point(name, cell.stage, _known(costs), accuracy, is_decisive))
+        if accuracy := interval(list(cell.values("test/accuracy").values())):
+            costs = _costs(average(cell, "model/size_mb"), latencies.of(cell.first))
+            is_decisive = decisive is not None and cell.key == decisive.cell.key
+            points.append(Point(name, cell.stage, costs, accuracy, is_decisive))
+    has_teacher = any(not cell.run_ids.isdisjoint(taught_by) for cell in cells)
     if decisive and decisive.cell.teacher_run and comparison.teacher_accuracy is not None and not has_teacher:
         run = decisive.cell.first
-        costs = {SIZE: average(decisive.cell, "teacher/size_mb"), LATENCY: latencies.of(run, "teacher")}
-        only = Interval(comparison.teacher_accuracy, None, None, 1)
-        points.append(Point(f"{run.params.get('teacher.name', '')} teacher", "teacher", _known(costs), only))
+        costs = _costs(average(decisive.cell, "teacher/size_mb"), latencies.of(run, "teacher"))
+        accuracy = Interval(comparison.teacher_accuracy, None, None, 1)
+        points.append(Point(f"{run.params.get('teacher.name', '')} teacher", "teacher", costs, accuracy))
     return sorted(points, key=lambda point: -point.accuracy.mean)
+
+
+def _costs(size: float | None, latency: float | None) -> dict[str, float]:
+    return {panel: cost for panel, cost in ((SIZE, size), (LATENCY, latency)) if cost}  # a log scale has no place for 0
 
 
 def _names(cells: Sequence[Cell]) -> list[str]:
@@ -187,15 +176,11 @@ def _names(cells: Sequence[Cell]) -> list[str]:
     ]
 
 
-def _known(costs: Mapping[str, float | None]) -> dict[str, float]:
-    return {panel: cost for panel, cost in costs.items() if cost}  # 0 has no place on a log scale
-
-
 def _hardware(comparison: Comparison) -> str:
     """The hardware of the latencies shown, that of the decisive student: those of others are not comparable."""
     decisive = comparison.decisive
     cells = [decisive.cell] if decisive else [row.cell for row in comparison.rows]
-    return timed_on(run for cell in cells for run in cell.runs.values())
+    return timed_on(cells)
 
 
 def front_of(places: Sequence[tuple[float, float]]) -> list[int]:
@@ -226,7 +211,7 @@ def pareto(comparison: Comparison) -> Figure | None:
     axes[0].set_ylabel("test accuracy, %")
     if LATENCY in panels:
         where = _hardware(comparison)
-        one = ", one thread" if threads_of([row.cell for row, _ in displayed_rows(comparison)], where) else ""
+        one = ", one thread" if threads_of([row.cell for row, *_ in displayed_rows(comparison)], where) else ""
         timed = f"\ntimed on {where}" if where else ""
         axes[-1].set_xlabel(f"latency, ms (one image{one}; log scale){timed}")
     if SIZE in panels:
@@ -240,19 +225,11 @@ def pareto(comparison: Comparison) -> Figure | None:
 def _limits(accuracies: Sequence[Interval]) -> tuple[float, float]:
     """Limits of the axis. They cut error bars much longer than the range of accuracies, as two seeds can give."""
     means = [accuracy.mean for accuracy in accuracies]
+    lows, highs = zip(*(accuracy.ends for accuracy in accuracies), strict=True)
     most = max(max(means) - min(means), 0.02)
-    low = min(_ends(accuracy)[0] for accuracy in accuracies)
-    high = max(_ends(accuracy)[1] for accuracy in accuracies)
-    low, high = max(low, min(means) - most, 0), min(high, max(means) + most, 1)
+    low, high = max(min(lows), min(means) - most, 0), min(max(highs), max(means) + most, 1)
     margin = 0.08 * (high - low) or 0.01
     return low - margin, high + margin
-
-
-def _ends(accuracy: Interval) -> tuple[float, float]:
-    """Ends of the error bar, fractions."""
-    if accuracy.low is None or accuracy.high is None:
-        return accuracy.mean, accuracy.mean
-    return accuracy.low, accuracy.high
 
 
 def pareto_caption(comparison: Comparison) -> str:
@@ -267,43 +244,30 @@ def pareto_caption(comparison: Comparison) -> str:
 
 def _legend(points: Sequence[Point], is_numbered: bool) -> list[Line2D]:
     """An entry for each point or each stage, and for the front."""
-
-    def line(label: str, stage: str, is_decisive: bool = False) -> Line2D:
-        color, marker, _ = STAGES[stage]
-        return Line2D(
-            [], [], color=color, marker=marker, linestyle="none", markersize=9, label=label, **_edge(is_decisive)
-        )
-
-    front = Line2D([], [], color=FRONT, label="Pareto front: best for its size or latency")
-    aside = Line2D([], [], linestyle="none", label="bars: 95 % intervals; side by side: equal size or latency")
-    if is_numbered:
-        lines = [
-            line(
-                f"{number}  {point.name}: {100 * point.accuracy.mean:.2f} %{VERDICT * point.is_decisive}",
-                point.stage,
-                point.is_decisive,
-            )
-            for number, point in enumerate(points, start=1)
-        ]
-        return [*lines, front, aside]
-    stages = [stage for stage in STAGES if any(point.stage == stage for point in points)]
-    lines = [line(STAGES[stage][2], stage) for stage in stages]
-    if any(point.is_decisive for point in points):
-        lines.append(line(VERDICT.removeprefix(", "), "distill", is_decisive=True))
-    return [*lines, front, aside]
+    entries = [
+        (f"{number}  {point.name}: {100 * point.accuracy.mean:.2f} %{VERDICT * point.is_decisive}", point)
+        for number, point in enumerate(points, start=1)
+    ]
+    if not is_numbered:
+        shown = {point.stage: (STAGES[point.stage][2], replace(point, is_decisive=False)) for point in points}
+        decisive = [(VERDICT.removeprefix(", "), point) for point in points if point.is_decisive]
+        entries = [*(shown[stage] for stage in STAGES if stage in shown), *decisive]
+    return [
+        *(Line2D([], [], label=label, linestyle="none", markersize=9, **_marker(point)) for label, point in entries),
+        Line2D([], [], color=FRONT, label="Pareto front: best for its size or latency"),
+        Line2D([], [], linestyle="none", label="bars: 95 % intervals; side by side: equal size or latency"),
+    ]
 
 
-def _edge(is_decisive: bool) -> dict[str, Any]:
-    return {"markeredgecolor": "black" if is_decisive else "white", "markeredgewidth": 2 if is_decisive else 0.7}
+def _marker(point: Point, has_edge: bool = True) -> dict[str, Any]:
+    color, marker, _ = STAGES[point.stage]
+    edge, edge_width = ("black", 2) if point.is_decisive else ("white", 0.7)
+    edges = {"markeredgecolor": edge, "markeredgewidth": edge_width} if has_edge else {}
+    return {"color": color, "marker": marker, **edges}
 
 
 def _scatter(axis: Axes, panel: str, points: Mapping[int, Point], is_numbered: bool, width: float) -> None:
-    """Draw one panel.
-
-    Args:
-        points: by their number in the plot.
-        width: of the panel, roughly, in typographic points.
-    """
+    """Draw a panel, roughly `width` typographic points wide; `points` by their number in the plot."""
     costs = {number: point.costs[panel] for number, point in points.items()}
     left, right = min(costs.values()) / 1.5, max(costs.values()) * 1.5
     axis.set_xscale("log")
@@ -312,9 +276,10 @@ def _scatter(axis: Axes, panel: str, points: Mapping[int, Point], is_numbered: b
     front = [numbers[place] for place in front_of([(costs[number], points[number].accuracy.mean) for number in points])]
     steps = [100 * points[number].accuracy.mean for number in front]
     axis.step([*(costs[number] for number in front), right], [*steps, steps[-1]], where="post", color=FRONT, zorder=1)
-    is_crowded = len(points) > MAX_BARS
-    diameter = 15.0 if is_numbered else 4.0 if is_crowded else 7.0
-    places = _spread(axis, points, panel, front, width, diameter)
+    diameter = 15.0 if is_numbered else 7.0 if len(points) <= MAX_BARS else 4.0
+    # Placed first, moved least: the front, then the decisive point.
+    order = sorted(points, key=lambda number: (number not in front, not points[number].is_decisive, number))
+    places = _spread(axis, {number: points[number] for number in order}, panel, width, diameter)
     _draw_points(axis, points, places, diameter)
     style: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": 8.5, "fontweight": "bold"}
     for number, point in points.items() if is_numbered else ():
@@ -326,47 +291,38 @@ def _scatter(axis: Axes, panel: str, points: Mapping[int, Point], is_numbered: b
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _spread(
-    axis: Axes, points: Mapping[int, Point], panel: str, front: Sequence[int], width: float, diameter: float
-) -> dict[int, float]:
+def _spread(axis: Axes, points: Mapping[int, Point], panel: str, width: float, diameter: float) -> dict[int, float]:
     """Where on the axis of costs to draw each point, so that none covers another."""
-    costs = {number: point.costs[panel] for number, point in points.items()}
     (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
-    # Placed first, moved least: the front, then the decisive point.
-    order = sorted(points, key=lambda number: (number not in front, not points[number].is_decisive, number))
     places = []
-    for number in order:
-        accuracy = points[number].accuracy
-        bar = (accuracy.mean, accuracy.mean) if len(points) > MAX_BARS else _ends(accuracy)
-        heights = [HEIGHT * (100 * end - bottom) / (top - bottom) for end in (accuracy.mean, *bar)]
-        places.append((width * math.log(costs[number] / left) / math.log(right / left), *heights))
-    moved = zip(order, side_by_side(places, diameter), strict=True)
-    return {number: costs[number] * (right / left) ** (aside / width) for number, aside in moved}
+    for point in points.values():
+        mean = point.accuracy.mean
+        ends = (mean, mean) if len(points) > MAX_BARS else point.accuracy.ends
+        heights = [HEIGHT * (100 * height - bottom) / (top - bottom) for height in (mean, *ends)]
+        places.append((width * math.log(point.costs[panel] / left) / math.log(right / left), *heights))
+    moved = zip(points.items(), side_by_side(places, diameter), strict=True)
+    return {number: point.costs[panel] * (right / left) ** (aside / width) for (number, point), aside in moved}
 
 
 def _draw_points(axis: Axes, points: Mapping[int, Point], places: Mapping[int, float], diameter: float) -> None:
-    is_crowded = len(points) > MAX_BARS
-    for stage, (color, marker, _) in STAGES.items():
-        for is_decisive in (False, True):
-            group = [n for n, point in points.items() if (point.stage, point.is_decisive) == (stage, is_decisive)]
-            if not group:
-                continue
-            accuracies = [points[number].accuracy for number in group]
-            has_bars = is_decisive or not is_crowded
-            axis.errorbar(
-                [places[number] for number in group],
-                [100 * accuracy.mean for accuracy in accuracies],
-                # NaN, which is not drawn, for a point without an interval.
-                yerr=[100 * accuracy.half_width for accuracy in accuracies] if has_bars else None,
-                color=color,
-                marker=marker,
-                markersize=diameter if marker == "o" else 0.88 * diameter,
-                capsize=3,
-                elinewidth=1.2,
-                linestyle="none",
-                zorder=4 if is_decisive else 3,
-                **(_edge(is_decisive) if has_bars else {}),
-            )
+    for kind in product(STAGES, (False, True)):
+        group = {number: point for number, point in points.items() if (point.stage, point.is_decisive) == kind}
+        if not group:
+            continue
+        has_bars = kind[1] or len(points) <= MAX_BARS
+        marker = _marker(next(iter(group.values())), has_edge=has_bars)
+        axis.errorbar(
+            [places[number] for number in group],
+            [100 * point.accuracy.mean for point in group.values()],
+            # NaN, which is not drawn, for a point without an interval.
+            yerr=[100 * point.accuracy.half_width for point in group.values()] if has_bars else None,
+            **marker,
+            markersize=diameter if marker["marker"] == "o" else 0.88 * diameter,
+            capsize=3,
+            elinewidth=1.2,
+            linestyle="none",
+            zorder=4 if kind[1] else 3,
+        )
 
 
 def side_by_side(places: Sequence[Sequence[float]], diameter: float) -> list[float]:

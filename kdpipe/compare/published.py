@@ -1,7 +1,7 @@
 """Published accuracies, for `python -m kdpipe.compare --published`; published.csv gives their sources."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,21 +25,13 @@ NONE_PUBLISHED = (
 
 @dataclass(frozen=True)
 class Published:
-    """A published result for a cell.
+    """A published result for a cell."""
 
-    Attributes:
-        accuracy: on the test images, a fraction.
-        epoch: `LAST` or `BEST`, the epoch of that accuracy.
-        source: the paper and its table.
-        difference: the cell's test accuracy minus the published one, fractions; None if the cell has none.
-        deviations: settings that differ from the benchmark's: key, value, the benchmark's value.
-    """
-
-    accuracy: float
-    epoch: str
-    source: str
-    difference: Interval | None
-    deviations: tuple[tuple[str, str, str], ...]
+    accuracy: float  # on the test images, a fraction
+    epoch: str  # of that accuracy: LAST or BEST
+    source: str  # the paper and its table
+    difference: Interval | None  # the cell's test accuracy minus the published one, fractions
+    deviations: tuple[tuple[str, str, str], ...]  # settings that differ: key, value, the benchmark's value
 
 
 def published_for(cell: Cell) -> Published | None:
@@ -56,7 +48,7 @@ def published_for(cell: Cell) -> Published | None:
         return None
     accuracy = float(line["accuracy"]) / 100
     difference = interval([value - accuracy for value in cell.values("test/accuracy").values()])
-    return Published(accuracy, line["epoch"], line["source"], difference, find_deviations(cell, line["overrides"]))
+    return Published(accuracy, line["epoch"], line["source"], difference, tuple(_deviations(cell, line["overrides"])))
 
 
 @cache
@@ -66,21 +58,18 @@ def read_table() -> dict[tuple[str, str, str], dict[str, str]]:
     return {(line["network"], line["teacher"], line["loss"]): line for line in csv.DictReader(lines)}
 
 
-def find_deviations(cell: Cell, overrides: str) -> tuple[tuple[str, str, str], ...]:
-    """The settings of a cell that differ from those of the overrides: key, value, their value. For a component that is
-    another one altogether, such as the optimizer, only its name."""
+def _deviations(cell: Cell, overrides: str) -> Iterator[tuple[str, str, str]]:
+    """The settings that differ from those of the overrides; of another optimizer, loss and so on, only its name."""
     mine, theirs = cell.settings, _settings_with(overrides, cell.stage == "distill")
-    found: list[tuple[str, str, str]] = []
     for key, value in sorted(mine.items()):
-        group, target = key.split(".")[0], f"{key.split('.')[0]}._target_"
-        other = theirs.get(key, "none")
+        group, other = key.split(".")[0], theirs.get(key, "none")
+        target = f"{group}._target_"
         if group == "kdpipe" or key in NOT_COMPARED or value == other:
             continue
         if key == target:
-            found.append((group, value.rpartition(".")[2], other.rpartition(".")[2]))
+            yield group, value.rpartition(".")[2], other.rpartition(".")[2]
         elif mine.get(target) == theirs.get(target):
-            found.append((key, value, other))
-    return tuple(found)
+            yield key, value, other
 
 
 @cache

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader
 
-from kdpipe.compare.cells import differences
 from kdpipe.compare.comparison import Comparison
 from kdpipe.compare.frames import displayed_rows
 from kdpipe.compare.statistics import Interval
@@ -32,27 +31,23 @@ def with_interval(value: Interval | None, sign: str = "") -> str:
     """In points: 52.31 [51.40, 53.22], without brackets if there is no interval."""
     if value is None:
         return "–"
-    text = f"{100 * value.mean:{sign}.2f}"
-    if value.low is None or value.high is None:
-        return text
-    return f"{text} [{100 * value.low:{sign}.2f}, {100 * value.high:{sign}.2f}]"
+    mean, low, high = (f"{100 * number:{sign}.2f}" for number in (value.mean, *value.ends))
+    return mean if value.low is None else f"{mean} [{low}, {high}]"
 
 
 def row_texts(comparison: Comparison) -> list[dict[str, str]]:
     """The texts of each row by column."""
-    rows = displayed_rows(comparison)
     texts = []
-    for (row, remark), difference in zip(rows, differences([row.cell for row, _ in rows]), strict=True):
-        params = row.cell.first.params
-        runs = row.cell.runs.values()
-        published = row.published
+    for row, remark, difference in displayed_rows(comparison):
+        params, runs = row.cell.first.params, row.cell.runs.values()
+        published = row.published if comparison.published else None
         texts.append(
             {
                 "network": params["model.name"],
                 "data set": params["dataset.name"],
                 "stage": row.cell.stage,
                 "loss": row.cell.loss + (f" ← {remark}" if remark else ""),
-                "seeds": str(len(row.cell.runs)),
+                "seeds": str(len(runs)),
                 "epochs": params["train.epochs"],
                 "val %": with_interval(row.validation),
                 "test %": with_interval(row.test),
@@ -67,24 +62,18 @@ def row_texts(comparison: Comparison) -> list[dict[str, str]]:
     return texts
 
 
-def _columns(rows: Sequence[Mapping[str, str]], left_out: Sequence[str] = ()) -> list[str]:
+def _table(rows: Sequence[Mapping[str, str]], left_out: Sequence[str]) -> tuple[list[str], list[list[str]], list[int]]:
+    """Columns, the texts of the rows in them, and the columns that are aligned to the left."""
     unused = () if any(texts["published"] for texts in rows) else PUBLISHED
-    return [column for column in COLUMNS if column not in (*left_out, *unused)]
-
-
-def _cut(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> list[list[str]]:
-    return [[texts[column] for column in columns] for texts in rows]
-
-
-def _left(columns: Sequence[str]) -> list[int]:
-    return [number for number, column in enumerate(columns) if column not in RIGHT]
+    columns = [column for column in COLUMNS if column not in (*left_out, *unused)]
+    left = [number for number, column in enumerate(columns) if column not in RIGHT]
+    return columns, [[texts[column] for column in columns] for texts in rows], left
 
 
 def to_text(comparison: Comparison) -> str:
     """For a terminal: the rows, the student's summary, the verdict and its notes."""
     rows = row_texts(comparison)
-    columns = _columns(rows, () if any(texts[WHERE] for texts in rows) else (WHERE,))
-    lines = [text_table(columns, _cut(rows, columns), _left(columns))]
+    lines = [text_table(*_table(rows, () if any(texts[WHERE] for texts in rows) else (WHERE,)))]
     if summary := summarize_student(comparison):
         lines += ["", student_title(comparison), text_table(summary.headings, summary.rows)]
         lines += [*(f"  {note}" for note in summary.notes), *disagreement_sentence(comparison), ""]
@@ -116,33 +105,30 @@ def disagreement_sentence(comparison: Comparison) -> list[str]:
 
 def _percent(value: Interval) -> str:
     """8.1 % [7.2, 9.0], without brackets if there is no interval."""
-    text = f"{100 * value.mean:.1f} %"
-    if value.low is None or value.high is None:
-        return text
-    return f"{text} [{100 * max(value.low, 0):.1f}, {100 * min(value.high, 1):.1f}]"
+    text, (low, high) = f"{100 * value.mean:.1f} %", value.ends
+    return text if value.low is None else f"{text} [{100 * max(low, 0):.1f}, {100 * min(high, 1):.1f}]"
 
 
 def to_html(title: str, comparisons: Sequence[Comparison], pictures: Sequence[Mapping[str, Picture]]) -> str:
     """A self-contained page; `pictures` by file name for each comparison."""
     texts = [row_texts(comparison) for comparison in comparisons]
-    columns = _columns([row for rows in texts for row in rows])
+    columns, _, left = _table([line for lines in texts for line in lines], ())
     parts = [
         {
-            "verdict": comparison.verdict,
-            "notes": comparison.notes,
+            "comparison": comparison,
             "student": student_title(comparison),
             "summary": summarize_student(comparison),
             "disagreement": disagreement_sentence(comparison),
             "pictures": [
-                (name, picture.caption, base64.b64encode(picture.content).decode()) for name, picture in found.items()
+                (name, found.caption, base64.b64encode(found.content).decode()) for name, found in drawn.items()
             ],
-            "rows": _cut(rows, columns),
-            "best": [number for number, (_, remark) in enumerate(displayed_rows(comparison)) if remark],
+            "rows": [[line[column] for column in columns] for line in lines],
+            "best": [number for number, (_, remark, _) in enumerate(displayed_rows(comparison)) if remark],
         }
-        for comparison, rows, found in zip(comparisons, texts, pictures, strict=True)
+        for comparison, lines, drawn in zip(comparisons, texts, pictures, strict=True)
     ]
     page = Environment(autoescape=True, loader=PackageLoader("kdpipe.compare", "")).get_template("page.html.j2")
-    return page.render(title=title, parts=parts, columns=columns, left=_left(columns))
+    return page.render(title=title, parts=parts, columns=columns, left=left)
 
 
 def to_markdown(comparisons: Sequence[Comparison]) -> str:
@@ -154,9 +140,8 @@ def to_markdown(comparisons: Sequence[Comparison]) -> str:
         if summary := summarize_student(comparison):
             lines += markdown_table(summary.headings, summary.rows).split("\n")
             lines += ["", *(f"- {note}" for note in summary.notes), ""]
-        rows = row_texts(comparison)
-        columns = _columns(rows, ("network", "data set", "epochs", "MB", "seconds", WHERE))
-        lines += [*markdown_table(columns, _cut(rows, columns), _left(columns)).split("\n"), ""]
+        table = _table(row_texts(comparison), ("network", "data set", "epochs", "MB", "seconds", WHERE))
+        lines += [*markdown_table(*table).split("\n"), ""]
     while len("\n".join(lines)) > 7800:
         lines = [*lines[:-2], "the rest is in comparison.txt among the artifacts"]
     return "\n".join(lines)

@@ -20,9 +20,14 @@ class Interval:
     number: int
 
     @property
+    def ends(self) -> tuple[float, float]:
+        """The bounds; twice the mean without bounds."""
+        return (self.mean, self.mean) if self.low is None or self.high is None else (self.low, self.high)
+
+    @property
     def half_width(self) -> float:
         """Half of the interval: a mean closer to 0 cannot be told from 0. NaN without bounds."""
-        return (self.high - self.low) / 2 if self.low is not None and self.high is not None else float("nan")
+        return float("nan") if self.low is None or self.high is None else (self.high - self.low) / 2
 
     @property
     def includes_zero(self) -> bool:
@@ -34,9 +39,9 @@ def interval(values: Sequence[float]) -> Interval | None:
     """The interval of some values, one per seed; None for no values."""
     if not values:
         return None
-    if len(values) < 2 or max(values) - min(values) < 1e-9:
-        return Interval(fmean(values), None, None, len(values))
     mean = fmean(values)
+    if len(values) < 2 or max(values) - min(values) < 1e-9:
+        return Interval(mean, None, None, len(values))
     half = float(stdtrit(len(values) - 1, 0.975)) * stdev(values) / len(values) ** 0.5
     return Interval(mean, mean - half, mean + half, len(values))
 
@@ -53,10 +58,10 @@ def verdict(gain: Interval | None) -> str:
     word = HELPED if gain.low > 0 else HURT if gain.high < 0 else NO_EVIDENCE
     low, high = (signed(bound).removeprefix("+") for bound in (gain.low, gain.high))
     text = f"{word}: {points} (95 % interval {low} to {high}, {gain.number} seeds)"
-    if word == NO_EVIDENCE:
-        least = 100 * gain.half_width
-        text += f"; with {gain.number} seeds that vary so much, a mean gain counts from {least:.1f} points on"
-    return text
+    if word != NO_EVIDENCE:
+        return text
+    least = f"{100 * gain.half_width:.1f}"
+    return f"{text}; with {gain.number} seeds that vary so much, a mean gain counts from {least} points on"
 
 
 def signed(fraction: float) -> str:

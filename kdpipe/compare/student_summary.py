@@ -11,17 +11,11 @@ from kdpipe.evaluation.report import BUSY, was_busy
 
 @dataclass(frozen=True)
 class StudentSummary:
-    """A table of teacher, student alone and distilled student.
+    """A table of teacher, student alone and distilled student."""
 
-    Attributes:
-        headings: of the columns that have values; that of the names is empty.
-        rows: a text for each column.
-        notes: how to read the columns.
-    """
-
-    headings: list[str]
-    rows: list[list[str]]
-    notes: list[str]
+    headings: list[str]  # of the columns that have values; that of the names is empty
+    rows: list[list[str]]  # a text for each column
+    notes: list[str]  # how to read the columns
 
 
 def students_of(decisive: ComparisonRow) -> tuple[Cell | None, Cell]:
@@ -31,16 +25,12 @@ def students_of(decisive: ComparisonRow) -> tuple[Cell | None, Cell]:
 
 
 def summarize_student(comparison: Comparison) -> StudentSummary | None:
-    """Summarize the decisive student; None if no student was distilled.
-
-    The students' runs measured their teacher. The student alone is the same network as the distilled one, so it has its
-    cost and times.
-    """
-    decisive = comparison.decisive
-    if decisive is None:
+    """Summarize the decisive student; None if no student was distilled. The students' runs measured their teacher. The
+    student alone is the same network as the distilled one, so it has its cost and times."""
+    if comparison.decisive is None:
         return None
-    alone, distilled = students_of(decisive)
-    where = timed_on(distilled.runs.values())
+    alone, distilled = students_of(comparison.decisive)
+    where = timed_on([distilled])
     threads = threads_of([distilled], where)
     costs = ("size_mb", "flops", f"latency_ms{threads}", "images_per_second")
     metrics = averages(distilled)
@@ -55,11 +45,8 @@ def summarize_student(comparison: Comparison) -> StudentSummary | None:
             rows[name] = [*quality, *(metrics.get(f"model/{cost}") for cost in costs)]
     columns = _columns(list(rows.values()))
     if distilled.teacher_run:
-        ratios = {
-            "smaller than teacher": _smaller(metrics),
-            "faster than teacher": _faster(metrics.get(f"speedup/latency{threads}")),
-        }
-        columns |= {heading: ["", *[text] * (len(rows) - 1)] for heading, text in ratios.items() if text}
+        ratios = _ratios(metrics, threads)
+        columns |= {heading: ["", *[text] * (len(rows) - 1)] for heading, text in ratios.items()}
     lines = [[name, *(column[number] for column in columns.values())] for number, name in enumerate(rows)]
     notes = ["loss and ECE (expected calibration error) on the test images"] if "ECE %" in columns else []
     if "ms" in columns:
@@ -91,14 +78,13 @@ def _columns(rows: Sequence[Sequence[float | None]]) -> dict[str, list[str]]:
     }
 
 
-def _smaller(metrics: Mapping[str, float]) -> str:
-    if not {"model/size_mb", "teacher/size_mb"} <= metrics.keys():
-        return ""
-    student, teacher = metrics["model/size_mb"], metrics["teacher/size_mb"]
-    return f"{100 * (1 - student / teacher):.1f} %" if student <= teacher else "it is larger"
-
-
-def _faster(speedup: float | None) -> str:
-    if speedup is None:
-        return ""
-    return f"{speedup:.2f} ×" if speedup >= 1 else f"it is slower ({speedup:.2f} ×)"
+def _ratios(metrics: Mapping[str, float], threads: str) -> dict[str, str]:
+    """How much smaller and faster the student is than its teacher, by heading."""
+    texts = {}
+    student, teacher = metrics.get("model/size_mb"), metrics.get("teacher/size_mb")
+    if student is not None and teacher is not None:
+        smaller = f"{100 * (1 - student / teacher):.1f} %"
+        texts["smaller than teacher"] = smaller if student <= teacher else "it is larger"
+    if (speedup := metrics.get(f"speedup/latency{threads}")) is not None:
+        texts["faster than teacher"] = f"{speedup:.2f} ×" if speedup >= 1 else f"it is slower ({speedup:.2f} ×)"
+    return texts

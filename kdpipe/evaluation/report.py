@@ -21,67 +21,46 @@ def epoch_line(epoch: int, epochs: int, metrics: Mapping[str, float]) -> str:
 
 def result_table(metrics: Mapping[str, float]) -> str:
     """The results of a finished run."""
+
+    def percent(name: str) -> str:
+        return f"{100 * metrics[name]:.2f} %" if name in metrics else ""
+
+    scaled, where_wrong = percent("test/ece_scaled"), percent("teacher/agreement_where_wrong")
     rows = {
-        "test accuracy": f"{100 * metrics['test/accuracy']:.2f} %",
+        "test accuracy": percent("test/accuracy"),
         "test loss": f"{metrics['test/loss']:.4f}",
-        "validation accuracy": _percent(metrics, "selected/accuracy"),
-        "calibration error": _percent(metrics, "test/ece"),
-        "the same, scaled": _scaled(metrics),
-        "second student's": _percent(metrics, "peer/accuracy"),
-        "teacher's accuracy": _percent(metrics, "teacher/accuracy"),
-        "agrees with it": _agreement(metrics),
+        "validation accuracy": percent("selected/accuracy"),
+        "calibration error": percent("test/ece"),
+        "the same, scaled": scaled and f"{scaled} (probabilities at temperature {metrics['model/temperature']:.2f})",
+        "second student's": percent("peer/accuracy"),
+        "teacher's accuracy": percent("teacher/accuracy"),
+        "agrees with it": percent("teacher/agreement") + (where_wrong and f" (where it is wrong: {where_wrong})"),
     }
     return text_table(("", ""), [(title, text) for title, text in rows.items() if text], left=(0, 1))
 
 
-def _percent(metrics: Mapping[str, float], name: str) -> str:
-    return f"{100 * metrics[name]:.2f} %" if name in metrics else ""
-
-
-def _scaled(metrics: Mapping[str, float]) -> str:
-    if "test/ece_scaled" not in metrics:
-        return ""
-    return f"{_percent(metrics, 'test/ece_scaled')} (probabilities at temperature {metrics['model/temperature']:.2f})"
-
-
-def _agreement(metrics: Mapping[str, float]) -> str:
-    if "teacher/agreement" not in metrics:
-        return ""
-    where_wrong = _percent(metrics, "teacher/agreement_where_wrong")
-    return _percent(metrics, "teacher/agreement") + (f" (where it is wrong: {where_wrong})" if where_wrong else "")
-
-
 def cost_table(metrics: Mapping[str, float], names: Mapping[str, str]) -> str:
     """The cost of a network, next to its teacher's if it has one, and their ratio: for times the median over rounds in
-    which both alternate.
-
-    Args:
-        metrics: as `kdpipe.cost` gives them.
-        names: of the networks, by "model" and "teacher".
-    """
+    which both alternate. `names` of the networks are by "model" and "teacher"."""
     networks = [network for network in ("teacher", "model") if f"{network}/params" in metrics]
     has_teacher = "teacher" in networks
     rows = []
-    for title, name, form in (
-        ("parameters", "params", "{:,.0f}"),
-        ("size, MB", "size_mb", "{:.3f}"),
-        ("operations for an image, MFLOP", "flops", "{:,.1f}"),
-        ("activations for an image, MB", "activation_mb", "{:.3f}"),
+    for title, name, form, unit in (
+        ("parameters", "params", ",.0f", 1),
+        ("size, MB", "size_mb", ".3f", 1),
+        ("operations for an image, MFLOP", "flops", ",.1f", 1e6),
+        ("activations for an image, MB", "activation_mb", ".3f", 1),
     ):
-        unit = 1e6 if name == "flops" else 1
         values = [metrics[f"{network}/{name}"] for network in networks]
-        texts = [form.format(value / unit) for value in values]
-        if has_teacher:
-            texts.append(f"{values[0] / values[1]:.1f}" if values[1] else "")
-        rows.append([title, *texts])
+        ratio = [f"{values[0] / values[1]:.1f}" if values[1] else ""] if has_teacher else []
+        rows.append([title, *(f"{value / unit:{form}}" for value in values), *ratio])
+    times = ("latency_ms", "latency_p95_ms", "images_per_second")
     for suffix, where in ((ONE_THREAD, ", one thread"), ("", "")):
         if f"model/latency_ms{suffix}" not in metrics:
             continue
-        latency, rate = [], []
-        for network in networks:
-            middle, high = (metrics[f"{network}/{name}{suffix}"] for name in ("latency_ms", "latency_p95_ms"))
-            latency.append(f"{middle:.2f} ({high:.2f})")
-            rate.append(f"{metrics[f'{network}/images_per_second{suffix}']:,.0f}")
+        middles, highs, rates = ([metrics[f"{network}/{name}{suffix}"] for network in networks] for name in times)
+        latency = [f"{middle:.2f} ({high:.2f})" for middle, high in zip(middles, highs, strict=True)]
+        rate = [f"{images:,.0f}" for images in rates]
         if has_teacher:
             latency.append(f"{metrics[f'speedup/latency{suffix}']:.1f}")
             rate.append(f"{metrics[f'speedup/throughput{suffix}']:.1f}")

@@ -121,7 +121,7 @@ def test_teacher_has_the_settings_its_pairs_look_for(teacher: str, composed: Com
         taught = composed(experiment(pair))
         for key in ("scheduler", "augmentation", "train", "dataset"):
             assert getattr(config, key) == getattr(taught, key)
-        assert {**config.model, "weights": "auto"} == taught.teacher
+        assert {**config.model.plain, "weights": "auto"} == taught.teacher.plain
 
 
 def test_teacher_requires_a_model(composed: Composed) -> None:
