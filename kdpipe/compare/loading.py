@@ -94,11 +94,11 @@ def _compare_chain(cells: Sequence[Cell], links: int, find: GetRun, controls: Se
     for family in families(ends, one_teacher=False):
         if all(cell.stage == "student" for cell in family):
             continue
-        before = _links_before(family, cells)
+        chain = _with_teachers(family, cells)
         comparison = compare_cells(family, find, [*cells, *controls])
-        rows = [*(make_row(cell, students_alone) for cell in before), *comparison.rows]
+        rows = [*(make_row(cell, students_alone) for cell in chain[len(family) :]), *comparison.rows]
         comparisons.append(replace(comparison, rows=sorted(rows, key=lambda row: row.cell.link)))
-        shown |= {cell.key for cell in (*family, *before)}
+        shown |= {cell.key for cell in chain}
     if left := [cell for cell in cells if cell.key not in shown]:
         rows = [make_row(cell, students_alone) for cell in sorted(left, key=lambda cell: cell.link)]
         text = f"{CANNOT_TELL}: the chain's last link, which these lead to, has no finished run"
@@ -106,9 +106,9 @@ def _compare_chain(cells: Sequence[Cell], links: int, find: GetRun, controls: Se
     return comparisons
 
 
-def _links_before(students: Sequence[Cell], cells: Sequence[Cell]) -> list[Cell]:
-    """The cells that taught these students, those that taught them, and so on."""
-    found: list[Cell] = []
+def _with_teachers(students: Sequence[Cell], cells: Sequence[Cell]) -> list[Cell]:
+    """These students, the cells that taught them, those that taught these, and so on."""
+    found = list(students)
     while students:
         sources = {source for cell in students for source in cell.teacher_runs}
         students = [cell for cell in cells if cell.run_ids & sources and cell not in found]

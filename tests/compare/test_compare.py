@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from kdpipe.compare import compare_runs, frames, plots, rendering
 from kdpipe.compare.__main__ import cli, run_comparison
 from kdpipe.compare.cells import Controls, differences, make_cells
 from kdpipe.compare.comparison import check_comparable, compare_cells, families, teacher_accuracy
-from kdpipe.compare.loading import select_cells, with_disagreement
+from kdpipe.compare.loading import compare_sweep, select_cells, with_disagreement
 from kdpipe.compare.statistics import interval, verdict
 from kdpipe.compare.student_summary import summarize_student
 from kdpipe.evaluation.figures import as_png
@@ -348,6 +349,20 @@ def test_every_cell_is_in_a_family() -> None:
     elsewhere = record("student", 0, 0.9, dataset__name="cifar10")
     cells = make_cells([*grid(), elsewhere, record("teacher", 0, 0.9)])
     assert {id(cell) for family in families(cells, one_teacher=True) for cell in family} == set(map(id, cells))
+
+
+def test_student_alone_that_starts_a_chain_has_one_row() -> None:
+    runs = [record("student", 0, 0.8), record("distill", 0, 0.85), replace(record("distill", 0, 0.9), id="last")]
+    for run, teacher in zip(runs, ("", "student0", "distill0"), strict=True):
+        run.tags.update({"kdpipe.sweep": "abc", "kdpipe.teacher_run": teacher})
+    tracker = SimpleNamespace(
+        find_sweep=lambda sweep: SimpleNamespace(tags={"kdpipe.links": "3"}),
+        finished_runs=lambda: runs,
+        get_run={run.id: run for run in runs}.get,
+    )
+    (comparison,) = compare_sweep(tracker, "abc")
+    assert [row.cell.first for row in comparison.rows] == runs
+    assert comparison.best is comparison.rows[-1]
 
 
 def test_extra_seeds_do_not_make_a_cell_the_best() -> None:
