@@ -39,7 +39,6 @@ from kdpipe.system import interruption
 from kdpipe.system.files import write_atomically
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.interruption import Interrupted, InterruptedJobError
-from kdpipe.system.profiling import profile_files, step_profiler
 from kdpipe.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint, save_weights
 from kdpipe.training.loop import Hooks, fit, with_prefix
 from kdpipe.training.precomputed import logits_of_test_images
@@ -120,9 +119,7 @@ def _lead(settings: Settings, parts: Parts, tracker: "Tracker", folder: Path, ha
                 save_weights(parts.model.network, folder / epoch_file(epoch), parts.data.class_names)
                 current.save(folder / epoch_file(epoch))
 
-        with step_profiler(folder, settings.train.profile, hardware.device) as on_step:
-            hooks = Hooks(on_epoch=on_epoch, on_step=on_step)
-            metrics, exam = _learn(settings, parts, hardware, start["training"] if start else None, hooks, keep)
+        metrics, exam = _learn(settings, parts, hardware, start["training"] if start else None, on_epoch, keep)
         metrics |= _cost_of(settings, parts, hardware)
         for file in _write_results(settings, parts, exam, folder):
             current.save(file)
@@ -136,7 +133,7 @@ def _follow(settings: Settings, invocation: Invocation, folder: Path, tracker: "
     parts = build_parts(settings, invocation, tracker, {})
     if finished := _find_finished(settings, folder, parts, tracker, hardware):
         return _objective(finished.metrics)
-    metrics, _ = _learn(settings, parts, hardware, None, Hooks(), lambda state: None)
+    metrics, _ = _learn(settings, parts, hardware, None, lambda epoch, metrics: None, lambda state: None)
     return _objective(metrics)
 
 
@@ -145,7 +142,7 @@ def _learn(
     parts: Parts,
     hardware: Hardware,
     start: dict[str, Any] | None,
-    hooks: Hooks,
+    on_epoch: Callable[[int, dict[str, float]], None],
     keep: Callable[[dict[str, Any]], None],
 ) -> tuple[dict[str, float], Exam]:
     """Prepare, fit, examine; the trained weights are in `parts.model`.
@@ -159,13 +156,12 @@ def _learn(
     is_due = _every(settings.train.checkpoint_minutes, hardware)
 
     def on_step() -> None:
-        hooks.on_step()
         if is_due():
             keep(training.state())
 
-    keeping = Hooks(hooks.on_epoch, on_step, on_checkpoint=lambda: keep(training.state()))
+    hooks = Hooks(on_epoch, on_step, on_checkpoint=lambda: keep(training.state()))
     try:
-        metrics = fit(training, prepared.data, prepared.recipe, keeping)
+        metrics = fit(training, prepared.data, prepared.recipe, hooks)
         return _examine(settings, parts, prepared, hardware, metrics)
     except Interrupted:
         if hardware.processes == 1:  # several may have been interrupted at different steps
@@ -280,8 +276,7 @@ def _write_results(settings: Settings, parts: Parts, exam: Exam, folder: Path) -
     """Write the weights and the answers into the folder of the run; the files."""
     class_names = parts.data.class_names
     save_weights(parts.model.network, folder / WEIGHTS, class_names)
-    files = [folder / WEIGHTS, *profile_files(folder)]
-    files += write_exam(exam, parts.data, folder, settings.evaluation.pictures)
+    files = [folder / WEIGHTS, *write_exam(exam, parts.data, folder, settings.evaluation.pictures)]
     for caveat in caveats(exam, class_names):
         log.warning(caveat)
     if parts.teacher and parts.teacher.learns:

@@ -118,10 +118,9 @@ def load_image(file: Path, shapes: Sequence[tuple[int, int, int]]) -> "list[NDAr
     import numpy as np
     from PIL import Image
 
-    from kdpipe.data.decode import check_bytes, read_image
+    from kdpipe.data.decode import read_file, read_image
 
-    check_bytes(file.stat().st_size)
-    photo = read_image(file.read_bytes())
+    photo = read_image(read_file(file))
     views = []
     for channels, height, width in shapes:
         view = photo.convert("L") if channels == 1 else photo

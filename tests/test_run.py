@@ -134,15 +134,6 @@ def test_a_teacher_s_file_that_changed_teaches_anew(kdpipe: Callable) -> None:
     assert "this run is finished already" not in told[1]
 
 
-def test_a_profile_is_kept_as_an_artifact(kdpipe: Callable) -> None:
-    kdpipe(*STUDENT, "train.profile=true")
-    (run,) = runs()
-    artifacts = {file.path for file in client().list_artifacts(run.info.run_id)}
-    assert artifacts == {*KEPT, "profile.txt", "trace.json.gz"}
-    table = next(Path("outputs/runs").glob("*/profile.txt")).read_text()
-    assert "convolution_backward" in table
-
-
 def test_a_finished_run_is_shown_and_not_repeated(kdpipe: Callable) -> None:
     first = kdpipe(*STUDENT)
     second = kdpipe(*STUDENT, "train.device=cpu")  # where it runs is no part of what it is

@@ -15,32 +15,17 @@ from kdpipe.settings.values import checked
 
 MAX_SEED = 2**32 - 1  # of NumPy
 
-TrainFraction = Annotated[float, Field(gt=0, le=1)]
-ValFraction = Annotated[float, Field(ge=0, lt=1)]
-TestFraction = Annotated[float, Field(gt=0, lt=1)]
-SplitSeed = Annotated[int, Field(ge=0, le=MAX_SEED, description=f"a whole number from 0 to {MAX_SEED}")]
-
 
 @dataclass(frozen=True)
 class Source:
-    """All the images of a data set, before they are split.
+    """All the images of a data set, before they are split. Raises ValueError for a tensor of another type or shape, a
+    label without a class name, and splits that overlap."""
 
-    Args:
-        images: uint8 [N, C, H, W] at their stored size, in memory or memory-mapped.
-        labels: int64 [N].
-        class_names: what label 0, 1, … mean.
-        given: the splits that the source brings itself, "validation" or "test", as positions int64 [n].
-        fingerprint: 16 hex digits that identify all of the above; computed by default.
-
-    Raises:
-        ValueError: a tensor of another type or shape, a label without a class name, splits that overlap.
-    """
-
-    images: Tensor
-    labels: Tensor
+    images: Tensor  # uint8 [N, C, H, W] at their stored size, in memory or memory-mapped
+    labels: Tensor  # int64 [N]
     class_names: tuple[str, ...]
-    given: dict[str, Tensor] = field(default_factory=dict)
-    fingerprint: str = ""
+    given: dict[str, Tensor] = field(default_factory=dict)  # "validation" and "test", if any, as positions int64 [n]
+    fingerprint: str = ""  # 16 hex digits that identify all of the above; computed by default
 
     def __post_init__(self) -> None:
         _check_tensor("images", self.images, torch.uint8, 4)
@@ -91,15 +76,10 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class PerImageValues:
-    """Values for some images of a data set, such as a teacher's logits, indexed by the images' positions there.
+    """Values for some images of a data set, such as a teacher's logits, indexed by the images' positions there."""
 
-    Args:
-        positions: int64 [n], sorted.
-        values: [n, …].
-    """
-
-    positions: Tensor
-    values: Tensor
+    positions: Tensor  # int64 [n], sorted
+    values: Tensor  # [n, …]
 
     @property
     def shape(self) -> torch.Size:
@@ -152,13 +132,14 @@ def fits_on_gpu(images: Images, device: torch.device) -> bool:
     return bool(images.nbytes < (free + kept_by_torch) / 2)
 
 
+@checked
 def split(
     source: Source,
     name: str,
-    train_fraction: float,
-    val_fraction: float,
-    test_fraction: float | None,
-    split_seed: int,
+    train_fraction: Annotated[float, Field(gt=0, le=1)],
+    val_fraction: Annotated[float, Field(ge=0, lt=1)],
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] | None,
+    split_seed: Annotated[int, Field(ge=0, le=MAX_SEED, description=f"a whole number from 0 to {MAX_SEED}")],
 ) -> ImageDataset:
     """Split what the source has not split itself, at random and stratified by class.
 
@@ -170,7 +151,8 @@ def split(
     Raises:
         ConfigError: a fraction out of its range, or too few images for it.
     """
-    check_fractions(train_fraction, val_fraction, test_fraction, split_seed)
+    if test_fraction is not None and val_fraction + test_fraction >= 1:
+        raise ConfigError(f"val_fraction={val_fraction}, test_fraction", test_fraction, "a sum below 1")
     given = {key: positions for key, positions in source.given.items() if len(positions)}
     if test_fraction is None and "test" not in given:
         problem = f"{name} has no test images of its own"
@@ -178,8 +160,7 @@ def split(
     outside = torch.ones(len(source.labels), dtype=torch.bool)
     for positions in given.values():
         outside[positions] = False
-    train = outside.nonzero().squeeze(1)
-    splits = dict(given)
+    train, splits = outside.nonzero().squeeze(1), dict(given)
     whole = len(train)
 
     def divide(key: str, fraction: float, count: int) -> tuple[Tensor, Tensor]:
@@ -200,12 +181,3 @@ def split(
         train, _ = divide("train_fraction", train_fraction, len(train) - round(train_fraction * len(train)))
     splits["train"] = train
     return ImageDataset(name, source.images, source.labels, source.class_names, splits, source.fingerprint)
-
-
-@checked
-def check_fractions(
-    train_fraction: TrainFraction, val_fraction: ValFraction, test_fraction: TestFraction | None, split_seed: SplitSeed
-) -> None:
-    """Raise ConfigError for a fraction outside its range."""
-    if test_fraction is not None and val_fraction + test_fraction >= 1:
-        raise ConfigError(f"val_fraction={val_fraction}, test_fraction", test_fraction, "a sum below 1")

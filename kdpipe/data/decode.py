@@ -29,7 +29,6 @@ log = logging.getLogger("kdpipe")
 
 ImageSize = Annotated[int, Field(ge=1, le=4096)]  # side of a square in pixels
 OnBadImage = Literal["stop", "skip"]
-SplitOf = Callable[[str], str | None]  # from a file's name to "validation" or "test", or None for training images
 
 # Formats of photos. Others that Pillow knows start programs (EPS), read other files, or are not for photos.
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "MPO")
@@ -47,35 +46,38 @@ class ImageFile:
     label: int
     stamp: tuple[int, ...]  # changes with the content: size and time, or a checksum
     read: Callable[[], bytes]
+    split: str | None = None  # "validation" or "test", if the source puts it there
 
 
-def image_file(path: str, root: Path, label: int) -> ImageFile:
+def image_file(path: str, root: Path, label: int, split: str | None = None) -> ImageFile:
     """An `ImageFile` for a file on disk, below `root`."""
     status = os.stat(path)  # noqa: PTH116 - there are many files, and making a Path takes longer than its status
     # Not the time of modification alone: programs that unpack archives set it.
     stamp = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-    return ImageFile(path.removeprefix(f"{root}{os.sep}").replace(os.sep, "/"), label, stamp, partial(_content, path))
+    name = path.removeprefix(f"{root}{os.sep}").replace(os.sep, "/")
+    return ImageFile(name, label, stamp, partial(read_file, Path(path)), split)
 
 
-def _content(path: str) -> bytes:
-    check_bytes(os.path.getsize(path))  # noqa: PTH202
-    return Path(path).read_bytes()
-
-
-def check_bytes(number: int) -> None:
-    """Raise ValueError for a file that is too large to be read into memory."""
-    if number > MAX_BYTES:
-        raise ValueError(f"{number / 1e6:,.0f} MB; expected at most {MAX_BYTES / 1e6:,.0f} MB")
+def read_file(path: Path) -> bytes:
+    """The content of a file. Raises ValueError if it is too large to be read into memory."""
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise ValueError(f"{size / 1e6:,.0f} MB; expected at most {MAX_BYTES / 1e6:,.0f} MB")
+    return path.read_bytes()
 
 
 def read_image(content: bytes) -> Image.Image:
-    """The pixels of an image file as RGB; of several frames the first.
-
-    Raises:
-        ValueError: not a readable image, or one that would take too much memory.
-    """
+    """The pixels of an image file as RGB; of several frames the first. Raises ValueError for what is not a readable
+    image, or would take too much memory."""
+    Image.init()
+    # Pillow warns from 89 million pixels on; we refuse such images below. For the whole process, because
+    # catch_warnings is not thread-safe.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    formats = [name for name in PHOTO_FORMATS if name in Image.OPEN]
     try:
-        with _opened(content) as image:
+        with Image.open(io.BytesIO(content), formats=formats) as image:
+            if image.width * image.height > MAX_PIXELS:
+                limit = f"{MAX_PIXELS / 1e6:g} million"
+                raise ValueError(f"{image.width}×{image.height} pixels; expected at most {limit}")
             return _rgb(image)
     except UnidentifiedImageError as error:
         raise ValueError("unknown image format" if content else "empty") from error
@@ -85,24 +87,12 @@ def read_image(content: bytes) -> Image.Image:
         raise ValueError(flat(error)) from error
 
 
-def _opened(content: bytes) -> Image.Image:
-    Image.init()
-    # Pillow warns from 89 million pixels on; we refuse such images below. For the whole process, because
-    # catch_warnings is not thread-safe.
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-    image = Image.open(io.BytesIO(content), formats=[name for name in PHOTO_FORMATS if name in Image.OPEN])
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width}×{image.height} pixels; expected at most {MAX_PIXELS / 1e6:g} million")
-    return image
-
-
 def decoded_source(
     files: Sequence[ImageFile],
     class_names: tuple[str, ...],
     image_size: int | None,
     on_bad_image: str,
     cache_dir: str,
-    split_of: SplitOf = lambda name: None,
 ) -> Source:
     """The `Source` of `files`, from the cache if they were decoded before.
 
@@ -110,7 +100,6 @@ def decoded_source(
         image_size: side in pixels of the stored squares; None keeps the images' size, which must be the same for all.
         on_bad_image: "stop", or "skip" to leave out files that are not readable images.
         cache_dir: folder of the decoded arrays.
-        split_of: the split that the source gives each file.
 
     Raises:
         ConfigError: unreadable files under "stop" (all are named); images of several sizes.
@@ -124,28 +113,23 @@ def decoded_source(
     }
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     entry = Path(cache_dir) / key
-    is_complete = partial(_is_complete, len(class_names))
-    decode = partial(_decode, files, class_names, image_size, on_bad_image == "skip", split_of)
-    ensure_entry(entry, is_complete, decode)
-    kept = json.loads((entry / META).read_text())
-    if kept["bad"]:
-        bad = len(kept["bad"])
-        log.warning("dataset.on_bad_image=skip: %d of %d files are not readable images, left out", bad, len(files))
+    decode = partial(_decode, files, class_names, image_size, on_bad_image == "skip")
+    ensure_entry(entry, partial(_is_complete, files, len(class_names)), decode)
+    meta = json.loads((entry / META).read_text())
+    if bad := meta["bad"]:
+        log.warning("dataset.on_bad_image=skip: %d of %d files are not readable images, left out", len(bad), len(files))
     return Source(
         images=mapped_array(entry / "images.npy"),
-        labels=torch.from_numpy(np.array(np.lib.format.open_memmap(entry / "labels.npy", mode="r"))),
+        labels=torch.from_numpy(np.load(entry / "labels.npy")),
         class_names=class_names,
-        given=_given_splits(kept["names"], split_of),
-        fingerprint=kept["fingerprint"],
+        given=_given_splits([file for file in files if file.name not in bad]),
+        fingerprint=meta["fingerprint"],
     )
 
 
-def _given_splits(names: Sequence[str], split_of: SplitOf) -> dict[str, Tensor]:
-    splits: dict[str, list[int]] = {}
-    for position, name in enumerate(names):
-        if split_name := split_of(name):
-            splits.setdefault(split_name, []).append(position)
-    return {name: torch.tensor(positions) for name, positions in splits.items()}
+def _given_splits(files: Sequence[ImageFile]) -> dict[str, Tensor]:
+    splits = np.array([file.split or "" for file in files])
+    return {str(name): torch.from_numpy(np.flatnonzero(splits == name)) for name in np.unique(splits) if name}
 
 
 def _decode(
@@ -153,7 +137,6 @@ def _decode(
     class_names: tuple[str, ...],
     image_size: int | None,
     skips: bool,
-    split_of: SplitOf,
     folder: Path,
 ) -> None:
     """Write images.npy, labels.npy and meta.json into `folder`."""
@@ -165,35 +148,28 @@ def _decode(
         problem = f"{len(bad)} of {len(files)} files are not readable images; remove them, or set skip: {names}"
         raise ConfigError("on_bad_image", "stop", problem=problem)
     good = [position for position, file in enumerate(files) if file.name not in bad]
-    labels = np.array([files[position].label for position in good], dtype=np.int64)
-    kept = [files[position].name for position in good]
+    kept = [files[position] for position in good]
+    labels = np.array([file.label for file in kept], dtype=np.int64)
     for label, class_name in enumerate(class_names):
         if label not in labels:
             raise ConfigError("root", expected="at least one", problem=f"class {class_name} has no readable image")
-    if lost := {split_of(file.name) for file in files} - {split_of(name) for name in kept}:
+    if lost := {file.split for file in files} - {file.split for file in kept}:
         problem = f"the {lost.pop() or 'train'} folder has no readable image"
         raise ConfigError("root", expected="at least one", problem=problem)
     if bad:
-        everything, images = images, new_array(folder / "good.npy", (len(good), 3, height, width), np.uint8)
+        everything, images = images, new_array(folder / "good.npy", (len(good), *images.shape[1:]), np.uint8)
         for row, position in enumerate(good):
             images[row] = everything[position]
         (folder / "good.npy").replace(folder / "images.npy")
     images.flush()
     np.save(folder / "labels.npy", labels)
-    source = Source(torch.from_numpy(images), torch.from_numpy(labels), class_names, _given_splits(kept, split_of))
-    meta = {"about": _about(images.shape), "names": kept, "bad": bad, "fingerprint": source.fingerprint}
+    source = Source(torch.from_numpy(images), torch.from_numpy(labels), class_names, _given_splits(kept))
+    meta = {"about": _about(images.shape), "bad": bad, "fingerprint": source.fingerprint}
     (folder / META).write_text(json.dumps(meta))
 
 
 def _decode_into(images: np.memmap, files: Sequence[ImageFile], resizes: bool) -> Mapping[str, str]:
-    """Decode files into images uint8 [N, 3, H, W].
-
-    Returns:
-        The names of the files that are not readable images, with the reasons; their rows are undefined.
-
-    Raises:
-        ConfigError: an image of another size that is not to be resized.
-    """
+    """Decode files into images uint8 [N, 3, H, W], and return those that are not readable images, with the reasons."""
     size = (images.shape[3], images.shape[2])
     bad: dict[str, str] = {}
     other_sizes: list[str] = []
@@ -243,42 +219,34 @@ def _first_size(files: Sequence[ImageFile]) -> tuple[int, int]:
     return 1, 1
 
 
-def _is_complete(num_classes: int, entry: Path) -> bool:
+def _is_complete(files: Sequence[ImageFile], num_classes: int, entry: Path) -> bool:
     """Whether an entry can be used; a damaged one cannot."""
     meta = read_meta(entry)
-    names, bad = meta.get("names"), meta.get("bad")
+    bad = meta.get("bad")
     try:  # mapped, because a damaged header may promise any size
         images, labels = (np.lib.format.open_memmap(entry / f"{name}.npy", mode="r") for name in ("images", "labels"))
     except Exception:  # NumPy's reader of headers raises all kinds
         return False
     return (
-        isinstance(names, list)
-        and all(isinstance(name, str) for name in names)
-        and isinstance(bad, dict)
+        isinstance(bad, dict)
         and isinstance(meta.get("fingerprint"), str)
         and (images.dtype, images.ndim, labels.dtype, labels.ndim) == (np.uint8, 4, np.int64, 1)
         and images.flags.c_contiguous
         and (images.shape[1], _about(images.shape)) == (3, meta.get("about"))
-        and len(names) == len(images) == len(labels) > 0
+        and sum(file.name not in bad for file in files) == len(images) == len(labels) > 0
         and 0 <= int(labels.min()) <= int(labels.max()) < num_classes
     )
 
 
 def files_below(root: Path) -> list[str]:
-    """The files below `root`, sorted, without hidden ones and those that operating systems leave behind.
-
-    Raises:
-        ConfigError: a link to a folder that was read already (such links can make endlessly many files), or a name
-            that is not valid text.
-    """
+    """The files below `root`, sorted, without hidden ones and those that operating systems leave behind. Raises
+    ConfigError for a link to a folder that was read already (such links can make endlessly many files), and for a name
+    that is not valid text."""
     if not root.is_dir():
         return []
     found = sorted(_paths_below(root, set()), key=lambda path: path.split(os.sep))  # noqa: PTH206 - for speed
-    try:
-        "".join(found).encode()
-    except UnicodeEncodeError as error:
-        wrong = next(path for path in found if any("\ud800" <= letter <= "\udfff" for letter in path))
-        raise ConfigError("root", expected="file names in UTF-8", problem=f"{wrong!a} is not") from error
+    if wrong := [path for path in found if path.encode(errors="ignore").decode() != path]:
+        raise ConfigError("root", expected="file names in UTF-8", problem=f"{wrong[0]!a} is not")
     return found
 
 

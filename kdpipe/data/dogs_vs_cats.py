@@ -24,9 +24,6 @@ def dogs_vs_cats(root: str, image_size: ImageSize, on_bad_image: OnBadImage, cac
     Args:
         root: a folder with `train/cat.0.jpg` … (or these files themselves), a folder with Kaggle's `train.zip` or
             `dogs-vs-cats.zip`, or one of these archives. Kaggle's test images have no labels and are not used.
-
-    Raises:
-        ConfigError: nothing of that kind at `root`.
     """
     path = Path(root)
     archives = [path] if path.is_file() else [path / "train.zip", path / "dogs-vs-cats.zip"]
@@ -48,11 +45,9 @@ def dogs_vs_cats(root: str, image_size: ImageSize, on_bad_image: OnBadImage, cac
 
 def _files_in(path: Path, root: str) -> list[ImageFile]:
     try:
-        archive = zipfile.ZipFile(path)
-        check_members(archive)
+        archive = _opened(path)
         if "train.zip" in archive.namelist():  # the whole competition in one archive
-            archive = zipfile.ZipFile(io.BytesIO(_content(archive, archive.getinfo("train.zip"), MAX_NESTED)))
-            check_members(archive)
+            archive = _opened(io.BytesIO(_content(archive, archive.getinfo("train.zip"), MAX_NESTED)))
     except MemoryError:
         raise
     except Exception as error:  # zipfile raises all kinds for damaged archives
@@ -72,14 +67,16 @@ def _files_in(path: Path, root: str) -> list[ImageFile]:
     ]
 
 
-def check_members(archive: zipfile.ZipFile) -> None:
-    """Raise ValueError for an archive with a member that an archive of photos does not have."""
+def _opened(file: Path | io.BytesIO) -> zipfile.ZipFile:
+    """An archive. Raises ValueError for a member that an archive of photos does not have."""
+    archive = zipfile.ZipFile(file)
     for member in archive.infolist():
         name = PureWindowsPath(member.orig_filename)  # which knows a slash, a backslash and a drive
         if name.anchor or ".." in name.parts:
             raise ValueError(f"its member {member.orig_filename} would be unpacked outside its folder")
         if member.flag_bits & 1:
             raise ValueError(f"its member {member.filename} is encrypted; unpack it and use the folder")
+    return archive
 
 
 def _content(archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: int) -> bytes:

@@ -13,37 +13,32 @@ SPLIT_FOLDERS = {"test": "test", "val": "validation", "valid": "validation", "va
 @checked
 def image_folder(root: str, image_size: ImageSize | None, on_bad_image: OnBadImage, cache_dir: str) -> Source:
     """Images as uint8 [N, 3, H, W] from `root/<class>/*`, or from `root/train/<class>/*` with a `test` folder, a `val`
-    folder, both or neither next to it.
-
-    Raises:
-        ConfigError: no such folder, no class folders, a class without images, a class that `train` does not have.
-    """
+    folder, both or neither next to it. Raises ConfigError for other folders, a class without images, and a class that
+    `train` does not have."""
     top = Path(root)
     if not top.is_dir():
         raise ConfigError("root", root, f"a folder with class folders ({top}/cat/1.jpg)", "no such folder")
     if wrong := [name for name in _folders(top) if name.lower() in ("train", *SPLIT_FOLDERS) and not name.islower()]:
         raise ConfigError("root", root, wrong[0].lower(), f"it has a folder {wrong[0]}")
+    first, parts = top, {}
     if (top / "train").is_dir():
-        parts = [top / "train", *(top / name for name in SPLIT_FOLDERS if (top / name).is_dir())]
-    else:
-        parts = [top]
-    class_names = _folders(parts[0])
+        first, parts = (
+            top / "train",
+            {top / name: part for name, part in SPLIT_FOLDERS.items() if (top / name).is_dir()},
+        )
+    class_names = _folders(first)
     if len(class_names) < 2:
-        raise ConfigError("root", root, "two or more class folders", f"{parts[0]} has {len(class_names)}")
+        raise ConfigError("root", root, "two or more class folders", f"{first} has {len(class_names)}")
     files = []
-    for part in parts:
+    for part in (first, *parts):
         if unknown := set(_folders(part)) - set(class_names):
-            raise ConfigError("root", root, problem=f"{part} has a class {min(unknown)}, but {parts[0]} does not")
+            raise ConfigError("root", root, problem=f"{part} has a class {min(unknown)}, but {first} does not")
         for label, class_name in enumerate(class_names):
             found = files_below(part / class_name)
-            if not found and part == parts[0]:
+            if not found and part == first:
                 raise ConfigError("root", root, problem=f"the class folder {part / class_name} is empty")
-            files += [image_file(path, top, label) for path in found]
-
-    def split_of(name: str) -> str | None:
-        return SPLIT_FOLDERS.get(name.split("/")[0]) if len(parts) > 1 else None
-
-    return decoded_source(files, tuple(class_names), image_size, on_bad_image, cache_dir, split_of)
+            files += [image_file(path, top, label, parts.get(part)) for path in found]
+    return decoded_source(files, tuple(class_names), image_size, on_bad_image, cache_dir)
 
 
 def _folders(part: Path) -> list[str]:

@@ -41,7 +41,7 @@ class Concatenated:
         return type(self)(self.first.to(device), self.second.to(device))
 
 
-def count_duplicates(images: Tensor, positions: Tensor, others: Tensor) -> int:
+def _count_duplicates(images: Tensor, positions: Tensor, others: Tensor) -> int:
     """How many of the others [m, C, H, W] are, pixel by pixel, among the images [n, C, H, W] at these positions."""
     middle = images.shape[2] // 2  # one row tells most images apart, so that little of a memory-mapped array is read
     places: dict[bytes, list[int]] = {}
@@ -55,13 +55,8 @@ def count_duplicates(images: Tensor, positions: Tensor, others: Tensor) -> int:
 
 
 def with_unlabelled(data: ImageDataset, root: str, on_bad_image: str, cache_dir: str) -> ImageDataset:
-    """The data set with all images below `root` among its training images, with the label −1.
-
-    They are decoded to the size of the others, and come after them.
-
-    Raises:
-        ConfigError: no such folder, no readable image in it, or a data set whose images are not square or not RGB.
-    """
+    """The data set with all images below `root` among its training images: after the others, decoded to their size,
+    with the label −1. Raises ConfigError if there are none, or if the data set's images are not square or not RGB."""
     top, images = Path(root).expanduser(), data.images
     assert isinstance(images, Tensor)  # as a source gives them
     _, channels, height, width = images.shape
@@ -79,12 +74,11 @@ def with_unlabelled(data: ImageDataset, root: str, on_bad_image: str, cache_dir:
             raise
         raise ConfigError("unlabelled_root", root, error.expected, error.problem) from error
     held_out = torch.cat([positions for name, positions in data.splits.items() if name != "train"])
-    if duplicates := count_duplicates(images, held_out, source.images):
-        log.warning(
-            "dataset.unlabelled_root=%s: %d of its %d images are also validation or test images, so results on those "
-            "mean little",
-            *(root, duplicates, len(source.images)),
+    if duplicates := _count_duplicates(images, held_out, source.images):
+        message = (
+            "dataset.unlabelled_root=%s: %d of its %d images are also validation or test images, which biases results"
         )
+        log.warning(message, root, duplicates, len(source.images))
     new = torch.arange(len(data.labels), len(data.labels) + len(source.labels))
     return replace(
         data,

@@ -21,7 +21,7 @@ PLACES = (
     "train.checkpoint_minutes",
     "train.compile",
     "optimizer.fused",
-    "train.profile",
+    "train.profile",  # of runs of 0.4.0
     "train.keep_epochs",
     "evaluation",
     "distillation.cache_max_gb",

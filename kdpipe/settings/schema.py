@@ -158,7 +158,6 @@ class TrainSettings(Section):
     ] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: Annotated[Literal["auto"] | bool, Field(description="one of auto, true, false")] = "auto"
-    profile: bool = False
     threads: PositiveInt | None = None
     resume: Literal["auto", "never"] = "auto"
     checkpoint_minutes: Positive | None = 10

@@ -8,8 +8,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -29,34 +28,27 @@ def ensure_entry(entry: Path, is_intact: Callable[[Path], bool], make: Callable[
     if is_intact(entry):
         return  # without a lock: the folder may be read-only
     entry.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = entry.with_name(f"{entry.name}.unfinished")
     with FileLock(lock_of(entry)):
-        if not is_intact(entry):
-            if entry.exists():
-                log.warning("%s is damaged and is made again", entry)
-            try:
-                with _new_entry(entry) as folder:
-                    make(folder)
-            except OSError as error:
-                if error.filename is None:  # as on a full disk
-                    raise OSError(error.errno, error.strerror, str(entry)) from error
-                raise
-
-
-@contextmanager
-def _new_entry(entry: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes `entry` unless an error occurs; needs the entry's lock."""
-    folder = entry.with_name(f"{entry.name}.unfinished")
-    shutil.rmtree(folder, ignore_errors=True)  # left by a killed process
-    folder.mkdir()
-    try:
-        yield folder
-        for file in folder.iterdir():
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-        shutil.rmtree(entry, ignore_errors=True)
-        folder.replace(entry)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if is_intact(entry):
+            return
+        if entry.exists():
+            log.warning("%s is damaged and will be rebuilt", entry)
+        shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed process
+        try:
+            unfinished.mkdir()
+            make(unfinished)
+            for file in unfinished.iterdir():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+            shutil.rmtree(entry, ignore_errors=True)
+            unfinished.replace(entry)
+        except OSError as error:
+            if error.filename is None:  # as on a full disk
+                raise OSError(error.errno, error.strerror, str(entry)) from error
+            raise
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def lock_of(entry: Path) -> str:
@@ -64,12 +56,8 @@ def lock_of(entry: Path) -> str:
 
 
 def new_array(file: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> np.memmap:
-    """A memory-mapped array to write to.
-
-    Raises:
-        OSError: no space for it. All space is allocated at once, because a process that writes to memory-mapped pages
-            on a full disk is killed without a message.
-    """
+    """A memory-mapped array to write to. All its space is allocated at once, because a process that writes to
+    memory-mapped pages on a full disk is killed without a message. Raises OSError if there is not enough."""
     try:
         array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
         if hasattr(os, "posix_fallocate"):
@@ -96,11 +84,7 @@ def mapped_array(file: Path) -> Tensor:
 
 def array_digest(file: Path) -> str:
     """SHA-256 of the values of an array on disk, 64 hex digits; computed once per process while the file's size, time
-    of modification and inode stay the same.
-
-    Raises:
-        Exception: of NumPy's reader, for a file that is missing or damaged.
-    """
+    of modification and inode stay the same. NumPy's reader raises errors of all kinds for damaged files."""
     status = file.stat()
     return _array_digest(file, (status.st_size, status.st_mtime_ns, status.st_ino))
 
@@ -120,14 +104,3 @@ def read_meta(entry: Path) -> dict[str, object]:
     except (OSError, ValueError, RecursionError):
         return {}
     return meta if isinstance(meta, dict) else {}
-
-
-def entries(folder: Path) -> list[Path]:
-    """Everything in a cache, unfinished entries included."""
-    return sorted(path for path in folder.glob("*/*") if path.suffix != ".lock")
-
-
-def size_of(entry: Path) -> int:
-    """Bytes on disk."""
-    files = [entry] if entry.is_file() else [file for file in entry.rglob("*") if file.is_file()]
-    return sum(file.stat().st_size for file in files)

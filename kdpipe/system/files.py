@@ -5,11 +5,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Replace a file's content.
-
-    Raises:
-        OSError: with the file's name, as on a full disk; the old content is intact.
-    """
+    """Replace a file's content. Raises OSError with the file's name, as on a full disk; the old content is intact."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -24,11 +20,7 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 
 
 def append_atomically(path: Path, line: str) -> None:
-    """Add a line to the end of a file, or nothing of it if the disk is full.
-
-    Raises:
-        OSError: with the file's name.
-    """
+    """Add a line to the end of a file, or nothing of it if the disk is full. Raises OSError with the file's name."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with path.open("ab") as file:

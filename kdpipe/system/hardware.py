@@ -88,11 +88,8 @@ class Hardware:
         return total
 
     def distribute(self, module: nn.Module) -> nn.Module:
-        """A module that averages its gradients over all processes; with one process the module itself.
-
-        Raises:
-            ConfigError: BatchNorm would differ from that of a single process.
-        """
+        """A module that averages its gradients over all processes; with one process the module itself. Raises
+        ConfigError if BatchNorm would differ from that of a single process."""
         if self.processes == 1:
             return module
         if self.device.type == "cuda":
@@ -121,18 +118,11 @@ def check_available(key: str, name: str, *also: str) -> None:
 
 def prepare_device(device: torch.device) -> None:
     """Set up this process to compute on a device."""
-    if device.type == "cpu":
-        keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # all batches but the last have one shape
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep freed memory instead of returning it to the system at each step.
-
-    Otherwise large activations on the CPU get fresh, zeroed pages, which takes close to half of a student's step.
-    """
-    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+    elif device.type == "cpu" and sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        # Keep freed memory instead of returning it to the system at each step: large activations would get fresh,
+        # zeroed pages, which takes close to half of a student's step.
         library.mallopt(M_MMAP_MAX, 0)
         library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -25,14 +25,11 @@ class Interrupted(SystemExit):
     """
 
     def __init__(self, number: int) -> None:
-        super().__init__(128 + number)
-        self.number = number
+        super().__init__(number)
+        self.number, self.code = number, 128 + number
 
     def __str__(self) -> str:
         return signal.Signals(self.number).name
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.number,)
 
 
 class InterruptedJobError(Exception):
@@ -68,7 +65,7 @@ def handle_signals(worker: bool = False) -> None:
 
 
 def previous_handler(number: int) -> Callable[[int, FrameType | None], Any] | None:
-    """The handler of another library that ours replaced, if any."""
+    """Another library's handler that ours replaced, if any."""
     found = (_State.previous or {}).get(number)
     return found if callable(found) and found is not signal.default_int_handler else None
 
@@ -129,14 +126,14 @@ def _forward(number: int) -> bool:
     for process in workers:
         with suppress(OSError):
             os.kill(process, signal.SIGTERM)  # they ignore it if a terminal has sent them one already
+
+    def give_up(*_: object) -> None:
+        raise Interrupted(number)
+
     if workers:
-        signal.signal(signal.SIGALRM, lambda *_: _raise(Interrupted(number)))
+        signal.signal(signal.SIGALRM, give_up)
         signal.setitimer(signal.ITIMER_REAL, GRACE)
     return bool(workers)
-
-
-def _raise(error: BaseException) -> None:
-    raise error
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:

@@ -141,7 +141,7 @@ def test_an_empty_given_split_is_ignored():
         ("train_fraction", True, "true", "a number above 0 to 1"),
         ("train_fraction", float("nan"), "nan", "a number above 0 to 1"),
         ("val_fraction", -0.1, "-0.1", "a number from 0 below 1"),
-        ("val_fraction", 1.0, "1.0", "a number from 0 below 1"),
+        ("val_fraction", 1.0, "1", "a number from 0 below 1"),
         ("val_fraction", None, "null", "a number from 0 below 1"),
         ("val_fraction", "0.1", "0.1", "a number from 0 below 1"),
         ("test_fraction", 0, "0", "a number above 0 below 1 or null"),

@@ -91,10 +91,10 @@ def test_unlabelled_images_change_a_distilled_run_but_not_the_baseline(
     for overrides in (SHORT, with_more):
         done = kdpipe("model@teacher=resnet20", *overrides)
         assert done.status == 0, done.errors
-    assert "images without a label: 12" in done.output + done.errors
+    assert "images without labels: 12" in done.output + done.errors
     assert kdpipe(*SHORT, "loss.alpha=0").status == 0
     again = kdpipe(*with_more, "loss.alpha=0")
-    assert "this run is finished already" in again.output + again.errors
+    assert "this run is already finished" in again.output + again.errors
     assert len(list(Path("outputs/runs").glob("*/model.safetensors"))) == 4
 
 

@@ -35,7 +35,7 @@ from kdpipe.settings.errors import ConfigError, one_line
         (["train.select=first"], ["train.select=first", "last, best"]),
         (["train.device=tpu"], ["train.device=tpu", "auto", "cpu"]),
         (["train.compile=maybe"], ["train.compile=maybe", "auto, true, false"]),
-        (["train.profile=5"], ["train.profile=5", "true or false"]),
+        (["evaluation.pictures=5"], ["evaluation.pictures=5", "true or false"]),
         (["distillation.outputs=twice"], ["distillation.outputs=twice", "auto, cached, online, views"]),
         (["distillation.outputs=views"], ["distillation.outputs=views", "there is only one view"]),
         (["augmentation=crop_flip", "distillation.outputs=cached"], ["distillation.outputs=cached", "views"]),

@@ -20,7 +20,7 @@ SAME = [
     ["dataset.root=elsewhere"],
     ["train.device=cpu", "train.threads=1", "train.resume=never"],
     ["distillation.outputs=online", "distillation.cache_max_gb=1", "distillation.views=5", "sweep.confirm_seeds=5"],
-    ["train.compile=true", "train.profile=true", "train.keep_epochs=[1,5]", "optimizer.fused=false"],
+    ["train.compile=true", "train.keep_epochs=[1,5]", "optimizer.fused=false"],
     ["experiment=distill"],
     ["evaluation.pictures=false", "evaluation.timing_seconds=0"],
 ]
