@@ -24,11 +24,7 @@ def cost_arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def measure_cost(arguments: argparse.Namespace) -> str:
-    """Measure, log, and return the table.
-
-    Raises:
-        ValueError: there is no such run, it has no weights, or a flag is invalid.
-    """
+    """Measure, log, and return the table. Raises ValueError for an invalid flag, and a run without weights."""
     from pydantic import Field
 
     from kdpipe.settings.values import Positive

@@ -21,16 +21,11 @@ Augmentation = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Views:
-    """The augmented views of a data set's images in each epoch.
-
-    Attributes:
-        described: the augmentation and its settings, as text.
-        number: None for new views in each epoch; K for the same K views over and over, independent of `seed`, so that
-            all seeds can share a teacher's outputs for them.
-    """
+    """The augmented views of a data set's images in each epoch: new ones each time or, with a `number` K, the same K
+    views over and over, independent of `seed`, so that all seeds can share a teacher's outputs for them."""
 
     augment: Augmentation
-    described: str
+    described: str  # the augmentation and its settings
     num_images: int
     seed: int
     number: int | None = None
@@ -50,11 +45,8 @@ def no_augmentation() -> None:
 
 
 class CropFlip:
-    """Pad with zeros by an eighth of the side, crop to the original size at random, flip horizontally at random.
-
-    Args:
-        flip: whether to flip half of the images.
-    """
+    """Pad with zeros by an eighth of the side, crop to the original size at random; with `flip`, also flip half of the
+    images horizontally."""
 
     @checked
     def __init__(self, flip: bool = True) -> None:

@@ -148,8 +148,7 @@ def split(
         val_fraction, test_fraction: shares of the images outside the given splits. They have no effect on a split that
             the source brings itself; `test_fraction` None requires that it brings a test split.
 
-    Raises:
-        ConfigError: a fraction out of its range, or too few images for it.
+    Raises ConfigError for a fraction out of its range, or too few images for it.
     """
     if test_fraction is not None and val_fraction + test_fraction >= 1:
         raise ConfigError(f"val_fraction={val_fraction}, test_fraction", test_fraction, "a sum below 1")

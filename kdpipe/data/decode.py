@@ -101,8 +101,7 @@ def decoded_source(
         on_bad_image: "stop", or "skip" to leave out files that are not readable images.
         cache_dir: folder of the decoded arrays.
 
-    Raises:
-        ConfigError: unreadable files under "stop" (all are named); images of several sizes.
+    Raises ConfigError for unreadable files under "stop" (all are named), and for images of several sizes.
     """
     settings = {
         "layout": LAYOUT,

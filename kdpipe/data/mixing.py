@@ -12,12 +12,9 @@ from kdpipe.system.randomness import derive_seed
 
 
 class Mixing:
-    """torchvision's MixUp or CutMix of the images of a batch; with both, each step picks one at random.
-
-    Args:
-        mixup, cutmix: alpha of Beta(alpha, alpha), from which the mixing ratio is drawn; None turns it off.
-        seed: the ratios depend on it, the epoch and the step only, so that all arms of a seed see the same images.
-    """
+    """torchvision's MixUp or CutMix of the images of a batch; with both, each step picks one at random. `mixup` and
+    `cutmix` are the alphas of Beta(alpha, alpha), from which the mixing ratio is drawn; None turns one off. The ratio
+    depends on the seed, the epoch and the step only, so that all arms of a seed see the same images."""
 
     def __init__(self, mixup: float | None, cutmix: float | None, num_classes: int, seed: int) -> None:
         self.seed = seed
@@ -28,11 +25,8 @@ class Mixing:
         ]
 
     def __call__(self, images: Tensor, labels: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """Mix uint8 images [N, C, H, W] with labels int64 [N].
-
-        Returns:
-            Images, float [N, C, H, W] from 0 to 255, and soft labels, float [N, classes].
-        """
+        """Mix uint8 images [N, C, H, W] with labels int64 [N], into images, float [N, C, H, W] from 0 to 255, and soft
+        labels, float [N, classes]."""
         seed = derive_seed(self.seed, f"mixing/{epoch}/{step}")
         way = random.Random(seed).choice(self.ways)
         with torch.random.fork_rng(devices=[]):  # torchvision draws from PyTorch's global CPU generator

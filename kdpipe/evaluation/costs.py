@@ -1,8 +1,7 @@
 """The cost of inference: parameters, bytes, operations, memory, time."""
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from statistics import median
 from typing import Any
@@ -38,10 +37,16 @@ def cost(networks: Networks, images: Tensor, hardware: Hardware, seconds: float)
     Returns:
         For each network `params`; `size_mb` (parameters and buffers, MB of 2²⁰ bytes); `flops` (of convolutions and
         matrix products for one image, a multiply-add being two); `activation_mb` (the most memory that tensors other
-        than the weights take at once during the forward pass of one image); and the results of `time_networks`.
+        than the weights take at once during the forward pass of one image); and, if timed, `latency_ms` and
+        `latency_p95_ms` (the median and the 95th percentile for one image, from raw image to logits) and
+        `images_per_second` (64 at once), with all CPU threads of the process, and with one thread as `…_1_thread`.
+        `speedup/latency` and `speedup/throughput` say how many times faster the model is than its teacher: the median
+        ratio over rounds in which both alternate.
     """
     found: dict[str, float] = {}
-    with eval_mode(*networks.values()), eager_inference(hardware):
+    with eval_mode(*networks.values()), torch.no_grad(), torch.compiler.set_stance("force_eager"), hardware.autocast():
+        # The cache would cast trainable weights once, but those of a frozen teacher in each call.
+        torch.set_autocast_cache_enabled(False)
         for name, network in networks.items():
             one = images[:1].to(hardware.device)
             counted = {
@@ -52,37 +57,17 @@ def cost(networks: Networks, images: Tensor, hardware: Hardware, seconds: float)
             }
             found |= {f"{name}/{what}": value for what, value in counted.items()}
         if seconds > 0:
-            found |= time_networks(networks, images, hardware, seconds)
+            found |= _time_networks(networks, images, hardware, seconds)
     return found
 
 
-@contextmanager
-def eager_inference(hardware: Hardware) -> Iterator[None]:
-    """No gradients, no compilation, the run's precision."""
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), hardware.autocast():
-        # The cache would cast trainable weights once, but those of a frozen teacher in each call.
-        torch.set_autocast_cache_enabled(False)
-        yield
-
-
-def time_networks(networks: Networks, images: Tensor, hardware: Hardware, seconds: float) -> dict[str, float]:
-    """How fast the networks are from raw images to logits, timed alternately.
-
-    Returns:
-        For each network `latency_ms` and `latency_p95_ms` (the median and the 95th percentile for one image) and
-        `images_per_second` (64 at once), with all CPU threads of the process, and with one thread as `…_1_thread`;
-        `speedup/latency` and `speedup/throughput`, how many times faster the model is than its teacher: the median of
-        the rounds' ratios.
-    """
-    found: dict[str, float] = {}
+def _time_networks(networks: Networks, images: Tensor, hardware: Hardware, seconds: float) -> dict[str, float]:
     wanted = {"": torch.get_num_threads()} | ({ONE_THREAD: 1} if hardware.device.type == "cpu" else {})
-    numbers = set(wanted.values())
-    for number in numbers:
+    measured = {}
+    for number in (numbers := set(wanted.values())):
         with threads(number):
-            measured = _time(networks, images, hardware.device, seconds / len(numbers))
-        for suffix in (suffix for suffix in wanted if wanted[suffix] == number):
-            found |= {f"{name}{suffix}": value for name, value in measured.items()}
-    return found
+            measured[number] = _time(networks, images, hardware.device, seconds / len(numbers))
+    return {f"{name}{suffix}": value for suffix, number in wanted.items() for name, value in measured[number].items()}
 
 
 def _time(networks: Networks, images: Tensor, device: torch.device, seconds: float) -> dict[str, float]:
@@ -141,18 +126,12 @@ class _LiveTensors(TorchDispatchMode):
     def __torch_dispatch__(self, operation: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = operation(*args, **(kwargs or {}))
         for tensor in tree_leaves(given):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._known:
+                self._known.add(storage._cdata)
+                self._bytes += storage.nbytes()
+                self.peak = max(self.peak, self._bytes)
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
         return given
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self._bytes += size
-        self.peak = max(self.peak, self._bytes)
-        weakref.finalize(storage, self._free, key, size)
 
     def _free(self, key: int, size: int) -> None:
         self._known.discard(key)

@@ -33,21 +33,13 @@ FILES = (PREDICTIONS, CLASSES, CONFUSION, RELIABILITY, DIFFERING)
 
 @dataclass(frozen=True)
 class Exam:
-    """What two networks predict for n test images.
+    """What two networks predict for n test images."""
 
-    Attributes:
-        positions: of the images in the data set, int64 [n].
-        labels: int64 [n].
-        student: the trained network's logits, float32 [n, classes].
-        teacher: its teacher's logits, if it has one.
-        temperature: at which the student's probabilities fit the validation images best, if any does.
-    """
-
-    positions: Tensor
-    labels: Tensor
-    student: Tensor
-    teacher: Tensor | None = None
-    temperature: float | None = None
+    positions: Tensor  # of the images in the data set, int64 [n]
+    labels: Tensor  # int64 [n]
+    student: Tensor  # the trained network's logits, float32 [n, classes]
+    teacher: Tensor | None = None  # its teacher's, if it has one
+    temperature: float | None = None  # at which the student's probabilities fit the validation images best, if any does
 
     def metrics(self) -> dict[str, float]:
         """The student's `classification_metrics` as `test/accuracy`, …; `test/ece_scaled` and `test/loss_scaled`, after
@@ -72,8 +64,7 @@ def examine(learner: nn.Module, data: ImageDataset, hardware: Hardware, teacher_
         data: what the learner takes: the images, or what its frozen backbone made of them.
         teacher_logits: the teacher's for the test images, float32 [n, classes].
 
-    Raises:
-        ValueError: logits that are NaN or infinite.
+    Raises ValueError for logits that are NaN or infinite.
     """
     positions, labels = data.splits["test"].cpu(), data.labels.cpu()
     student = require_finite("the trained network", logits_of(learner, data, "test", hardware))
@@ -87,11 +78,7 @@ def examine(learner: nn.Module, data: ImageDataset, hardware: Hardware, teacher_
 
 
 def require_finite(network: str, logits: Tensor) -> Tensor:
-    """The logits [n, classes].
-
-    Raises:
-        ValueError: some are NaN or infinite.
-    """
+    """The logits [n, classes]. Raises ValueError if some are NaN or infinite."""
     if bad := int((~logits.isfinite()).any(dim=1).sum()):
         raise ValueError(f"{network} has logits that are NaN or infinite for {bad} of {len(logits)} test images")
     return logits
@@ -105,7 +92,7 @@ def write_exam(exam: Exam, data: ImageDataset, folder: Path, with_figures: bool)
     tables = {PREDICTIONS: prediction_frame(exam, data.class_names), CLASSES: class_frame(exam, data.class_names)}
     contents = {name: table.to_csv(index=False, lineterminator="\n").encode() for name, table in tables.items()}
     if with_figures:
-        contents |= draw(exam, data)
+        contents |= _draw(exam, data)
     for name, content in contents.items():
         write_atomically(folder / name, content)
     return [folder / name for name in contents]
@@ -159,25 +146,23 @@ def _shares(counts: NDArray[np.int64], total: NDArray[np.int64]) -> list[object]
     return [f"{right / images:.4f}" if images else "" for right, images in zip(np.diag(counts), total, strict=True)]
 
 
-def draw(exam: Exam, data: ImageDataset) -> dict[str, bytes]:
+def _draw(exam: Exam, data: ImageDataset) -> dict[str, bytes]:
     """The figures, PNG by file name; the images on which student and teacher differ only if there is a teacher."""
     from kdpipe.evaluation import figures  # imports matplotlib, which takes as long as an epoch of a small data set
 
-    shown = {"student" if exam.teacher is not None else "network": reliability(exam.student, exam.labels)}
-    if exam.teacher is not None:
-        shown["teacher"] = reliability(exam.teacher, exam.labels)
-    drawn = {
-        CONFUSION: figures.draw_confusion(confusion(exam.student, exam.labels), data.class_names),
-        RELIABILITY: figures.draw_reliability(shown),
-    }
-    if exam.teacher is not None:
+    drawn = {CONFUSION: figures.draw_confusion(confusion(exam.student, exam.labels), data.class_names)}
+    student = reliability(exam.student, exam.labels)
+    if exam.teacher is None:
+        drawn[RELIABILITY] = figures.draw_reliability({"network": student})
+    else:
+        teacher = reliability(exam.teacher, exam.labels)
+        drawn[RELIABILITY] = figures.draw_reliability({"student": student, "teacher": teacher})
         drawn[DIFFERING] = figures.draw_differing(*_most_differing(exam, exam.teacher, data))
     return {name: figures.as_png(figure) for name, figure in drawn.items()}
 
 
 def _most_differing(exam: Exam, teacher: Tensor, data: ImageDataset) -> tuple[Tensor, list[tuple[str, ...]]]:
-    """The 16 images, uint8 [n, C, H, W], on which student and teacher differ most, most differing first, each with its
-    label and both predictions with their probabilities."""
+    """The images, uint8 [n, C, H, W], on which both differ most, each with its label, predictions and probabilities."""
     order = divergence(exam.student, teacher).argsort(descending=True, stable=True)[:SHOWN]
     columns = [[data.class_names[label] for label in exam.labels[order].tolist()]]
     for logits in (exam.student, teacher):

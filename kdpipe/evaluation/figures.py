@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from kdpipe.evaluation.metrics import BINS, Reliability
 
 RIGHT, WRONG, GREY = "#0072B2", "#D55E00", "#555555"
+NO_FORMULAS = rc_context({"text.parse_math": False})  # names of classes may have a $
 WITH_NUMBERS, WITH_NAMES = 20, 60  # most classes for which a matrix shows them
 
 
@@ -27,6 +28,7 @@ def as_png(figure: Figure) -> bytes:
     return content.getvalue()
 
 
+@NO_FORMULAS
 def draw_confusion(counts: NDArray[np.int64], class_names: Sequence[str]) -> Figure:
     """A confusion matrix [classes, classes] of `metrics.confusion`, in per cent of each row."""
     number = len(class_names)
@@ -41,11 +43,10 @@ def draw_confusion(counts: NDArray[np.int64], class_names: Sequence[str]) -> Fig
             text = f"{value:.0f}" if round(value) else "·" if counts[row, column] else ""
             axis.text(column, row, text, ha="center", va="center", color="white" if value > 60 else "black", fontsize=9)
     if number <= WITH_NAMES:
-        names = [short(name) for name in class_names]
+        names = [_short(name) for name in class_names]
         size = 10 if number <= WITH_NUMBERS else 7
         axis.set_xticks(range(number), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=size)
         axis.set_yticks(range(number), names, fontsize=size)
-        _without_math([*axis.get_xticklabels(), *axis.get_yticklabels()])
     axis.set_xlabel("answer")
     axis.set_ylabel("label")
     axis.set_title(f"test images, % of each class; {100 * np.trace(counts) / counts.sum():.1f} % right", fontsize=10)
@@ -59,7 +60,13 @@ def draw_reliability(networks: Mapping[str, Reliability]) -> Figure:
     panels = figure.subplots(2, len(networks), sharex=True, sharey="row", squeeze=False, height_ratios=[3, 1])
     middles = (np.arange(BINS) + 0.5) / BINS
     for (name, found), above, below in zip(networks.items(), panels[0], panels[1], strict=True):
-        _calibration(above, middles, found)
+        accuracy = np.nan_to_num(found.accuracy)
+        above.bar(middles, accuracy, width=0.9 / BINS, color=RIGHT, label="accuracy")
+        gap = np.nan_to_num(found.confidence - found.accuracy)
+        style = {"color": "none", "edgecolor": WRONG, "hatch": "////", "label": "gap to the confidence"}
+        above.bar(middles, gap, bottom=accuracy, width=0.9 / BINS, **style)
+        above.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="accuracy = confidence")
+        above.set_ylim(0, 1)
         mean = float(np.nansum(found.share * found.accuracy))
         confidence = float(np.nansum(found.share * found.confidence))
         title = f"{name}: {100 * mean:.1f} % right, mean confidence {100 * confidence:.1f} %"
@@ -76,16 +83,7 @@ def draw_reliability(networks: Mapping[str, Reliability]) -> Figure:
     return figure
 
 
-def _calibration(axis: Axes, middles: NDArray[np.float64], found: Reliability) -> None:
-    """Bars of accuracy, and from each bar the gap to the mean confidence."""
-    axis.bar(middles, np.nan_to_num(found.accuracy), width=0.9 / BINS, color=RIGHT, label="accuracy")
-    gap, bottom = np.nan_to_num(found.confidence - found.accuracy), np.nan_to_num(found.accuracy)
-    label = "gap to the confidence"
-    axis.bar(middles, gap, bottom=bottom, width=0.9 / BINS, color="none", edgecolor=WRONG, hatch="////", label=label)
-    axis.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="accuracy = confidence")
-    axis.set_ylim(0, 1)
-
-
+@NO_FORMULAS
 def draw_differing(images: Tensor, captions: Sequence[Sequence[str]]) -> Figure:
     """Images, uint8 [n, C, H, W], each with its label, the student's prediction and probability, and the teacher's."""
     columns = 4
@@ -97,25 +95,16 @@ def draw_differing(images: Tensor, captions: Sequence[Sequence[str]]) -> Figure:
     for axis, image, (label, *answers) in zip(axes, images, captions, strict=False):
         pixels = image.permute(1, 2, 0).numpy()
         axis.imshow(pixels if pixels.shape[2] == 3 else pixels[:, :, 0], cmap="gray", vmin=0, vmax=255)
-        lines = [(f"it is: {short(label)}", "black")]
+        lines = [(f"it is: {_short(label)}", "black")]
         for who, answer, probability in (("student", *answers[:2]), ("teacher", *answers[2:])):
             mark, color = ("✓", RIGHT) if answer == label else ("✗", WRONG)
-            lines.append((f"{mark} {who}: {short(answer)}, {100 * float(probability):.0f} %", color))
+            lines.append((f"{mark} {who}: {_short(answer)}, {100 * float(probability):.0f} %", color))
         for number, (text, color) in enumerate(lines):
-            axis.text(
-                *(0, -0.02 - 0.105 * number, text),
-                **{"transform": axis.transAxes, "va": "top", "fontsize": 8.5, "color": color, "parse_math": False},
-            )
+            axis.text(0, -0.02 - 0.105 * number, text, transform=axis.transAxes, va="top", fontsize=8.5, color=color)
     figure.suptitle("test images on which student and teacher differ most, with their answers", fontsize=11)
     figure.set_layout_engine("constrained", h_pad=0.22)
     return figure
 
 
-def short(name: str) -> str:
+def _short(name: str) -> str:
     return name if len(name) <= 18 else f"{name[:17]}…"
-
-
-def _without_math(texts: Sequence[object]) -> None:
-    """A $ in a name does not begin a formula."""
-    for text in texts:
-        text.set_parse_math(False)  # type: ignore[attr-defined]

@@ -45,16 +45,11 @@ def negative_log_likelihood(logits: Tensor, labels: Tensor, temperature: float =
 
 @dataclass(frozen=True)
 class Reliability:
-    """Confidence (the predicted class's probability) and accuracy, in 15 bins of equal width.
+    """Confidence (the predicted class's probability) and accuracy, in 15 bins of equal width."""
 
-    Attributes:
-        confidence, accuracy: the mean in each bin; NaN in an empty one.
-        share: of the images in each bin.
-    """
-
-    confidence: NDArray[np.float64]
-    accuracy: NDArray[np.float64]
-    share: NDArray[np.float64]
+    confidence: NDArray[np.float64]  # the mean in each bin; NaN in an empty one
+    accuracy: NDArray[np.float64]  # likewise
+    share: NDArray[np.float64]  # of the images in each bin
 
     @property
     def error(self) -> float:
@@ -89,11 +84,8 @@ def teacher_agreement(student: Tensor, teacher: Tensor, labels: Tensor) -> dict[
 
 def scaling_temperature(logits: Tensor, labels: Tensor) -> float | None:
     """The temperature T at which softmax(logits / T) fits the labels best (Guo et al. 2017,
-    https://arxiv.org/abs/1706.04599): the smallest negative log-likelihood. It changes no prediction.
-
-    Returns:
-        T within 0.05 … 20; None if the optimum is at a limit: all predictions are correct, or worthless.
-    """
+    https://arxiv.org/abs/1706.04599): the smallest negative log-likelihood. It changes no prediction. None if the
+    optimum is not within 0.05 … 20: all predictions are correct, or worthless."""
     low, high = np.log(TEMPERATURES)
     found = minimize_scalar(
         lambda power: negative_log_likelihood(logits, labels, np.exp(power)), bounds=(low, high), method="bounded"

@@ -19,16 +19,11 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where a run computes.
-
-    Attributes:
-        precision: "float32", or "bfloat16" for autocast.
-        rank, processes: this process among those that `torchrun` started; 0 of 1 without it.
-    """
+    """Where a run computes."""
 
     device: torch.device
-    precision: str = "float32"
-    rank: int = 0
+    precision: str = "float32"  # or "bfloat16", for autocast
+    rank: int = 0  # of this process among those that `torchrun` started
     processes: int = 1
 
     @property

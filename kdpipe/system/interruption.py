@@ -18,11 +18,7 @@ _CLUSTER = ["SIGUSR1", "SIGUSR2"]  # which Slurm can send before a job's time is
 
 
 class Interrupted(SystemExit):
-    """A signal asked the process to end; its run can be resumed.
-
-    Attributes:
-        number: of the signal. The exit status is 128 more.
-    """
+    """A signal asked the process to end; its run can be resumed. The exit status is the signal's number plus 128."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -47,11 +43,8 @@ class _State:
 
 
 def handle_signals(worker: bool = False) -> None:
-    """Handle the signals that end a process; only the first call in the main thread has an effect.
-
-    Args:
-        worker: whether another process gives this one run after run.
-    """
+    """Handle the signals that end a process; only the first call in the main thread has an effect. A `worker` gets run
+    after run from another process."""
     if _State.previous is not None or threading.current_thread() is not threading.main_thread():
         return
     _State.received, _State.previous, _State.is_worker = None, {}, worker
@@ -105,11 +98,7 @@ def postponed() -> Iterator[None]:
 
 @contextmanager
 def forward_signals(workers: Callable[[], list[int]]) -> Iterator[None]:
-    """Forward signals to worker processes within the block, and let them end first.
-
-    Args:
-        workers: returns their process ids.
-    """
+    """Forward signals to worker processes, whose ids `workers` returns, within the block, and let them end first."""
     _State.workers = workers
     try:
         yield

@@ -8,12 +8,8 @@ from rich.table import Table
 
 
 def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
-    """A table for a terminal; wider than the terminal rather than cut.
-
-    Args:
-        headings: of the columns; all empty for a table without a heading.
-        left: the columns that are aligned to the left; the others are to the right.
-    """
+    """A table for a terminal, wider than the terminal rather than cut; without a heading if all `headings` are empty.
+    Columns are aligned to the right, except those in `left`."""
     return _render(headings, rows, left, SIMPLE_HEAD)
 
 

@@ -18,12 +18,9 @@ def time_interleaved(
     """The seconds that each call took, round by round, by name.
 
     Each round calls every function once, so that whatever slows down the machine for a while slows down all of them:
-    ratios within a round are reliable when the seconds are not. The order rotates from round to round.
-
-    Args:
-        functions: on a GPU each has to wait for the device itself.
-        seconds: in total, without the warm-up.
-        min_rounds: are made however long they take.
+    ratios within a round are reliable when the seconds are not. The order rotates from round to round. On a GPU each
+    function has to wait for the device itself. `seconds` are in total, without the warm-up, but `min_rounds` are made
+    however long they take.
     """
     names = list(functions)
     for function in functions.values():
