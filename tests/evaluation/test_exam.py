@@ -164,8 +164,8 @@ def test_times_of_a_student_whose_teacher_is_gone_are_not_logged(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["nothing"], "runs:/nothing: there is no such run in "),
-        (["nothing", "--seconds", "0"], "--seconds 0.0: expected a number above 0"),
+        (["nothing"], "runs:/nothing: no such run in "),
+        (["nothing", "--seconds", "0"], "--seconds 0: expected a number above 0"),
         (["nothing", "--threads", "0"], "--threads 0: expected a whole number from 1 "),
         (["nothing", "--device", "cuda:99"], "--device cuda:99: expected "),
         (["nothing", "--uri", "sqlite:///nowhere.db"], "nowhere.db: MLflow store not found"),
