@@ -18,12 +18,10 @@ def attention(student: Tensor, teacher: Tensor, p: float = 2) -> Tensor:
     An attention map is the mean of |x|^p over the channels, scaled to length 1 over an image's positions. The paper
     sums over positions; like the authors' code, this averages (the benchmark's weight is 1,000). Maps of different
     sizes are first averaged down to the smaller, as in the benchmark (Tian et al. 2020,
-    https://arxiv.org/abs/1910.10699).
+    https://arxiv.org/abs/1910.10699). A larger p, from 1, gives more weight to the largest activations.
 
     Args:
-        student: maps, float [N, C, H, W].
-        teacher: maps, float [N, C', H', W'].
-        p: from 1; a larger one gives more weight to the largest activations.
+        student, teacher: maps, float [N, C, H, W] and [N, C', H', W'].
     """
     student, teacher = smaller(wide(student), wide(teacher))
     return F.mse_loss(_attention_map(student, p), _attention_map(teacher, p))

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from kdpipe.losses.outputs import Outputs, wide
 from kdpipe.settings.values import NonNegative, Share, checked
 
+Parts = dict[str, Tensor]  # scalars by name; `loss` is minimised
+
 
 def cross_entropy(student: Tensor, labels: Tensor, label_smoothing: float = 0) -> Tensor:
     """Cross-entropy of the student's logits, averaged over the labelled images; 0 where no image has a label.
@@ -30,28 +32,19 @@ def cross_entropy(student: Tensor, labels: Tensor, label_smoothing: float = 0) -
 
 
 class Loss(nn.Module):
-    """Base class of all losses: `forward` returns named parts, scalars, of which `loss` is minimised.
+    """Base class of all losses.
 
     A distillation method derives from `WeightedLoss` or `AlphaLoss` and defines `term` only; one that learns
     projections, or needs to know the training images, also defines `fit_to`.
-
-    Attributes:
-        name: of its term among the parts; "" where it has none, so that it cannot be added to another loss.
-        weight: of its term.
-        uses_teacher: whether a teacher is built for it.
-        teacher_learns: whether the network in the teacher's place is trained along with the student.
-        roles: features it needs from both networks in addition to logits, of `kdpipe.losses.outputs.ROLES`.
-        one_label: whether each image needs exactly one label, neither mixed nor missing.
-        compares_images: whether its term relates the images of a batch to each other.
     """
 
-    name: str = ""
-    weight: float = 1
-    uses_teacher = True
-    teacher_learns = False
-    roles: tuple[str, ...] = ()
-    one_label = False
-    compares_images = False
+    name: str = ""  # of its term among the parts; without one it cannot be added to another loss
+    weight: float = 1  # of its term
+    uses_teacher = True  # whether a teacher is built for it
+    teacher_learns = False  # whether the network in the teacher's place is trained along with the student
+    roles: tuple[str, ...] = ()  # features it needs in addition to logits, of `kdpipe.losses.outputs.ROLES`
+    one_label = False  # whether each image needs exactly one label, neither mixed nor missing
+    compares_images = False  # whether its term relates the images of a batch to each other
 
     @property
     def components(self) -> dict[str, "Loss"]:
@@ -59,8 +52,7 @@ class Loss(nn.Module):
         return {"loss": self}
 
     def adopt(self, peer: nn.Module) -> None:
-        """Take in the network in the teacher's place; where it learns, its weights become part of the loss, for the
-        optimizer and for checkpoints."""
+        """Take in the network in the teacher's place; if it learns, the optimizer and checkpoints find it here."""
 
     def fit_to(self, student: Outputs, teacher: Outputs, positions: Tensor, labels: Tensor) -> None:
         """Build what depends on the two networks and on the data; called once, before the optimizer is built.
@@ -78,9 +70,7 @@ class Loss(nn.Module):
         """The method's own term, a scalar without its weight; arguments as for `forward`."""
         raise NotImplementedError
 
-    def forward(
-        self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int
-    ) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int) -> Parts:
         """The named parts of the loss on N images.
 
         Args:
@@ -104,9 +94,7 @@ class WeightedLoss(Loss):
         super().__init__()
         self.weight, self.ce_weight = weight, ce_weight
 
-    def forward(
-        self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int
-    ) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int) -> Parts:
         assert teacher is not None, f"{type(self).__name__} needs a teacher"
         ce = cross_entropy(student.logits, labels)
         term = self.term(student, teacher, labels, indices, epoch)
@@ -125,9 +113,7 @@ class AlphaLoss(WeightedLoss):
         super().__init__(weight=alpha, ce_weight=1 - alpha)
         self.alpha = alpha
 
-    def forward(
-        self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int
-    ) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int) -> Parts:
         if teacher is None:
             assert self.alpha == 0, "only alpha 0 needs no teacher"
             ce = cross_entropy(student.logits, labels)
@@ -152,10 +138,8 @@ class CombinedLoss(Loss):
     def components(self) -> dict[str, Loss]:
         return {"loss": self.first, "also": self.second}
 
-    def forward(
-        self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int
-    ) -> dict[str, Tensor]:
-        parts: dict[str, Tensor] = self.first(student, teacher, labels, indices, epoch)
+    def forward(self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int) -> Parts:
+        parts: Parts = self.first(student, teacher, labels, indices, epoch)
         if teacher is None:
             assert self.second.weight == 0, f"{type(self.second).__name__} needs a teacher"
             return parts

@@ -15,8 +15,7 @@ def correlation(student: Tensor, teacher: Tensor) -> Tensor:
     over the batch instead.
 
     Args:
-        student: vectors, float [N, D].
-        teacher: vectors, float [N, D].
+        student, teacher: vectors, float [N, D].
     """
     differences = (wide(student) - wide(teacher)).abs()
     products = (differences[:-1] * differences[1:]).sum(dim=1)
@@ -24,10 +23,7 @@ def correlation(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class Correlation(WeightedLoss):
-    """ce_weight·CE + weight·correlation of both networks' embeddings, each after a learned linear layer.
-
-    Args:
-        dimensions: output size of the linear layers.
+    """ce_weight·CE + weight·correlation of both networks' embeddings, each after a linear layer to `dimensions`.
 
     Raises:
         ConfigError: a negative weight, or dimensions that are not a whole number from 1.

@@ -42,11 +42,9 @@ def crd(
     1e-7.) Computed in logarithms, which do not overflow at any temperature.
 
     Args:
-        student: embeddings of length 1, float [N, D].
-        teacher: embeddings of length 1, float [N, D].
-        student_memory: the student's embeddings of all training images, float [n, D]; a constant, which may be
+        student, teacher: embeddings of length 1, float [N, D].
+        student_memory, teacher_memory: their embeddings of all training images, float [n, D]; constants, which may be
             overwritten before the backward pass.
-        teacher_memory: the teacher's, likewise.
         candidates: rows of the memories, int64 [N, 1 + K]: each image's own, then its negatives.
         log_normalizers: log Z of the student's direction and of the teacher's, float [2], from `crd_log_normalizers` on
             the first batch of a training; None for those of this batch, as constants.
@@ -63,7 +61,7 @@ def crd(
         (teacher, student_memory, log_normalizers[1]),
     ):
         # log(P / (share + ε)): the odds that a candidate is the image itself.
-        odds = products(embeddings, memory, candidates) / temperature - log_normalizer - math.log(share + EPSILON)
+        odds = _products(embeddings, memory, candidates) / temperature - log_normalizer - math.log(share + EPSILON)
         own, others = F.logsigmoid(odds[:, 0]).sum(), F.logsigmoid(-odds[:, 1:]).sum()
         total = total - (own + others) / images - negatives * math.log(share / (share + EPSILON))
     return total
@@ -78,19 +76,15 @@ def crd_log_normalizers(
     candidates: Tensor,
     temperature: float = 0.07,
 ) -> Tensor:
-    """log Z of both directions, float [2]: Z is n times the mean of exp(embedding·row / temperature).
-
-    Args:
-        student, teacher, student_memory, teacher_memory, candidates, temperature: as of `crd`.
-    """
+    """log Z of both directions, float [2]: Z is n times the mean of exp(embedding·row / temperature); see `crd`."""
     logarithms = [
-        (products(embeddings, memory, candidates) / temperature).flatten().logsumexp(dim=0)
+        (_products(embeddings, memory, candidates) / temperature).flatten().logsumexp(dim=0)
         for embeddings, memory in ((student, teacher_memory), (teacher, student_memory))
     ]
     return torch.stack(logarithms) + math.log(len(student_memory) / candidates.numel())
 
 
-def products(embeddings: Tensor, memory: Tensor, candidates: Tensor) -> Tensor:
+def _products(embeddings: Tensor, memory: Tensor, candidates: Tensor) -> Tensor:
     """Dot products of embeddings [N, D] with their candidates' rows of a memory [n, D]: [N, 1 + K]."""
     embeddings, memory = wide(embeddings), wide(memory)
     # Where much of the memory is needed, multiplying all of it and picking products is ten times faster than fetching
@@ -127,14 +121,6 @@ class CRD(WeightedLoss):
     name = "crd"
     roles = ("embedding",)
     one_label = True
-    student_memory: Tensor
-    teacher_memory: Tensor
-    log_normalizers: Tensor
-    seed: Tensor
-    positions: Tensor
-    by_class: Tensor
-    class_start: Tensor
-    class_size: Tensor
 
     @checked
     def __init__(
@@ -159,27 +145,24 @@ class CRD(WeightedLoss):
             raise ConfigError("negatives", self.negatives, "images of two or more classes", problem)
         self.student_projection = nn.Linear(student.embedding.shape[1], self.dimensions)
         self.teacher_projection = nn.Linear(teacher.embedding.shape[1], self.dimensions)
-        for memory in ("student_memory", "teacher_memory"):  # rows of about length 1
-            bound = math.sqrt(3 / self.dimensions)
-            self.register_buffer(memory, torch.empty(len(positions), self.dimensions).uniform_(-bound, bound))
-        self.register_buffer("log_normalizers", torch.zeros(2))  # 0: not measured yet
-        self.register_buffer("seed", torch.randint(2**62, ()))
+        bound = math.sqrt(3 / self.dimensions)  # rows of about length 1
+        self.student_memory = nn.Buffer(torch.empty(len(positions), self.dimensions).uniform_(-bound, bound))
+        self.teacher_memory = nn.Buffer(torch.empty(len(positions), self.dimensions).uniform_(-bound, bound))
+        self.log_normalizers = nn.Buffer(torch.zeros(2))  # 0: not measured yet
+        self.seed = nn.Buffer(torch.randint(2**62, ()))
         # Where each row's class is among all rows in the order of classes; known from the data, so not in checkpoints.
-        for name, known in (
-            ("positions", positions),
-            ("by_class", by_class),
-            ("class_start", (sizes.cumsum(dim=0) - sizes)[labels]),
-            ("class_size", sizes[labels]),
-        ):
-            self.register_buffer(name, known.clone(), persistent=False)
+        self.positions = nn.Buffer(positions.clone(), persistent=False)
+        self.by_class = nn.Buffer(by_class, persistent=False)
+        self.class_start = nn.Buffer((sizes.cumsum(dim=0) - sizes)[labels], persistent=False)
+        self.class_size = nn.Buffer(sizes[labels], persistent=False)
 
     def candidates(self, indices: Tensor, epoch: int) -> Tensor:
         """Rows of the memory for training images: each image's own, then its negatives, int64 [N, 1 + K]."""
         rows = torch.searchsorted(self.positions, indices)
         drawn = np.empty((len(rows), self.negatives), dtype=np.int64)
         others = (len(self.positions) - self.class_size[rows]).tolist()
-        # NumPy draws some of many in a third of the time that PyTorch takes to shuffle them all.
         seed = int(self.seed)
+        # NumPy draws some of many in a third of the time that PyTorch takes to shuffle them all.
         for i, (index, number) in enumerate(zip(indices.tolist(), others, strict=True)):
             generator = np.random.default_rng([seed, epoch, index])
             drawn[i] = generator.choice(number, self.negatives, replace=self.negatives > number, shuffle=False)
@@ -198,10 +181,7 @@ class CRD(WeightedLoss):
             self.log_normalizers.copy_(crd_log_normalizers(*arguments, self.contrast_temperature))
         term = crd(*arguments, self.log_normalizers, self.contrast_temperature)
         if self.training:
-            self.remember(candidates[:, 0], of_student.detach(), of_teacher.detach())
+            rows = candidates[:, 0]
+            for memory, new in ((self.student_memory, of_student.detach()), (self.teacher_memory, of_teacher.detach())):
+                memory[rows] = F.normalize(self.momentum * memory[rows] + (1 - self.momentum) * new, dim=1)
         return term
-
-    def remember(self, rows: Tensor, student: Tensor, teacher: Tensor) -> None:
-        """Move rows of the memory, int64 [N], towards new embeddings [N, dimensions]."""
-        for memory, embeddings in ((self.student_memory, student), (self.teacher_memory, teacher)):
-            memory[rows] = F.normalize(self.momentum * memory[rows] + (1 - self.momentum) * embeddings, dim=1)

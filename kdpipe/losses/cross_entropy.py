@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from kdpipe.losses.base import Loss, cross_entropy
+from kdpipe.losses.base import Loss, Parts, cross_entropy
 from kdpipe.losses.outputs import Outputs
 
 
@@ -11,8 +11,6 @@ class CrossEntropy(Loss):
 
     uses_teacher = False
 
-    def forward(
-        self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int
-    ) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int) -> Parts:
         ce = cross_entropy(student.logits, labels)
         return {"loss": ce, "ce": ce}

@@ -15,14 +15,12 @@ def dist(student: Tensor, teacher: Tensor, beta: float, gamma: float, tau: float
     the paper.
 
     Args:
-        student: logits, float [N, classes].
-        teacher: logits, float [N, classes].
+        student, teacher: logits, float [N, classes].
         beta: weight of the relation between the classes of an image.
         gamma: weight of the relation between the images of a batch; for a batch of 1 its distance is 1.
         tau: the temperature that divides the logits, above 0.
     """
-    soft_outputs = F.softmax(wide(student) / tau, dim=1)
-    soft_targets = F.softmax(wide(teacher) / tau, dim=1)
+    soft_outputs, soft_targets = F.softmax(wide(student) / tau, dim=1), F.softmax(wide(teacher) / tau, dim=1)
     of_images = pearson_distance(soft_outputs, soft_targets)
     of_classes = pearson_distance(soft_outputs.T, soft_targets.T)
     return tau**2 * (beta * of_images + gamma * of_classes)
@@ -50,12 +48,7 @@ class DIST(WeightedLoss):
 
     @checked
     def __init__(
-        self,
-        beta: NonNegative,
-        gamma: NonNegative,
-        temperature: Positive,
-        weight: NonNegative,
-        ce_weight: NonNegative,
+        self, beta: NonNegative, gamma: NonNegative, temperature: Positive, weight: NonNegative, ce_weight: NonNegative
     ) -> None:
         super().__init__(weight, ce_weight)
         self.beta, self.gamma, self.temperature = beta, gamma, temperature

@@ -20,20 +20,17 @@ def dkd(student: Tensor, teacher: Tensor, labels: Tensor, alpha: float, beta: fl
     which is equivalent unless that is hundreds above the others.
 
     Args:
-        student: logits, float [N, classes].
-        teacher: logits, float [N, classes].
+        student, teacher: logits, float [N, classes].
         labels: the target classes, int64 [N].
-        alpha: weight of the first part.
-        beta: weight of the second part.
         temperature: T, above 0.
     """
-    student_target, student_others = target_and_others(wide(student) / temperature, labels)
-    teacher_target, teacher_others = target_and_others(wide(teacher) / temperature, labels)
+    student_target, student_others = _target_and_others(wide(student) / temperature, labels)
+    teacher_target, teacher_others = _target_and_others(wide(teacher) / temperature, labels)
     of_target, of_others = kd(student_target, teacher_target, 1), kd(student_others, teacher_others, 1)
     return temperature**2 * (alpha * of_target + beta * of_others)
 
 
-def target_and_others(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _target_and_others(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [N, classes] as target against all others, [N, 2], and among the others, [N, classes − 1]."""
     numbers = torch.arange(logits.shape[1] - 1, device=logits.device)
     targets = labels.unsqueeze(1)
@@ -46,7 +43,6 @@ class DKD(WeightedLoss):
 
     Args:
         alpha: weight of the target class's part; above 0, since alpha 0 means no teacher in all losses.
-        beta: weight of the other classes' part.
         warmup: epochs over which the term grows linearly to its full weight; 0 for none.
 
     Raises:

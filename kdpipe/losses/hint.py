@@ -16,8 +16,7 @@ def hint(student: Tensor, teacher: Tensor) -> Tensor:
     and sums them over one axis.
 
     Args:
-        student: maps after a regressor to the teacher's shape, float [N, C, H, W].
-        teacher: maps, float [N, C, H, W].
+        student, teacher: maps, the student's after a regressor to the teacher's shape, float [N, C, H, W].
     """
     return F.mse_loss(wide(student), wide(teacher))
 
@@ -51,9 +50,8 @@ class Hint(WeightedLoss):
         if self.stage > len(pairs):
             raise ConfigError("stage", self.stage, f"a whole number from 1 to {len(pairs)}")
         student_map, teacher_map = pairs[self.stage - 1]
-        self.regressor = nn.Sequential(
-            _convolution(student_map, teacher_map), nn.BatchNorm2d(teacher_map.shape[1]), nn.ReLU()
-        )
+        convolution = _convolution(student_map, teacher_map)
+        self.regressor = nn.Sequential(convolution, nn.BatchNorm2d(teacher_map.shape[1]), nn.ReLU())
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor, indices: Tensor, epoch: int) -> Tensor:
         student_map, teacher_map = last_pairs(student.stages, teacher.stages)[self.stage - 1]
@@ -61,9 +59,7 @@ class Hint(WeightedLoss):
 
 
 def _convolution(student: Tensor, teacher: Tensor) -> nn.Module:
-    """From the student's channels and size to the teacher's, as in the benchmark; a map that is smaller than the
-    teacher's, but not half its size, keeps its size.
-    """
+    """From the student's channels and size to the teacher's; smaller maps keep their size unless it is half of that."""
     (_, channels, height, width), (_, to_channels, to_height, to_width) = student.shape, teacher.shape
     if (height, width) == (2 * to_height, 2 * to_width):
         return nn.Conv2d(channels, to_channels, kernel_size=3, stride=2, padding=1)

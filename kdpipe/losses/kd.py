@@ -14,10 +14,9 @@ def kd(student: Tensor, teacher: Tensor, temperature: float, standardize: bool =
     T² keeps the size of the gradient when T changes (section 2.1 of the paper).
 
     Args:
-        student: logits, float [N, classes].
-        teacher: logits, float [N, classes].
+        student, teacher: logits, float [N, classes].
         temperature: T, above 0.
-        standardize: standardise both networks' logits before dividing them by T, see `standardized`.
+        standardize: whether to divide `standardized` logits by T.
     """
     student, teacher = wide(student), wide(teacher)
     if standardize:

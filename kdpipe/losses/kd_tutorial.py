@@ -11,13 +11,7 @@ def kd_tutorial(student: Tensor, teacher: Tensor, temperature: float, standardiz
     """T²·KL, averaged over the batch and the classes: `kd` divided by the number of classes.
 
     PyTorch's reduction "mean" divides by the number of elements, not of images, so with 10 classes the term is ten
-    times weaker than its formula.
-
-    Args:
-        student: logits, float [N, classes].
-        teacher: logits, float [N, classes].
-        temperature: T, above 0.
-        standardize: as for `kd`.
+    times weaker than its formula. Arguments as for `kd`.
     """
     student, teacher = wide(student), wide(teacher)
     if standardize:

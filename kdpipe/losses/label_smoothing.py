@@ -9,19 +9,13 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from kdpipe.losses.base import Loss, cross_entropy
+from kdpipe.losses.base import Loss, Parts, cross_entropy
 from kdpipe.losses.outputs import Outputs
 from kdpipe.settings.values import checked
 
 
 def label_smoothing(student: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """Cross-entropy with (1 − smoothing)·labels + smoothing / classes, averaged over the labelled images.
-
-    Args:
-        student: logits, float [N, classes].
-        labels: int64 [N], −1 for unlabelled images; or class shares of mixed images, float [N, classes].
-        smoothing: ε of the paper, the share of each label that is spread evenly over all classes.
-    """
+    """`cross_entropy` with (1 − smoothing)·labels + smoothing / classes; smoothing is ε of the paper."""
     return cross_entropy(student, labels, smoothing)
 
 
@@ -39,8 +33,6 @@ class LabelSmoothing(Loss):
         super().__init__()
         self.smoothing = smoothing
 
-    def forward(
-        self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int
-    ) -> dict[str, Tensor]:
-        smoothed = label_smoothing(student.logits, labels, self.smoothing)
-        return {"loss": smoothed, "ce": cross_entropy(student.logits, labels)}
+    def forward(self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int) -> Parts:
+        loss = label_smoothing(student.logits, labels, self.smoothing)
+        return {"loss": loss, "ce": cross_entropy(student.logits, labels)}

@@ -8,13 +8,9 @@ from kdpipe.losses.outputs import Outputs, wide
 
 
 def logit_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared difference of the logits, averaged over the batch and the classes.
+    """Squared difference of the logits [N, classes], averaged over the batch and the classes.
 
     The paper writes the squared norm, a sum over classes; like the authors' code, this averages over them.
-
-    Args:
-        student: logits, float [N, classes].
-        teacher: logits, float [N, classes].
     """
     return F.mse_loss(wide(student), wide(teacher))
 

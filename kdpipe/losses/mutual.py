@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from kdpipe.losses.base import WeightedLoss, cross_entropy
+from kdpipe.losses.base import Parts, WeightedLoss, cross_entropy
 from kdpipe.losses.kd import kd
 from kdpipe.losses.outputs import Outputs
 from kdpipe.settings.values import Positive, checked
@@ -15,9 +15,6 @@ class Mutual(WeightedLoss):
     The second student takes the teacher's place (`model@teacher`) and learns in the same step; no gradient flows
     through the predictions that serve as targets. (In the paper the two take turns, which would cost a second pass of
     both in each step.) Its weights are part of this module, so that the optimizer and checkpoints include them.
-
-    Args:
-        weight: of the divergences.
 
     Raises:
         ConfigError: a weight not above 0.
@@ -34,9 +31,7 @@ class Mutual(WeightedLoss):
     def adopt(self, peer: nn.Module) -> None:
         self.peer = peer
 
-    def forward(
-        self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int
-    ) -> dict[str, Tensor]:
+    def forward(self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int) -> Parts:
         assert teacher is not None, "mutual learning needs two networks"
         ce, peer_ce = cross_entropy(student.logits, labels), cross_entropy(teacher.logits, labels)
         term = kd(student.logits, teacher.logits.detach(), temperature=1)

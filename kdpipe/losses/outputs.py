@@ -10,24 +10,16 @@ ROLES = ("stages", "preactivations", "embedding")
 
 @dataclass(frozen=True)
 class Outputs:
-    """A network's outputs for N images; of the features, those that were requested.
+    """A network's outputs for N images; of the features, those that were requested."""
 
-    Attributes:
-        logits: float [N, classes].
-        stages: each stage's output, float [N, C, H, W].
-        preactivations: the same before the stage's last ReLU.
-        embedding: float [N, D].
-    """
-
-    logits: Tensor
-    stages: tuple[Tensor, ...] = ()
-    preactivations: tuple[Tensor, ...] = ()
-    embedding: Tensor | None = None
+    logits: Tensor  # float [N, classes]
+    stages: tuple[Tensor, ...] = ()  # each stage's output, float [N, C, H, W]
+    preactivations: tuple[Tensor, ...] = ()  # the same before the stage's last ReLU
+    embedding: Tensor | None = None  # float [N, D]
 
     @property
     def tensors(self) -> list[Tensor]:
-        embedding = [] if self.embedding is None else [self.embedding]
-        return [self.logits, *self.stages, *self.preactivations, *embedding]
+        return [self.logits, *self.stages, *self.preactivations, *([] if self.embedding is None else [self.embedding])]
 
     def pack(self) -> Tensor:
         """Everything as one row per image, float [N, F]; just the logits where there are no features."""

@@ -12,13 +12,9 @@ EPSILON = 1e-7  # the authors'
 def pkt(student: Tensor, teacher: Tensor) -> Tensor:
     """Divergence between the teacher's and the student's probabilities that two images are neighbours.
 
-    An image's probabilities are its cosine similarities to all images of the batch, mapped to [0, 1] and scaled to sum
-    1. The paper sums over the pairs; like the authors' code, this averages over all N² (the benchmark's weight is
-    30,000).
-
-    Args:
-        student: embeddings, float [N, D].
-        teacher: embeddings, float [N, D'].
+    An image's probabilities are the cosine similarities of its embedding ([N, D] the student's, [N, D'] the teacher's)
+    to those of the batch, mapped to [0, 1] and scaled to sum 1. The paper sums over the pairs; like the authors' code,
+    this averages over all N² (the benchmark's weight is 30,000).
     """
     outputs, targets = _probabilities(student), _probabilities(teacher)
     return (targets * ((targets + EPSILON) / (outputs + EPSILON)).log()).mean()

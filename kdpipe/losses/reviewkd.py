@@ -18,8 +18,7 @@ def reviewkd(student: Tensor, teacher: Tensor) -> Tensor:
     left out. The sum is divided by the sum of the weights.
 
     Args:
-        student: output of a fusion, float [N, C, H, W].
-        teacher: maps of the same shape.
+        student, teacher: a fusion's output and the teacher's maps, float [N, C, H, W].
     """
     student, teacher = wide(student), wide(teacher)
     loss = F.mse_loss(student, teacher)
@@ -43,14 +42,7 @@ class RunningBatchNorm(nn.BatchNorm2d):
 
 
 class Fusion(nn.Module):
-    """Attention-based fusion of a student's stage with the result of the deeper stages.
-
-    Args:
-        channels: of the student's maps.
-        mixed_channels: of the maps passed on from level to level.
-        teacher_channels: of the teacher's maps.
-        is_deepest: nothing deeper to fuse with.
-    """
+    """Attention-based fusion of a student's stage with the result of the deeper stages, unless it is the deepest."""
 
     def __init__(self, channels: int, mixed_channels: int, teacher_channels: int, is_deepest: bool) -> None:
         super().__init__()
@@ -99,7 +91,7 @@ class ReviewKD(WeightedLoss):
         self.warmup = warmup
 
     def fit_to(self, student: Outputs, teacher: Outputs, positions: Tensor, labels: Tensor) -> None:
-        pairs = levels(student, teacher)
+        pairs = _levels(student, teacher)
         mixed_channels = min(512, pairs[0][0].shape[1])
         self.fusions = nn.ModuleList(
             Fusion(ours.shape[1], mixed_channels, theirs.shape[1], is_deepest=number == 0)
@@ -109,13 +101,13 @@ class ReviewKD(WeightedLoss):
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor, indices: Tensor, epoch: int) -> Tensor:
         total = student.logits.new_zeros((), dtype=torch.float32)
         mixed = None
-        for fusion, (ours, theirs) in zip(self.fusions, levels(student, teacher), strict=True):
+        for fusion, (ours, theirs) in zip(self.fusions, _levels(student, teacher), strict=True):
             outputs, mixed = fusion(wide(ours), mixed, theirs.shape[2:])
             total = total + reviewkd(outputs, theirs)
         return total * min(epoch / self.warmup, 1) if self.warmup else total
 
 
-def levels(student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
+def _levels(student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:
     """Pairs of maps [N, C, H, W] of the student and the teacher, the deepest first."""
     assert student.embedding is not None and teacher.embedding is not None
     embeddings = (student.embedding[:, :, None, None], teacher.embedding[:, :, None, None])

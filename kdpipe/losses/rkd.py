@@ -15,8 +15,7 @@ def rkd(student: Tensor, teacher: Tensor, distance_weight: float = 25, angle_wei
     """distance_weight·`rkd_distance` + angle_weight·`rkd_angle`: how differently two networks lay out a batch.
 
     Args:
-        student: embeddings, float [N, D].
-        teacher: embeddings, float [N, D'].
+        student, teacher: embeddings, float [N, D] and [N, D'].
     """
     return distance_weight * rkd_distance(student, teacher) + angle_weight * rkd_angle(student, teacher)
 
@@ -25,10 +24,6 @@ def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Smooth L1 of the distances between images, each network's relative to their mean; over all N² pairs.
 
     As in the authors' code, the mean over N² includes the zeros of each image paired with itself; 0 for a batch of 1.
-
-    Args:
-        student: embeddings, float [N, D].
-        teacher: embeddings, float [N, D'].
     """
     return F.smooth_l1_loss(_relative_distances(student), _relative_distances(teacher))
 
@@ -37,10 +32,6 @@ def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
     """Smooth L1 of the cosines of the angles between images, over all N³ triplets, as in the authors' code.
 
     Needs memory for N³ and N²·D numbers: a few megabytes at N 64 and D 64, gigabytes at N 1024.
-
-    Args:
-        student: embeddings, float [N, D].
-        teacher: embeddings, float [N, D'].
     """
     return F.smooth_l1_loss(_cosines(student), _cosines(teacher))
 

@@ -11,10 +11,7 @@ def similarity(student: Tensor, teacher: Tensor) -> Tensor:
     """How differently two networks see which images of a batch resemble each other.
 
     ‖G_t − G_s‖²_F / N², where G [N, N] are the dot products of the images' features, each row scaled to length 1.
-
-    Args:
-        student: maps or vectors, float [N, …].
-        teacher: maps or vectors, float [N, …]; their size may differ.
+    These are maps or vectors, float [N, …]; their sizes may differ.
     """
     return F.mse_loss(_similarities(student), _similarities(teacher))
 

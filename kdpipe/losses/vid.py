@@ -19,8 +19,7 @@ def vid(student: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
     constant, which the authors' code leaves out.
 
     Args:
-        student: the mean, a regressor's output for the student's maps, float [N, C, H, W].
-        teacher: maps, float [N, C, H, W].
+        student, teacher: maps, the student's after a regressor (the mean), float [N, C, H, W].
         variance: of each channel, float [C], above 0.
     """
     student, teacher, variance = wide(student), wide(teacher), wide(variance).reshape(1, -1, 1, 1)
@@ -58,10 +57,6 @@ class VID(WeightedLoss):
 
 
 def _regressor(channels: int, to_channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels, to_channels, kernel_size=1, bias=False),
-        nn.ReLU(),
-        nn.Conv2d(to_channels, to_channels, kernel_size=1, bias=False),
-        nn.ReLU(),
-        nn.Conv2d(to_channels, to_channels, kernel_size=1, bias=False),
-    )
+    inputs = (channels, to_channels, to_channels)
+    first, second, third = (nn.Conv2d(number, to_channels, kernel_size=1, bias=False) for number in inputs)
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)

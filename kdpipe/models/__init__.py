@@ -10,5 +10,3 @@ Four attributes are optional, needed only for what they are for:
 
 from kdpipe.models.classifier import Classifier, size_mb
 from kdpipe.models.ensemble import Ensemble
-
-__all__ = ["Classifier", "Ensemble", "size_mb"]

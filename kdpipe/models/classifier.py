@@ -25,9 +25,6 @@ class Classifier(nn.Module):
         ConfigError: a value outside its range, or "backbone" for a network without `head_name`.
     """
 
-    mean: Tensor
-    std: Tensor
-
     @checked
     def __init__(
         self,
@@ -42,8 +39,8 @@ class Classifier(nn.Module):
             raise ConfigError("std", std, f"as many values as in mean={as_typed(mean)}")
         self.network = network.to(memory_format=torch.channels_last)
         self.image_size = image_size
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+        self.mean = nn.Buffer(torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
+        self.std = nn.Buffer(torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
         self.frozen_backbone = freeze == "backbone"
         if self.frozen_backbone:
             if not hasattr(network, "head_name"):
@@ -79,8 +76,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, classes] of uint8 images [N, C, H, W]."""
-        logits: Tensor = self.network(self.preprocess(images))
-        return logits
+        return self.network(self.preprocess(images))
 
     def features(self, images: Tensor) -> Tensor:
         """The head's inputs, float [N, …], for uint8 images [N, C, H, W]."""

@@ -20,14 +20,12 @@ class Ensemble(nn.Module):
         temperature: T, above 0, that of the loss: at any other the soft targets are not exactly the mean.
     """
 
-    shares: Tensor
-
     def __init__(self, members: Sequence[Classifier], shares: Sequence[float], temperature: float) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
         self.temperature = temperature
-        self.register_buffer("shares", torch.tensor(shares, dtype=torch.float32), persistent=False)
-        self.shares /= self.shares.sum()
+        weights = torch.tensor(shares, dtype=torch.float32)
+        self.shares = nn.Buffer(weights / weights.sum(), persistent=False)
 
     @property
     def network(self) -> Self:

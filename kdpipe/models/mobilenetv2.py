@@ -29,8 +29,8 @@ class InvertedResidual(nn.Module):
         super().__init__()
         inside = expansion * in_channels
         self.layers = nn.Sequential(
-            *convolution(in_channels, inside, 1),
-            *convolution(inside, inside, 3, stride, groups=inside),
+            *_convolution(in_channels, inside, 1),
+            *_convolution(inside, inside, 3, stride, groups=inside),
             nn.Conv2d(inside, out_channels, kernel_size=1, bias=False),
             nn.BatchNorm2d(out_channels),
         )
@@ -44,9 +44,8 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """MobileNetV2 whose second group of blocks has stride 1, so that 32×32 images end as 2×2 maps.
 
-    Takes float images [N, 3, H, W], gives logits [N, num_classes]. Layers, first weights and roles are those of the
-    benchmark of Tian et al. 2020 (https://arxiv.org/abs/1910.10699), whose "MobileNetV2" has half the width; its stages
-    end without a ReLU.
+    Layers, first weights and roles are those of the benchmark of Tian et al. 2020 (https://arxiv.org/abs/1910.10699),
+    whose "MobileNetV2" has half the width; its stages end without a ReLU.
 
     Args:
         width: multiplies the paper's numbers of channels; the last convolution has at least 1280.
@@ -61,16 +60,15 @@ class MobileNetV2(nn.Module):
     def __init__(self, num_classes: int, width: Annotated[float, Field(ge=0.1, allow_inf_nan=False)] = 1.0) -> None:
         super().__init__()
         channels, last = int(32 * width), max(1280, int(1280 * width))
-        self.conv1 = nn.Sequential(*convolution(3, channels, 3, stride=2))
+        self.conv1 = nn.Sequential(*_convolution(3, channels, 3, stride=2))
         self.blocks = nn.Sequential()
         for expansion, full, number, stride in GROUPS:
             out = int(full * width)
             first = InvertedResidual(channels, out, stride, expansion)
-            self.blocks.append(
-                nn.Sequential(first, *(InvertedResidual(out, out, 1, expansion) for _ in range(number - 1)))
-            )
+            rest = (InvertedResidual(out, out, 1, expansion) for _ in range(number - 1))
+            self.blocks.append(nn.Sequential(first, *rest))
             channels = out
-        self.conv2 = nn.Sequential(*convolution(channels, last, 1))
+        self.conv2 = nn.Sequential(*_convolution(channels, last, 1))
         self.classifier = nn.Linear(last, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -81,11 +79,10 @@ class MobileNetV2(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         outputs = self.conv2(self.blocks(self.conv1(images)))
-        logits: Tensor = self.classifier(outputs.mean(dim=(2, 3)))
-        return logits
+        return self.classifier(outputs.mean(dim=(2, 3)))
 
 
-def convolution(
+def _convolution(
     in_channels: int, out_channels: int, size: int, stride: int = 1, groups: int = 1
 ) -> tuple[nn.Conv2d, nn.BatchNorm2d, nn.ReLU]:
     """A convolution that divides height and width by `stride`, with BatchNorm and ReLU."""

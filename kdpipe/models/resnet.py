@@ -1,7 +1,7 @@
 """ResNets for small images: He, Zhang, Ren & Sun 2015, section 4.2, https://arxiv.org/abs/1512.03385."""
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch.nn.functional as F
 import torchvision.models
@@ -39,15 +39,12 @@ class BasicBlock(nn.Module):
         self.relu = nn.ReLU()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        outputs = F.relu(self.bn1(self.conv1(inputs)))
-        outputs = self.bn2(self.conv2(outputs))
-        activated: Tensor = self.relu(outputs + self.skip(inputs))
-        return activated
+        outputs = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(inputs)))))
+        return self.relu(outputs + self.skip(inputs))
 
     def skip(self, inputs: Tensor) -> Tensor:
         if len(self.shortcut) or (self.stride == 1 and not self.new_channels):
-            shortcut: Tensor = self.shortcut(inputs)
-            return shortcut
+            return self.shortcut(inputs)
         # Option A: every second pixel, zero-padded on both sides of the channels.
         before = self.new_channels // 2
         sampled = inputs[:, :, :: self.stride, :: self.stride]
@@ -57,11 +54,9 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """ResNet-`depth` for small images: three stages of (depth − 2) / 6 blocks.
 
-    Takes float images [N, 3, H, W], gives logits [N, num_classes]. Parameters are named as in the published weight
-    files of Y. Idelbayev's pytorch_resnet_cifar10.
+    Parameters are named as in the published weight files of Y. Idelbayev's pytorch_resnet_cifar10.
 
     Args:
-        depth: 6n + 2, such as 20, 32, 44, 56, 110.
         shortcut: "A" (no parameters, the paper's choice for CIFAR) or "B" (1×1 convolution with BatchNorm). With B it
             is the network of the benchmark of Tian et al. 2020 (https://arxiv.org/abs/1910.10699), initialised like
             theirs; with A it is initialised like Idelbayev's.
@@ -109,20 +104,18 @@ class ResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         outputs = F.relu(self.bn1(self.conv1(images)))
         outputs = self.layer3(self.layer2(self.layer1(outputs)))
-        logits: Tensor = self.linear(outputs.mean(dim=(2, 3)))
-        return logits
+        return self.linear(outputs.mean(dim=(2, 3)))
 
 
 def resnet50(num_classes: int) -> nn.Module:
     """torchvision's ResNet-50 for images of 32×32 pixels, as in the benchmark of Tian et al. 2020.
 
-    Its first convolution is 3×3 with stride 1, without pooling after it. Takes float images [N, 3, H, W], gives logits
-    [N, num_classes].
+    Its first convolution is 3×3 with stride 1, without pooling after it.
     """
-    network: nn.Module = torchvision.models.resnet50(num_classes=num_classes)
+    network: Any = torchvision.models.resnet50(num_classes=num_classes)
     network.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
     nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out")
     network.maxpool = nn.Identity()
-    network.head_name = "fc"  # type: ignore[assignment]
-    network.roles = resnet_roles(network)  # type: ignore[assignment]
+    network.head_name = "fc"
+    network.roles = resnet_roles(network)
     return network

@@ -37,15 +37,14 @@ class ShuffleUnit(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         outputs = self.layers(inputs)
         joined = outputs + inputs if self.pool is None else torch.cat([outputs, self.pool(inputs)], dim=1)
-        activated: Tensor = self.relu(joined)
-        return activated
+        return self.relu(joined)
 
 
 class ShuffleNetV1(nn.Module):
     """ShuffleNet 1× with 3 groups; its first convolution is 1×1 with stride 1, without pooling after it.
 
-    Takes float images [N, 3, H, W], gives logits [N, num_classes]. Layers, first weights (PyTorch's) and roles are
-    those of the benchmark of Tian et al. 2020, https://arxiv.org/abs/1910.10699.
+    Layers, first weights (PyTorch's) and roles are those of the benchmark of Tian et al. 2020,
+    https://arxiv.org/abs/1910.10699.
     """
 
     head_name = "linear"
@@ -56,16 +55,12 @@ class ShuffleNetV1(nn.Module):
         self.stages = nn.Sequential()
         channels = STEM
         for out, units in STAGES:
-            self.stages.append(
-                nn.Sequential(ShuffleUnit(channels, out, 2), *(ShuffleUnit(out, out, 1) for _ in range(units - 1)))
-            )
+            rest = (ShuffleUnit(out, out, 1) for _ in range(units - 1))
+            self.stages.append(nn.Sequential(ShuffleUnit(channels, out, 2), *rest))
             channels = out
         self.linear = nn.Linear(channels, num_classes)
-        self.roles = {
-            "stages": [f"stages.{number}" for number in range(3)],
-            "preactivations": [f"stages.{number}.{units - 1}.relu" for number, (_, units) in enumerate(STAGES)],
-        }
+        last = [f"stages.{number}.{units - 1}.relu" for number, (_, units) in enumerate(STAGES)]
+        self.roles = {"stages": ["stages.0", "stages.1", "stages.2"], "preactivations": last}
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.linear(self.stages(self.stem(images)).mean(dim=(2, 3)))
-        return logits
+        return self.linear(self.stages(self.stem(images)).mean(dim=(2, 3)))

@@ -15,15 +15,14 @@ class SplitUnit(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.layers = branch(channels // 2, channels // 2, 1)
+        self.layers = _branch(channels // 2, channels // 2, 1)
         self.relu = nn.ReLU()
         self.shuffle = nn.ChannelShuffle(2)
 
     def forward(self, inputs: Tensor) -> Tensor:
         kept, passed = inputs.chunk(2, dim=1)
         # The kept half is the output of a ReLU, so another one does not change it.
-        outputs: Tensor = self.shuffle(self.relu(torch.cat([kept, self.layers(passed)], dim=1)))
-        return outputs
+        return self.shuffle(self.relu(torch.cat([kept, self.layers(passed)], dim=1)))
 
 
 class DownsamplingUnit(nn.Module):
@@ -38,22 +37,19 @@ class DownsamplingUnit(nn.Module):
             nn.Conv2d(in_channels, half, kernel_size=1, bias=False),
             nn.BatchNorm2d(half),
         )
-        self.right = branch(in_channels, half, 2)
+        self.right = _branch(in_channels, half, 2)
         self.relu = nn.ReLU()
         self.shuffle = nn.ChannelShuffle(2)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        joined = torch.cat([self.left(inputs), self.right(inputs)], dim=1)
-        outputs: Tensor = self.shuffle(self.relu(joined))
-        return outputs
+        return self.shuffle(self.relu(torch.cat([self.left(inputs), self.right(inputs)], dim=1)))
 
 
 class ShuffleNetV2(nn.Module):
     """ShuffleNetV2 1×; its first convolution is 1×1 with stride 1, without pooling after it.
 
-    Takes float images [N, 3, H, W], gives logits [N, num_classes]. Layers, first weights (PyTorch's) and roles are
-    those of the benchmark of Tian et al. 2020 (https://arxiv.org/abs/1910.10699): a stage's output is
-    shuffled, its preactivation is not.
+    Layers, first weights (PyTorch's) and roles are those of the benchmark of Tian et al. 2020
+    (https://arxiv.org/abs/1910.10699): a stage's output is shuffled, its preactivation is not.
     """
 
     head_name = "linear"
@@ -64,24 +60,20 @@ class ShuffleNetV2(nn.Module):
         self.stages = nn.Sequential()
         channels = STEM
         for out, units in STAGES:
-            self.stages.append(
-                nn.Sequential(DownsamplingUnit(channels, out), *(SplitUnit(out) for _ in range(units - 1)))
-            )
+            rest = (SplitUnit(out) for _ in range(units - 1))
+            self.stages.append(nn.Sequential(DownsamplingUnit(channels, out), *rest))
             channels = out
         self.last = nn.Sequential(nn.Conv2d(channels, LAST, kernel_size=1, bias=False), nn.BatchNorm2d(LAST), nn.ReLU())
         self.linear = nn.Linear(LAST, num_classes)
-        self.roles = {
-            "stages": [f"stages.{number}" for number in range(3)],
-            "preactivations": [f"stages.{number}.{units - 1}.relu" for number, (_, units) in enumerate(STAGES)],
-        }
+        last = [f"stages.{number}.{units - 1}.relu" for number, (_, units) in enumerate(STAGES)]
+        self.roles = {"stages": ["stages.0", "stages.1", "stages.2"], "preactivations": last}
 
     def forward(self, images: Tensor) -> Tensor:
         outputs = self.last(self.stages(self.stem(images)))
-        logits: Tensor = self.linear(outputs.mean(dim=(2, 3)))
-        return logits
+        return self.linear(outputs.mean(dim=(2, 3)))
 
 
-def branch(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+def _branch(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
     """1×1, depthwise 3×3 and 1×1 convolutions, without the last ReLU."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False),

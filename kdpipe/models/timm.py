@@ -27,29 +27,24 @@ def classifier(architecture: str, num_classes: int, stages: Sequence[str] | None
     if not timm.is_model(architecture):
         near = suggestion(architecture, timm.list_models())
         raise ConfigError("name", architecture, "a network of timm.list_models()", near)
-    network: nn.Module = timm.create_model(architecture, num_classes=num_classes)
-    name = network.pretrained_cfg["classifier"]  # type: ignore[index]
+    network: Any = timm.create_model(architecture, num_classes=num_classes)
+    name = network.pretrained_cfg["classifier"]
     if not isinstance(name, str):
         raise ConfigError("name", architecture, "a network with one head", f"its heads are {', '.join(name)}")
-    network.head_name = name  # type: ignore[assignment]
-    names = stages_of(network) if stages is None else check_stages(network, stages)
-    network.roles = {"stages": names}  # type: ignore[assignment]
+    network.head_name = name
+    network.roles = {"stages": _stages_of(network) if stages is None else check_stages(network, stages)}
     expected = network.pretrained_cfg
-    network.preprocessing = {  # type: ignore[assignment]
-        "image_size": expected["input_size"][1],  # type: ignore[index]
-        "mean": expected["mean"],  # type: ignore[index]
-        "std": expected["std"],  # type: ignore[index]
-    }
+    network.preprocessing = {"image_size": expected["input_size"][1], "mean": expected["mean"], "std": expected["std"]}
 
     def imagenet_backbone() -> dict[str, Tensor]:
         pretrained = timm.create_model(architecture, pretrained=True)
         return {key: tensor for key, tensor in pretrained.state_dict().items() if not key.startswith(f"{name}.")}
 
-    network.imagenet_backbone = imagenet_backbone  # type: ignore[assignment]
+    network.imagenet_backbone = imagenet_backbone
     return network
 
 
-def stages_of(network: nn.Module) -> list[str]:
+def _stages_of(network: nn.Module) -> list[str]:
     """The submodules that timm takes features from, if these are known to be maps [N, C, H, W]."""
     if getattr(network, "output_fmt", "NCHW") != "NCHW":
         return []

@@ -1,6 +1,6 @@
 """Any torchvision classifier, by name, with its head replaced."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torchvision.models
@@ -23,15 +23,12 @@ def classifier(architecture: str, num_classes: int, stages: Sequence[str] | None
     if architecture not in known:
         raise ConfigError("name", architecture, f"one of {', '.join(known)}", suggestion(str(architecture), known))
     network = torchvision.models.get_model(architecture, weights=None)
-    path, last = [
-        (name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
-    ][-1]
-    head: nn.Module
+    layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    path, last = layers[-1]
     if isinstance(last, nn.Linear):
-        head = nn.Linear(last.in_features, num_classes)
+        network.set_submodule(path, nn.Linear(last.in_features, num_classes))
     else:  # SqueezeNet's head is a 1×1 convolution.
-        head = nn.Conv2d(last.in_channels, num_classes, kernel_size=1)
-    network.set_submodule(path, head)
+        network.set_submodule(path, nn.Conv2d(last.in_channels, num_classes, kernel_size=1))
     if isinstance(network, torchvision.models.Inception3 | torchvision.models.GoogLeNet):
         # With their auxiliary classifiers, the output in training mode would be a tuple.
         network.aux_logits = False
@@ -40,28 +37,20 @@ def classifier(architecture: str, num_classes: int, stages: Sequence[str] | None
             if hasattr(network, name):
                 setattr(network, name, None)
     network.head_name = path
-    network.roles = roles_of(network) if stages is None else {"stages": check_stages(network, stages)}
-    network.imagenet_backbone = imagenet_backbone(architecture, path)
+    network.roles = _roles_of(network) if stages is None else {"stages": check_stages(network, stages)}
     expected = torchvision.models.get_model_weights(architecture)["DEFAULT"].transforms()
     network.preprocessing = {"image_size": expected.crop_size[0], "mean": expected.mean, "std": expected.std}
+
+    def imagenet_backbone() -> dict[str, Tensor]:
+        heads = (f"{path}.", "AuxLogits.", "aux1.", "aux2.")
+        pretrained = torchvision.models.get_model(architecture, weights="DEFAULT").state_dict()
+        return {name: tensor for name, tensor in pretrained.items() if not name.startswith(heads)}
+
+    network.imagenet_backbone = imagenet_backbone
     return network
 
 
-def imagenet_backbone(architecture: str, head_name: str) -> Callable[[], dict[str, Tensor]]:
-    """A function that loads the ImageNet weights without the head, from PyTorch's cache or the network."""
-
-    def load() -> dict[str, Tensor]:
-        pretrained = torchvision.models.get_model(architecture, weights="DEFAULT")
-        return {
-            name: tensor
-            for name, tensor in pretrained.state_dict().items()
-            if not name.startswith((f"{head_name}.", "AuxLogits.", "aux1.", "aux2."))
-        }
-
-    return load
-
-
-def roles_of(network: nn.Module) -> dict[str, Any]:
+def _roles_of(network: nn.Module) -> dict[str, Any]:
     """The roles of a network's submodules (see `kdpipe.models.roles`), for families where they are known."""
     if isinstance(network, torchvision.models.ResNet):
         return resnet_roles(network)

@@ -13,9 +13,8 @@ CONVOLUTIONS = {8: 1, 13: 2}  # in each block, by depth
 class VGG(nn.Module):
     """Five blocks of 3×3 convolutions with BatchNorm, and one linear layer in place of the paper's three.
 
-    Takes float images [N, 3, H, W], gives logits [N, num_classes]. Layers, first weights and roles are those of the
-    benchmark of Tian et al. 2020 (https://arxiv.org/abs/1910.10699): for 32×32 images the last two blocks work on
-    4×4, and the first block is not a stage.
+    Layers, first weights and roles are those of the benchmark of Tian et al. 2020 (https://arxiv.org/abs/1910.10699):
+    for 32×32 images the last two blocks work on 4×4, and the first block is not a stage.
 
     Args:
         depth: 8 or 13, counted as if there were three linear layers.
@@ -46,12 +45,9 @@ class VGG(nn.Module):
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
-        stages = {f"blocks.{number}": len(self.blocks[number]) for number in (1, 2, 3, 4)}  # type: ignore[arg-type]
-        self.roles = {
-            "stages": list(stages),
-            "preactivations": [f"{name}.{layers - 1}" for name, layers in stages.items()],
-        }
+        stages = [f"blocks.{number}" for number in (1, 2, 3, 4)]
+        last = [f"{name}.{len(self.get_submodule(name)) - 1}" for name in stages]  # type: ignore[arg-type]
+        self.roles = {"stages": stages, "preactivations": last}
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(self.blocks(images).mean(dim=(2, 3)))
-        return logits
+        return self.classifier(self.blocks(images).mean(dim=(2, 3)))

@@ -33,10 +33,8 @@ def read_weights(key: str, path: Path) -> tuple[State, list[str] | None]:
         try:
             with safe_open(path, framework="pt") as file:
                 class_names = json.loads((file.metadata() or {}).get("class_names", "null"))
-            named = class_names is None or (
-                isinstance(class_names, list) and all(isinstance(name, str) for name in class_names)
-            )
-            if not named:
+            is_list = isinstance(class_names, list) and all(isinstance(name, str) for name in class_names)
+            if class_names is not None and not is_list:
                 raise ValueError("class_names in its metadata is not a list of names")
             return load_file(path), class_names
         except (SafetensorError, ValueError, OSError, RecursionError) as error:
@@ -88,10 +86,9 @@ def load_state(key: str, source: str, network: nn.Module, state: State, name: st
     Raises:
         ConfigError: names or shapes differ.
     """
-    # Files from before PyTorch 0.4.1 lack these counters, which BatchNorm does not need.
-    counters = {name: tensor for name, tensor in network.state_dict().items() if name.endswith("num_batches_tracked")}
-    state = counters | state
     expected = network.state_dict()
+    # Files from before PyTorch 0.4.1 lack these counters, which BatchNorm does not need.
+    state = {name: tensor for name, tensor in expected.items() if name.endswith("num_batches_tracked")} | state
     problems = []
     if missing := [name for name in expected if name not in state]:
         problems.append(f"{len(missing)} missing, such as {missing[0]}")

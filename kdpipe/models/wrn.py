@@ -35,13 +35,8 @@ class WideBlock(nn.Module):
 class WideResNet(nn.Module):
     """WRN-`depth`-`width`: three stages of (depth − 4) / 6 blocks with 16, 32 and 64 channels, `width` times as many.
 
-    Takes float images [N, 3, H, W], gives logits [N, num_classes]. Layers, first weights and roles are those of the
-    benchmark of Tian et al. 2020 (https://arxiv.org/abs/1910.10699): a stage's output is a sum, its preactivation
-    the output of the next BatchNorm.
-
-    Args:
-        depth: 6n + 4, such as 16, 28, 40.
-        width: a whole number from 1.
+    Layers, first weights and roles are those of the benchmark of Tian et al. 2020 (https://arxiv.org/abs/1910.10699):
+    a stage's output is a sum, its preactivation the output of the next BatchNorm.
 
     Raises:
         ConfigError: another depth or width.
@@ -68,10 +63,8 @@ class WideResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
-        self.roles = {
-            "stages": ["block1", "block2", "block3"],
-            "preactivations": ["block2.0.relu", "block3.0.relu", "relu"],
-        }
+        last = ["block2.0.relu", "block3.0.relu", "relu"]
+        self.roles = {"stages": ["block1", "block2", "block3"], "preactivations": last}
 
     @staticmethod
     def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:
@@ -80,6 +73,4 @@ class WideResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         outputs = self.block3(self.block2(self.block1(self.conv1(images))))
-        outputs = self.relu(self.bn(outputs))
-        logits: Tensor = self.fc(outputs.mean(dim=(2, 3)))
-        return logits
+        return self.fc(self.relu(self.bn(outputs)).mean(dim=(2, 3)))
