@@ -131,14 +131,14 @@ def test_a_teacher_s_file_that_changed_teaches_anew(kdpipe: Callable) -> None:
         file.write_bytes(weights.read_bytes())
         told.append(kdpipe(*DISTILL, f"teacher.weights={file}").output)
     assert all("computed in" in output for output in told)
-    assert "this run is finished already" not in told[1]
+    assert "this run is already finished" not in told[1]
 
 
 def test_a_finished_run_is_shown_and_not_repeated(kdpipe: Callable) -> None:
     first = kdpipe(*STUDENT)
     second = kdpipe(*STUDENT, "train.device=cpu")  # where it runs is no part of what it is
     assert len(runs()) == 1
-    assert "this run is finished already" in second.output
+    assert "this run is already finished" in second.output
     accuracy = next(line for line in first.output.splitlines() if "test accuracy" in line)
     assert accuracy.split("]")[1] in second.output
     weights = next(Path("outputs/runs").glob("*/model.safetensors"))

@@ -49,6 +49,8 @@ def as_typed(value: object) -> str:
         return "null" if value is None else str(value).lower()
     if isinstance(value, list | tuple):
         return f"[{','.join(map(as_typed, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{as_typed(item)}' for key, item in value.items())}}}"
     return f"{value:g}" if isinstance(value, float) and value.is_integer() else str(value)
 
 

@@ -69,7 +69,7 @@ from kdpipe.settings.errors import ConfigError, one_line
             ["optimizer._target_=torch.optim.SGD"],
         ),
         (["dataset=digits", "teacher.weights=no.pth"], ["teacher.weights=no.pth", "not found"]),
-        (["dataset=digits", "teacher.weights=runs:/0"], ["teacher.weights=runs:/0", "no such run"]),
+        (["dataset=digits", "teacher.weights=runs:/0"], ["teacher.weights=runs:/0", "run not found"]),
         (["dataset=digits", "loss.alpha=0", "model.weights=imagenet"], ["model.weights=imagenet", "student_cnn"]),
         (["dataset=digits", "loss.alpha=0", "model.freeze=all"], ["model.freeze=all", "none, backbone"]),
         (["dataset=digits", "loss.alpha=0", "model.image_size=64"], ["model.image_size=64", "student_cnn"]),

@@ -214,26 +214,26 @@ CE = "{loss:cross_entropy}"
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["chain=[]"], "chain=[]: a list of links is accepted, such as [{model:resnet56,loss:cross_entropy},"),
-        (["chain=5"], "chain=5: a list of links is accepted"),
-        (["chain=[resnet56,resnet20]"], "chain: resnet56 is link 1: settings in braces are accepted"),
-        (["chain=[{model:{depth:8}},{}]"], "chain: model in link 1: whole keys are accepted, such as model.depth"),
-        ([f"chain=[{CE},{{loss.alpha:'0.1,0.5'}}]"], "chain: loss.alpha=0.1,0.5 in link 2: one value is accepted"),
-        ([f"chain=[{CE},{{}}],[{CE},{{}},{{}}]"], "one chain is accepted"),
+        (["chain=[]"], "chain=[]: expected a list of links, such as [{model:resnet56,loss:cross_entropy},"),
+        (["chain=5"], "chain=5: expected a list of links"),
+        (["chain=[resnet56,resnet20]"], "chain: resnet56 is link 1: expected settings in braces"),
+        (["chain=[{model:{depth:8}},{}]"], "chain: model in link 1: expected whole keys, such as model.depth"),
+        ([f"chain=[{CE},{{loss.alpha:'0.1,0.5'}}]"], "chain: loss.alpha=0.1,0.5 in link 2: expected one value"),
+        ([f"chain=[{CE},{{}}],[{CE},{{}},{{}}]"], "expected one chain"),
         ([f"chain=[{CE},{{hydra/launcher:joblib}}]"], "chain: hydra/launcher=joblib in link 2: it is the whole"),
-        ([f"chain=[{CE},{{output_dir:elsewhere}}]"], "output_dir=elsewhere,outputs: one value for the whole sweep"),
+        ([f"chain=[{CE},{{output_dir:elsewhere}}]"], "output_dir=elsewhere,outputs: expected one value for the whole sweep"),
         ([f"chain=[{CE},{{model@teacher:resnet20}}]"], "model@teacher=resnet20 in link 2: its teacher is link 1"),
         ([f"chain=[{CE},{{teacher.weights:auto}}]"], "teacher.weights=auto in link 2: its teacher is link 1"),
         ([f"chain=[{CE},{{seed:2}}]", "seed=0,1"], "chain: seed=2 in link 2: seed is an axis of the chain"),
         ([f"chain=[{CE},{CE}]"], "link 2 learns nothing from link 1, its loss is kdpipe.losses.CrossEntropy"),
         (["loss.alpha=0"], "link 2 learns nothing from link 1, its loss is kdpipe.losses.KD, alpha 0"),
         ([f"chain=[{CE},{{}},{{loss.alpha:2}}]"], "loss.alpha=2: expected a number from 0 to 1"),
-        ([f"chain=[{CE},{{}},{{loss.alfa:1}}]"], "loss.alfa: there is no such key; did you mean loss.alpha?"),
+        ([f"chain=[{CE},{{}},{{loss.alfa:1}}]"], "loss.alfa: no such key; did you mean loss.alpha?"),
         (
             [f"chain=[{CE},{{}},{{model:student_cnn,model.image_size:4}}]"],
             "model.image_size=4: student_cnn cannot take",
         ),
-        ([f"chain=[{CE},{{train.select:best}}]", "dataset.val_fraction=0"], "train.select=best: chosen on validation"),
+        ([f"chain=[{CE},{{train.select:best}}]", "dataset.val_fraction=0"], "train.select=best: expected dataset.val_fraction above 0 with it"),
         (["chain=[{model:resnet56,loss:cross_entropy},{model:resnet20}]"], "model=resnet20: each link of the chain"),
         (
             ["chain=[{model@teacher:resnet32},{}]", "teacher.mean=[0]"],
@@ -241,7 +241,7 @@ CE = "{loss:cross_entropy}"
         ),
         (["teacher.weights=nowhere.pt"], "teacher.weights=nowhere.pt: the first link learns from none"),
         (["sweep.confirm_seeds=2"], "sweep.confirm_seeds=2: a chain is confirmed by the same chain on other seeds"),
-        (["experiment=born_again,student"], "one for the whole command is accepted, python -m kdpipe -m 'chain=…'"),
+        (["experiment=born_again,student"], "a chain is one command: python -m kdpipe -m 'chain=…'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -259,7 +259,7 @@ def test_a_bad_chain_is_refused_before_anything_trains(
 def test_a_single_run_has_no_chain(kdpipe: Callable[..., Outcome]) -> None:
     outcome = kdpipe(*SMALL, f"chain=[{CE},{{}}]")
     assert outcome.status == 1
-    assert "one for the whole command is accepted, python -m kdpipe -m 'chain=…'" in outcome.errors
+    assert "a chain is one command: python -m kdpipe -m 'chain=…'" in outcome.errors
     assert not runs()
 
 

@@ -73,8 +73,8 @@ def test_two_processes_that_were_killed_go_on_after_the_last_epoch(kdpipe: Calla
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["experiment=student", "train.batch_size=1"], "train.batch_size=1: 2 processes share it, from 2 is accepted"),
-        (["-m", "experiment=student", "seed=0,1"], "torchrun: it shares one run between processes"),
+        (["experiment=student", "train.batch_size=1"], "train.batch_size=1: expected at least 2, for the 2 processes"),
+        (["-m", "experiment=student", "seed=0,1"], "torchrun: it shares one run"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(
