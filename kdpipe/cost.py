@@ -14,9 +14,7 @@ def cost_arguments(words: list[str] | None = None) -> argparse.Namespace:
         description="Measure what a finished run's network costs compared with its teacher, and log it to the run.",
     )
     parser.add_argument("run", help="the run's id, or runs:/<run id>")
-    parser.add_argument(
-        "--seconds", type=float, default=20, help="of timing, without the warm-up (default: %(default)g)"
-    )
+    parser.add_argument("--seconds", type=float, default=20, help="of timing, without the warm-up (default: 20)")
     parser.add_argument("--threads", type=int, help="CPU threads, as well as one (default: PyTorch's choice)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: %(default)s)")
     add_store_arguments(parser)
@@ -61,14 +59,12 @@ def measure_cost(arguments: argparse.Namespace) -> str:
     with threads(arguments.threads or torch.get_num_threads()):
         found = cost(networks, images, hardware, arguments.seconds)
         where = hardware.machine
-    if notes:  # the teacher's times would be older than the student's
-        logged = "not logged"
-    else:
+    logged = "not logged"
+    if not notes:  # otherwise the teacher's times in the run would be older than the student's
         store.log_metrics(finished.record.id, found, int(finished.record.params["train.epochs"]))
         store.set_tag(finished.record.id, TIMED_ON, where)
         logged = f"logged to run {finished.record.id}"
-    names = {"model": finished.name, "teacher": teacher[1] if teacher else ""}
-    lines = [cost_table(found, names), *notes]
+    lines = [cost_table(found, {"model": finished.name, "teacher": teacher[1] if teacher else ""}), *notes]
     if IMAGE_SHAPE not in finished.record.tags:
         shape = "×".join(map(str, finished.image_shape))
         lines.append(f"the run does not store the shape of its images: measured with its network's input size, {shape}")
@@ -77,8 +73,7 @@ def measure_cost(arguments: argparse.Namespace) -> str:
 
 def cli() -> None:
     """`python -m kdpipe.cost`."""
-    arguments = cost_arguments()
-    run_command("kdpipe.cost", lambda: measure_cost(arguments))
+    run_command("kdpipe.cost", lambda: measure_cost(cost_arguments()))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,18 +20,12 @@ NAME = "kdpipe.predict"
 
 
 def predict_arguments(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m kdpipe.predict",
-        description="Classify images, with probabilities.",
-    )
-    parser.add_argument(
-        "network", metavar="FILE_OR_RUN", help="output of kdpipe.export (the folder or a file in it), or a run's id"
-    )
+    parser = argparse.ArgumentParser(prog="python -m kdpipe.predict", description="Classify image files.")
+    network = "output of kdpipe.export (the folder or a file in it), or a run's id"
+    parser.add_argument("network", metavar="FILE_OR_RUN", help=network)
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="image files")
     parser.add_argument("--teacher", metavar="FILE_OR_RUN", help="another network, whose predictions are shown as well")
-    parser.add_argument(
-        "--top", metavar="K", type=int, default=1, help="show the K likeliest classes (default: %(default)s)"
-    )
+    parser.add_argument("--top", metavar="K", type=int, default=1, help="show the K likeliest classes (default: 1)")
     parser.add_argument("--trust", action="store_true", help="load .pt2 files, which can run code hidden in them")
     add_store_arguments(parser)
     return parser.parse_args(words)
@@ -50,36 +45,30 @@ def predict_images(arguments: argparse.Namespace) -> str:
     from kdpipe.export.predictor import open_predictor
     from kdpipe.tracking import RunStore
 
-    def open_store() -> RunStore:
-        return RunStore(existing_store(arguments))
-
-    addresses = filter(None, (arguments.network, arguments.teacher))
-    networks = [open_predictor(address, open_store, arguments.trust) for address in addresses]
+    networks = [
+        open_predictor(address, lambda: RunStore(existing_store(arguments)), arguments.trust)
+        for address in filter(None, (arguments.network, arguments.teacher))
+    ]
     if len({network.class_names for network in networks}) > 1:
         classes = ", ".join(networks[1].class_names[:10])
         print(printable(f"{NAME}: --teacher {arguments.teacher} has other classes: {classes}"), file=sys.stderr)
     rows: list[list[str]] = []
     unreadable: dict[str, str] = {}
     for first in range(0, len(arguments.images), CHUNK):
-        rows += prediction_rows(networks, arguments.images[first : first + CHUNK], arguments.top, unreadable)
+        rows += _prediction_rows(networks, arguments.images[first : first + CHUNK], arguments.top, unreadable)
     for name, reason in unreadable.items():
         print(printable(f"{NAME}: {name}: {reason}"), file=sys.stderr)
     table = prediction_table(rows) if rows else ""
-    if unreadable:
-        if table:
-            print(table, flush=True)
-        raise ValueError(f"{len(unreadable)} of {len(arguments.images)} images could not be read")
-    return table
+    if not unreadable:
+        return table
+    print(table, end="\n" if table else "", flush=True)
+    raise ValueError(f"{len(unreadable)} of {len(arguments.images)} images could not be read")
 
 
-def prediction_rows(
+def _prediction_rows(
     networks: Sequence["Predictor"], names: Sequence[str], top: int, unreadable: dict[str, str]
 ) -> list[list[str]]:
-    """Rows of the table for some images: name, class and probability, and the teacher's class and probability.
-
-    Args:
-        unreadable: collects the files that cannot be read, with the reason.
-    """
+    """Rows for some images: name, and class and probability of each network; files that fail go to `unreadable`."""
     import numpy as np
 
     images: list[list[NDArray[np.uint8]]] = []
@@ -96,15 +85,13 @@ def prediction_rows(
     probabilities = [network.probabilities(batch) for network, batch in zip(networks, batches, strict=True)]
     rows = []
     for number, name in enumerate(readable):
-        ranked = [np.argsort(-each[number], kind="stable")[:top] for each in probabilities]
-        for rank in range(max(map(len, ranked))):
-            row = [name if rank == 0 else ""]
-            for network, each, order in zip(networks, probabilities, ranked, strict=True):
-                if rank < len(order):  # one of them may have fewer classes
-                    row += [network.class_names[order[rank]], f"{100 * each[number, order[rank]]:.1f} %"]
-                else:
-                    row += ["", ""]
-            rows.append(row)
+        answers = [
+            [(network.class_names[label], f"{100 * each[number, label]:.1f} %") for label in order[:top]]
+            for network, each in zip(networks, probabilities, strict=True)
+            for order in [np.argsort(-each[number], kind="stable")]
+        ]
+        for rank, parts in enumerate(zip_longest(*answers, fillvalue=("", ""))):  # one may have fewer classes
+            rows.append([name if rank == 0 else "", *chain.from_iterable(parts)])
     return rows
 
 
@@ -124,9 +111,7 @@ def load_image(file: Path, shapes: Sequence[tuple[int, int, int]]) -> "list[NDAr
     views = []
     for channels, height, width in shapes:
         view = photo.convert("L") if channels == 1 else photo
-        if view.size != (width, height):
-            view = view.resize((width, height), Image.Resampling.BILINEAR)
-        pixels = np.asarray(view)
+        pixels = np.asarray(view.resize((width, height), Image.Resampling.BILINEAR))
         views.append(pixels[None] if channels == 1 else pixels.transpose(2, 0, 1))
     return views
 
@@ -140,8 +125,7 @@ def prediction_table(rows: Sequence[Sequence[str]]) -> str:
 
 def cli() -> None:
     """`python -m kdpipe.predict`."""
-    arguments = predict_arguments()
-    run_command(NAME, lambda: predict_images(arguments))
+    run_command(NAME, lambda: predict_images(predict_arguments()))
 
 
 if __name__ == "__main__":

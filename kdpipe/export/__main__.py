@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from kdpipe.export.exporting import Export
     from kdpipe.tracking import RunStore
 
+ALIAS = "candidate"  # of a registered model, unless another is given
+
 
 def export_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -30,17 +32,10 @@ def export_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=["onnx"], help="default: onnx (float and int8)")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="new folder for the files")
     parser.add_argument("--root", metavar="FOLDER", help="where the run's images are now (default: where they were)")
-    parser.add_argument(
-        "--images", metavar="N", type=int, default=1000, help="test images for the checks (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-loss",
-        metavar="POINTS",
-        type=float,
-        default=1.0,
-        help="points of accuracy that int8 may lose (default: %(default)s)",
-    )
-    parser.add_argument("--seconds", metavar="S", type=float, default=20, help="of timing (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=1000, help="test images to check on (default: %(default)s)")
+    points = "points of accuracy that int8 may lose (default: %(default)g)"
+    parser.add_argument("--max-loss", metavar="POINTS", type=float, default=1.0, help=points)
+    parser.add_argument("--seconds", type=float, default=20, help="of timing (default: %(default)s)")
     parser.add_argument("--license", metavar="TEXT", help="licence of the weights, for the model card")
     parser.add_argument("--register", metavar="NAME", help="add the ONNX model to MLflow's registry under this name")
     parser.add_argument("--alias", help="for the registered version (default: candidate)")
@@ -49,7 +44,7 @@ def export_arguments(words: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def check_arguments(arguments: argparse.Namespace) -> None:
+def _check_arguments(arguments: argparse.Namespace) -> None:
     """Raise ConfigError for invalid flags."""
     from pydantic import Field
 
@@ -57,8 +52,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
     if arguments.out.exists() or arguments.out.is_symlink():
         raise ConfigError("--out", arguments.out, "the name of a new folder", "this exists")
-    points = Annotated[float, Field(ge=0, le=100)]
-    check_flags(arguments, images=PositiveInt, seconds=NonNegative, max_loss=points)
+    check_flags(arguments, images=PositiveInt, seconds=NonNegative, max_loss=Annotated[float, Field(ge=0, le=100)])
     if arguments.register is None and arguments.register_int8:
         raise ConfigError("--register-int8", problem="requires --register NAME")
     if arguments.register is None and arguments.alias is not None:
@@ -73,7 +67,7 @@ def export(arguments: argparse.Namespace) -> str:
     Raises:
         ValueError: invalid flags, no such run, no images, or refused files (the others have been written).
     """
-    check_arguments(arguments)
+    _check_arguments(arguments)
     uri = existing_store(arguments)
 
     # These imports take seconds, so they come after the quick checks.
@@ -90,8 +84,8 @@ def export(arguments: argparse.Namespace) -> str:
 
     store = RunStore(uri)
     if arguments.register is not None:
-        check_registry(store, arguments.register, arguments.alias or "candidate")
-    with staging_folder(arguments.out) as folder:
+        check_registry(store, arguments.register, arguments.alias or ALIAS)
+    with _new_folder(arguments.out) as folder:
         exported = export_run(
             open_sources(arguments.run, store, arguments.root),
             folder,
@@ -102,19 +96,18 @@ def export(arguments: argparse.Namespace) -> str:
             license=arguments.license,
         )
         if not exported.files:
-            raise ValueError(refusals(exported))
-        move_into_place(folder, arguments.out)
+            raise ValueError(_refusals(exported))
     lines = [text_table(*table_of(exported.measurements)), *exported.notes]
     lines += [f"written: {arguments.out / name}" for name in sorted(exported.files)]
     print("\n".join(lines), flush=True)
     if arguments.register is not None:
-        print(register_export(exported, arguments, store), flush=True)
+        print(_register(exported, arguments, store), flush=True)
     if exported.refused:
-        raise ValueError(refusals(exported))
+        raise ValueError(_refusals(exported))
     return f"use: python -m kdpipe.predict {shlex.quote(str(arguments.out))} PHOTO.jpg"
 
 
-def register_export(exported: "Export", arguments: argparse.Namespace, store: "RunStore") -> str:
+def _register(exported: "Export", arguments: argparse.Namespace, store: "RunStore") -> str:
     """Add the ONNX model to MLflow's registry, and return what to print."""
     import numpy as np
 
@@ -122,57 +115,49 @@ def register_export(exported: "Export", arguments: argparse.Namespace, store: "R
 
     name, run = INT8 if arguments.register_int8 else ONNX, exported.sources.run
     if name not in exported.files:
-        raise ValueError(f"{refusals(exported)}; so nothing is registered")
-    version = register(
-        store,
-        run.record.id,
-        arguments.register,
-        arguments.alias or "candidate",
-        arguments.out / name,
-        exported.registry_tags(name),
-        np.zeros((2, *run.image_shape), np.uint8),
-    )
-    return version.summary()
+        raise ValueError(f"{_refusals(exported)}; so nothing is registered")
+    file, alias, example = arguments.out / name, arguments.alias or ALIAS, np.zeros((2, *run.image_shape), np.uint8)
+    tags = exported.registry_tags(name)
+    return register(store, run.record.id, arguments.register, alias, file, tags, example).summary()
 
 
-def refusals(exported: "Export") -> str:
+def _refusals(exported: "Export") -> str:
     return "; ".join(f"{name} is refused: {problem}" for name, problem in exported.refused.items())
 
 
 @contextmanager
-def staging_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder next to `out`, so that an interrupted export leaves nothing."""
-    try:
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder next to `out`, which becomes `out` at the end; a failed or stopped export leaves nothing."""
+    with _writing(out):
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
-    except OSError as error:
-        raise ConfigError("--out", out, "a folder that can be written", str(error.strerror)) from error
     try:
         yield folder
+        mask = os.umask(0)
+        os.umask(mask)
+        folder.chmod(0o777 & ~mask)  # readable for others, as new folders are
+        for file in folder.iterdir():
+            file.chmod(0o666 & ~mask)
+        with _writing(out):
+            folder.rename(out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def move_into_place(folder: Path, out: Path) -> None:
-    """Rename a finished folder, and make it readable for others, as new folders are."""
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    for file in folder.iterdir():
-        file.chmod(0o666 & ~mask)
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
     try:
-        folder.rename(out)
+        yield
     except OSError as error:
-        raise ConfigError("--out", out, "the name of a new folder", str(error.strerror)) from error
+        raise ConfigError("--out", out, "the name of a new folder that can be written", str(error.strerror)) from error
 
 
 def cli() -> None:
     """`python -m kdpipe.export`."""
-    arguments = export_arguments()
     # To delete an unfinished folder on SIGTERM, too.
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        run_command("kdpipe.export", lambda: export(arguments))
+        run_command("kdpipe.export", lambda: export(export_arguments()))
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -45,70 +46,60 @@ DESCRIPTIONS = {
     PROGRAM: "torch.export (load such files only from sources that you trust)",
     WEIGHTS: "weights alone; config.yaml describes their network",
 }
-
 TRAIN_KEYS = {"epochs", "batch_size", "precision", "mixup", "cutmix", "clip_norm", "select"}
 
 
 def model_card(
     sources: Sources, files: Collection[str], measurements: Sequence[Measurement], legend: str, license: str | None
 ) -> str:
-    """README.md: Markdown with the front matter of the Hugging Face hub.
-
-    Args:
-        files: those in the folder.
-        legend: of the measurements.
-        license: of the weights; None if unknown.
-    """
+    """README.md: Markdown with the front matter of the Hugging Face hub. `license`: of the weights; None if unknown."""
     run, settings = sources.run, sources.run.settings
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
     return environment.from_string(TEMPLATE.read_text()).render(
-        class_accuracy=class_accuracies(sources.class_accuracy),
+        class_accuracy=_class_accuracies(sources.class_accuracy),
         data=sources.data,
         files={name: DESCRIPTIONS[name] for name in files if name in DESCRIPTIONS},
-        front_matter=front_matter(sources, files, license),
-        initial_weights=initial_weights(settings.model.weights),
+        front_matter=_front_matter(sources, files, license),
+        initial_weights=_initial_weights(settings.model.weights),
         legend=legend,
         license=license,
         measurements=markdown_table(*table_of(measurements)),
         methods=[loss.target.rpartition(".")[2] for loss in settings.losses if not loss.is_off],
-        metrics=metrics_table(run),
+        metrics=_metrics_table(run),
         onnx=next((name for name in (ONNX, INT8) if name in files), None),
         record=run.record,
         run=run,
         settings=settings,
-        teacher=teacher_facts(sources, measurements),
+        teacher=_teacher_facts(sources, measurements),
         temperature=fitted_temperature(run),
-        training=yaml.safe_dump(strip_folders(training_settings(run)), sort_keys=False, allow_unicode=True),
-        unlabelled=unlabelled_facts(run),
+        training=yaml.safe_dump(strip_folders(_training_settings(run)), sort_keys=False, allow_unicode=True),
+        unlabelled=_unlabelled_facts(run),
         version=__version__,
     )
 
 
-def front_matter(sources: Sources, files: Collection[str], license: str | None) -> str:
-    run, data = sources.run, sources.data
-    tags = ["image-classification", "kdpipe"]
-    if run.record.tags.get("kdpipe.teacher_run"):
-        tags.append("knowledge-distillation")
-    if ONNX in files or INT8 in files:
-        tags.append("onnx")
+def _front_matter(sources: Sources, files: Collection[str], license: str | None) -> str:
+    run, name = sources.run, sources.data.name
     front: dict[str, object] = {"license": "unknown"}
     if license:  # the hub knows licences by identifiers such as apache-2.0
         known = re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license.lower())
         front = {"license": license.lower()} if known else {"license": "other", "license_name": license}
+    distilled = ["knowledge-distillation"] if run.record.tags.get("kdpipe.teacher_run") else []
+    tags = ["image-classification", "kdpipe", *distilled, *(["onnx"] if ONNX in files or INT8 in files else [])]
     front |= {"pipeline_tag": "image-classification", "tags": tags, "metrics": ["accuracy"]}
     if "test/accuracy" in run.metrics:
         result = {
             "task": {"type": "image-classification"},
-            "dataset": {"name": data.name, "type": data.name, "split": "test"},
+            "dataset": {"name": name, "type": name, "split": "test"},
             "metrics": [{"type": "accuracy", "value": run.metrics["test/accuracy"]}],
         }
-        front["model-index"] = [{"name": f"{run.name} on {data.name}", "results": [result]}]
+        front["model-index"] = [{"name": f"{run.name} on {name}", "results": [result]}]
     return yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
 
 
-def teacher_facts(sources: Sources, measurements: Sequence[Measurement]) -> dict[str, Any] | None:
+def _teacher_facts(sources: Sources, measurements: Sequence[Measurement]) -> dict[str, Any] | None:
     """The name, the weights and, if it could be opened, the accuracy of the teacher; None without one."""
     teacher, teacher_run = sources.run.settings.teacher, sources.run.record.tags.get("kdpipe.teacher_run")
     if not teacher_run:
@@ -121,7 +112,7 @@ def teacher_facts(sources: Sources, measurements: Sequence[Measurement]) -> dict
     return {"name": teacher.name, "weights": strip_folders(weights), "accuracy": accuracy}
 
 
-def unlabelled_facts(run: FinishedRun) -> dict[str, str] | None:
+def _unlabelled_facts(run: FinishedRun) -> dict[str, str] | None:
     """The number (unknown for older runs), the folder and the fingerprint of the unlabelled images."""
     tags = run.record.tags
     if "kdpipe.unlabelled" not in tags:
@@ -133,7 +124,7 @@ def unlabelled_facts(run: FinishedRun) -> dict[str, str] | None:
     }
 
 
-def training_settings(run: FinishedRun) -> dict[str, Any]:
+def _training_settings(run: FinishedRun) -> dict[str, Any]:
     """The settings that had an effect on the training."""
     settings, sections = run.settings, public_settings(run)
     is_distilled = run.record.tags.get("kdpipe.stage") == "distill"
@@ -156,29 +147,26 @@ def training_settings(run: FinishedRun) -> dict[str, Any]:
     return shown
 
 
-def initial_weights(weights: str | None) -> str | None:
+def _initial_weights(weights: str | None) -> str | None:
     """Where training started from, whose licence may apply; None for random weights."""
     if weights is None:
         return None
     return "weights pretrained on ImageNet" if weights == "imagenet" else f"the weights in {strip_folders(weights)}"
 
 
-def metrics_table(run: FinishedRun) -> str:
-    metrics = dict(run.metrics)
-    if run.settings.train.select != "best":
-        metrics.pop("selected/epoch", None)  # simply the last one
-    rows = [[words, metric_text(key, metrics[key])] for key, words in METRICS.items() if key in metrics]
+def _metrics_table(run: FinishedRun) -> str:
+    rows = []
+    for key, words in METRICS.items():
+        if key not in run.metrics or (key == "selected/epoch" and run.settings.train.select != "best"):
+            continue  # without a selection that epoch is simply the last one
+        value = run.metrics[key]
+        form = ".2%" if key.endswith(("accuracy", "agreement")) else ",.0f" if value >= 1000 else ".4g"
+        rows.append([words, f"{value:{form}}".replace("%", " %")])
     return markdown_table(["of the run", ""], rows)
 
 
-def metric_text(key: str, value: float) -> str:
-    if key.endswith(("accuracy", "agreement")):
-        return f"{100 * value:.2f} %"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-
-
-def class_accuracies(by_class: Mapping[str, float]) -> str:
+def _class_accuracies(by_class: Mapping[str, float]) -> str:
     """From best to worst; of more than 20 classes the first and the last five."""
-    ranked = sorted(by_class, key=lambda name: by_class[name], reverse=True)
-    texts = [f"{name} {100 * by_class[name]:.1f} %" for name in ranked]
+    ranked = sorted(by_class.items(), key=itemgetter(1), reverse=True)
+    texts = [f"{name} {100 * accuracy:.1f} %" for name, accuracy in ranked]
     return ", ".join(texts if len(texts) <= 20 else [*texts[:5], "…", *texts[-5:]])

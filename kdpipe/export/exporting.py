@@ -1,6 +1,5 @@
 """Export a run: write its files, check them against PyTorch, time them, and describe them in the model card."""
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,21 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdpipe import __version__
 from kdpipe.data import ImageDataset
 from kdpipe.export.card import model_card
 from kdpipe.export.formats import CARD, FORMATS, INT8, ONNX, PROGRAM
-from kdpipe.export.measurements import Measurement, legend, time_measurements
-from kdpipe.export.predictor import (
-    BATCH,
-    Predictor,
-    model_metadata,
-    numpy_forward,
-    open_onnx,
-    open_program,
-    open_weights,
-    predictor_of,
-)
+from kdpipe.export.measurements import Measurement, legend, on_one_thread, time_measurements
+from kdpipe.export.predictor import BATCH, Forward, model_metadata, numpy_forward, open_onnx, open_program, open_weights
 from kdpipe.export.quantize import CALIBRATION_IMAGES, write_int8
 from kdpipe.export.sources import Sources, fitted_temperature
 from kdpipe.export.verification import (
@@ -54,17 +43,23 @@ class Export:
 
     Attributes:
         files: in the folder, or about to be.
-        refused: files that could not be written or failed their check, and why; they are deleted.
+        images: from the test split, to check the files on; uint8 [N, C, H, W].
+        labels: theirs, [N].
+        logits: the student's in PyTorch, [N, classes].
         measurements: of the teacher, if there is one, the student, and each checked file but the weights.
+        refused: files that could not be written or failed their check, and why; they are deleted.
         notes: lines for the user.
     """
 
     sources: Sources
     folder: Path
     files: list[str]
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    logits: NDArray[np.float32]
+    measurements: list[Measurement]
+    notes: list[str]
     refused: dict[str, str] = field(default_factory=dict)
-    measurements: list[Measurement] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
     @contextmanager
     def refusing(self, *names: str) -> Iterator[None]:
@@ -72,8 +67,11 @@ class Export:
         try:
             yield
         except Exception as error:  # exporters and runtimes have many of their own
+            reason = flat(str(error).replace(f"{self.folder}{os.sep}", ""), 300)  # the folder is a temporary one
+            if not reason or not isinstance(error, ValueError):
+                reason = f"{type(error).__name__}: {reason}".removesuffix(": ")
             for name in names:
-                self.refused[name] = refusal_reason(error, self.folder)
+                self.refused[name] = reason
                 self.files.remove(name)
                 (self.folder / name).unlink(missing_ok=True)  # it may be half written
             if WEIGHTS in names:
@@ -81,31 +79,18 @@ class Export:
 
     def registry_tags(self, name: str) -> dict[str, str]:
         """The tags of one of the files in MLflow's registry."""
-        run = self.sources.run
+        run, metadata = self.sources.run, model_metadata(self.sources.run)
         (measured,) = (measured for measured in self.measurements if measured.name == NAMES[name])
-        tags = {
-            "kdpipe.run": run.record.id,
-            "kdpipe.weights": run.address,
-            "kdpipe.version": __version__,
+        tags = {key: text for key, text in metadata.items() if key.startswith("kdpipe.")} | {
             "int8": str(name == INT8).lower(),
             "temperature": f"{fitted_temperature(run):.6g}",
             "checked_accuracy": f"{measured.accuracy:.6g}",
         }
         if "test/accuracy" in run.metrics:
             tags["test_accuracy"] = f"{run.metrics['test/accuracy']:.6g}"
-        class_names = json.dumps(run.class_names, ensure_ascii=False)
-        if len(class_names) <= MAX_TAG_LENGTH:
-            tags["class_names"] = class_names
+        if len(metadata["class_names"]) <= MAX_TAG_LENGTH:
+            tags["class_names"] = metadata["class_names"]
         return tags
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What files are checked against: uint8 images [N, C, H, W], their labels [N], PyTorch's logits [N, classes]."""
-
-    images: NDArray[np.uint8]
-    labels: NDArray[np.int64]
-    logits: NDArray[np.float32]
 
 
 def export_run(
@@ -127,42 +112,39 @@ def export_run(
         license: of the weights; None if unknown.
     """
     prepare_device(torch.device("cpu"))
-    files = [name for key, names in FORMATS.items() if key in formats for name in names]
-    export = Export(sources, folder, files, notes=list(sources.notes))
-    reference = reference_for(sources, images)
-    measure_networks(export, reference)
-    write_formats(export)
+    export = _started_export(sources, folder, formats, images)
+    _write_files(export)
     for name in tuple(export.files):
         with export.refusing(name):
-            check_file(export, name, reference, max_loss)
+            _check_file(export, name, max_loss)
     if export.files:
         if sys.stdout.isatty():
             print(f"timing for {seconds:g} seconds", flush=True)
-        time_measurements(export.measurements, reference.images, seconds)
-        write_card(export, len(reference.images), license)
+        time_measurements(export.measurements, export.images, seconds)
+        text = legend(export.measurements, len(export.images), torch.get_num_threads())
+        card = model_card(sources, export.files, export.measurements, text, license)
+        (folder / CARD).write_text(card)
+        export.files += [*([CONFIG] if WEIGHTS in export.files else []), CARD]
+        export.notes.insert(0, text)
     return export
 
 
-def reference_for(sources: Sources, images: int) -> Reference:
+def _started_export(sources: Sources, folder: Path, formats: Sequence[str], images: int) -> Export:
+    """An export without files, with measurements of the teacher, if there is one, and the student in PyTorch."""
+    files = [name for key, names in FORMATS.items() if key in formats for name in names]
     positions = subsample(sources.data.splits["test"], images)
-    checked = images_at(sources.data, positions)
-    logits = predictor_of(sources.run).logits(checked)
-    return Reference(checked, sources.data.labels[positions].numpy(), logits)
+    checked, labels = _images_at(sources.data, positions), sources.data.labels[positions].numpy()
+    networks: dict[str, Classifier | Ensemble] = {"teacher": sources.teacher[0]} if sources.teacher else {}
+    measurements = []
+    for name, network in [*networks.items(), ("student", sources.run.classifier)]:
+        forward = numpy_forward(network)
+        logits = _logits(name, forward, checked)
+        size, accuracy = size_mb(network.network), top1_accuracy(logits, labels)
+        measurements.append(Measurement(name, size, accuracy, on_one_thread(forward), forward))
+    return Export(sources, folder, files, checked, labels, logits, measurements, list(sources.notes))
 
 
-def measure_networks(export: Export, reference: Reference) -> None:
-    """Measure the teacher, if there is one, and the student in PyTorch."""
-
-    def measure(name: str, network: Classifier | Ensemble, logits: NDArray[np.float32]) -> None:
-        forward, accuracy = numpy_forward(network), top1_accuracy(logits, reference.labels)
-        export.measurements.append(Measurement(name, size_mb(network.network), accuracy, forward, forward, True))
-
-    if export.sources.teacher is not None:
-        measure("teacher", export.sources.teacher[0], teacher_logits(export.sources.teacher[0], reference.images))
-    measure("student", export.sources.run.classifier, reference.logits)
-
-
-def write_formats(export: Export) -> None:
+def _write_files(export: Export) -> None:
     """Write all files but the card; those that cannot be written are refused."""
     run, folder = export.sources.run, export.folder
     metadata = model_metadata(run)
@@ -175,7 +157,7 @@ def write_formats(export: Export) -> None:
     if INT8 in export.files:
         with export.refusing(INT8):
             positions = subsample(export.sources.data.splits["train"].sort().values, CALIBRATION_IMAGES)
-            write_int8(folder / ONNX, folder / INT8, images_at(export.sources.data, positions), metadata)
+            write_int8(folder / ONNX, folder / INT8, _images_at(export.sources.data, positions), metadata)
     if PROGRAM in export.files:
         with export.refusing(PROGRAM):
             write_program(program, folder / PROGRAM, metadata)
@@ -185,68 +167,38 @@ def write_formats(export: Export) -> None:
             (folder / CONFIG).write_text(portable_config(run))
 
 
-def check_file(export: Export, name: str, reference: Reference, max_loss: float) -> None:
-    """Open a file, compare it with PyTorch, and add its measurement.
-
-    Raises:
-        ValueError: it does not compute what it should.
-    """
-    one_thread, all_threads = open_file(export.folder / name)
-    logits = all_threads.logits(reference.images)
-    if name == INT8:
-        check_int8_accuracy(logits, reference.logits, reference.labels, max_loss)
+def _check_file(export: Export, name: str, max_loss: float) -> None:
+    """Open a file, compare it with PyTorch, and add its measurement; ValueError if it computes something else."""
+    file = export.folder / name
+    if name in (ONNX, INT8):
+        one_thread, opened = open_onnx(file, 1).forward, open_onnx(file, torch.get_num_threads())
     else:
-        check_same_logits(logits, reference.logits)
-    if name == WEIGHTS:  # once opened, they are the student in PyTorch
-        return
-    export.measurements.append(
-        Measurement(
-            NAMES[name],
-            (export.folder / name).stat().st_size / 2**20,
-            top1_accuracy(logits, reference.labels),
-            one_thread.forward,
-            all_threads.forward,
-            is_torch=name == PROGRAM,
-            agreement=top1_accuracy(logits, reference.logits.argmax(axis=1)),
-            difference=largest_difference(logits, reference.logits),
+        with quiet():
+            opened = open_weights(file) if name == WEIGHTS else open_program(file, trust=True)
+        one_thread = on_one_thread(opened.forward)
+    logits = opened.logits(export.images)
+    if name == INT8:
+        check_int8_accuracy(logits, export.logits, export.labels, max_loss)
+    else:
+        check_same_logits(logits, export.logits)
+    if name != WEIGHTS:  # once opened, they are the student in PyTorch
+        size, accuracy = file.stat().st_size / 2**20, top1_accuracy(logits, export.labels)
+        agreement = top1_accuracy(logits, export.logits.argmax(axis=1))
+        difference = largest_difference(logits, export.logits)
+        export.measurements.append(
+            Measurement(NAMES[name], size, accuracy, one_thread, opened.forward, agreement, difference)
         )
-    )
 
 
-def open_file(file: Path) -> tuple[Predictor, Predictor]:
-    """An exported file, for one thread and for all."""
-    if file.name in (ONNX, INT8):
-        return open_onnx(file, 1), open_onnx(file, torch.get_num_threads())
-    with quiet():
-        predictor = open_weights(file) if file.name == WEIGHTS else open_program(file, trust=True)
-    return predictor, predictor
-
-
-def write_card(export: Export, checked: int, license: str | None) -> None:
-    text = legend(export.measurements, checked, torch.get_num_threads())
-    card = model_card(export.sources, export.files, export.measurements, text, license)
-    (export.folder / CARD).write_text(card)
-    export.files += [*([CONFIG] if WEIGHTS in export.files else []), CARD]
-    export.notes.insert(0, text)
-
-
-def refusal_reason(error: Exception, folder: Path) -> str:
-    """The error on one line, without the folder, which is renamed or deleted afterwards."""
-    text = flat(str(error).replace(f"{folder}{os.sep}", ""), 300)
-    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}".removesuffix(": ")
-
-
-def images_at(data: ImageDataset, positions: torch.Tensor) -> NDArray[np.uint8]:
+def _images_at(data: ImageDataset, positions: torch.Tensor) -> NDArray[np.uint8]:
     """uint8 [N, C, H, W] in memory."""
-    images: NDArray[np.uint8] = data.images[positions].contiguous().numpy()
-    return images
+    return data.images[positions].contiguous().numpy()
 
 
-def teacher_logits(teacher: Classifier | Ensemble, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+def _logits(name: str, forward: Forward, images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Logits [N, classes], with a progress bar, since teachers may be slow."""
-    forward = numpy_forward(teacher)
     parts = []
-    with progress("teacher's logits", len(images)) as bar:
+    with progress(f"{name}'s logits", len(images)) as bar:
         for first in range(0, len(images), BATCH):
             parts.append(forward(images[first : first + BATCH]))
             bar.advance(len(parts[-1]))

@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import softmax
 from torch import nn
 
 from kdpipe import __version__
@@ -26,7 +27,6 @@ from kdpipe.settings.saved import read_network_settings
 from kdpipe.tracking import RunStore
 
 SUFFIXES = (".onnx", ".pt2", ".safetensors")
-INSTALL = "pip install -e '.[onnx]'"
 METADATA_FILE = "about.json"  # within a .pt2 file
 BATCH = 64  # images per forward pass
 # A file that claims a longer side in pixels, or a more extreme temperature, is damaged.
@@ -68,17 +68,14 @@ class Predictor:
         logits = self.logits(images).astype(np.float64) / self.temperature
         if not np.isfinite(logits).all():
             raise ValueError(f"{self.name}: its logits are not finite; the file is damaged")
-        shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-        result: NDArray[np.float64] = shares / shares.sum(axis=1, keepdims=True)
-        return result
+        return softmax(logits, axis=1)
 
 
 def model_metadata(run: FinishedRun) -> dict[str, str]:
-    """What is stored in each exported file, and read by `parse_metadata`."""
-    channels, height, width = run.image_shape
+    """What is stored in each exported file, and read again when it is opened."""
     metadata = {
         "class_names": json.dumps(run.class_names, ensure_ascii=False),
-        "image_shape": f"{channels}x{height}x{width}",
+        "image_shape": "x".join(map(str, run.image_shape)),
         "preprocessing": "inside: takes raw uint8 images [batch, channels, height, width] in RGB order (or grey), "
         "0 to 255, gives logits",
         "kdpipe.run": run.record.id,
@@ -90,12 +87,8 @@ def model_metadata(run: FinishedRun) -> dict[str, str]:
     return metadata
 
 
-def parse_metadata(source: str, metadata: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[int, int, int], float]:
-    """The class names, image shape and temperature that a file claims.
-
-    Raises:
-        ValueError: they are missing or impossible.
-    """
+def _parse_metadata(source: str, metadata: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[int, int, int], float]:
+    """The class names, image shape and temperature that a file claims."""
     try:
         class_names = json.loads(metadata["class_names"])
         channels, height, width = map(int, metadata["image_shape"].split("x"))
@@ -117,24 +110,19 @@ def parse_metadata(source: str, metadata: Mapping[str, str]) -> tuple[tuple[str,
     return tuple(class_names), (channels, height, width), temperature
 
 
-def tested(predictor: Predictor) -> Predictor:
-    """The same, after a forward pass of two black images.
-
-    Raises:
-        ValueError: the file does not match its metadata.
-    """
-    images = np.zeros((2, *predictor.image_shape), np.uint8)
+def _described_predictor(source: str, forward: Forward, metadata: Mapping[str, str]) -> Predictor:
+    """A file's network, described by its metadata; a forward pass of two black images checks that they match."""
+    predictor = Predictor(source, forward, *_parse_metadata(source, metadata))
+    images, classes = np.zeros((2, *predictor.image_shape), np.uint8), len(predictor.class_names)
     try:
-        shape = list(predictor.forward(images).shape)
+        shape = list(forward(images).shape)
     except Exception as error:  # onnxruntime and PyTorch have many
         raise ValueError(
-            f"{predictor.name}: it rejects images of the shape in its metadata, uint8 {list(images.shape)} "
-            f"({flat(error, 200)})"
+            f"{source}: it rejects images of the shape in its metadata, uint8 {list(images.shape)} ({flat(error, 200)})"
         ) from error
-    if shape != [2, len(predictor.class_names)]:
+    if shape != [2, classes]:
         raise ValueError(
-            f"{predictor.name}: its metadata names {len(predictor.class_names)} classes, but its logits are {shape}; "
-            "the file is damaged"
+            f"{source}: its metadata names {classes} classes, but its logits are {shape}; the file is damaged"
         )
     return predictor
 
@@ -157,7 +145,7 @@ def open_predictor(address: str, open_store: Callable[[], RunStore], trust: bool
             raise ValueError(f"{address}: expected a folder with {ONNX}, {INT8}, {WEIGHTS} or {PROGRAM}")
         path = path / names[0]
     elif not path.is_file():
-        return open_run_predictor(address, open_store)
+        return _open_run_predictor(address, open_store)
     if path.suffix == ".onnx":
         return open_onnx(path)
     if path.suffix == ".pt2":
@@ -167,31 +155,19 @@ def open_predictor(address: str, open_store: Callable[[], RunStore], trust: bool
     raise ValueError(f"{path}: expected a file that ends with {', '.join(SUFFIXES)}, a folder or a run")
 
 
-def open_run_predictor(address: str, open_store: Callable[[], RunStore]) -> Predictor:
-    """The network of a run.
-
-    Raises:
-        ValueError: there is no such run, or the address looks like that of a missing file.
-    """
-    is_run = address.startswith("runs:/")
-    path = Path(address)
+def _open_run_predictor(address: str, open_store: Callable[[], RunStore]) -> Predictor:
+    """The network of a run; the error depends on whether the address looks like that of a missing file."""
+    is_run, path = address.startswith("runs:/"), Path(address)
     if path.suffix in SUFFIXES or (len(path.parts) > 1 and not is_run):
         raise ValueError(f"{address}: file not found; expected {', '.join(SUFFIXES)}, a folder or a run")
     try:
-        store = open_store()
+        run = open_run(address, open_store())
     except ValueError as error:
         if is_run:
             raise
         raise ValueError(
-            f"{address}: no file or folder has this name, and runs cannot be looked up: {error}"
+            f"{address}: no file or folder has this name, and it cannot be opened as a run: {error}"
         ) from error
-    if not is_run and store.get_run(address) is None:
-        raise ValueError(f"{address}: no file or folder has this name, and no run in {store.name} has this id")
-    run = open_run(address, store)
-    return predictor_of(run)
-
-
-def predictor_of(run: FinishedRun) -> Predictor:
     forward = numpy_forward(run.classifier)
     return Predictor(run.address, forward, run.class_names, run.image_shape, fitted_temperature(run))
 
@@ -201,8 +177,7 @@ def numpy_forward(network: nn.Module) -> Forward:
 
     @torch.inference_mode()
     def forward(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = network(torch.from_numpy(images)).float().numpy()
-        return logits
+        return network(torch.from_numpy(images)).float().numpy()
 
     return forward
 
@@ -210,7 +185,7 @@ def numpy_forward(network: nn.Module) -> Forward:
 def require_packages(what: str, *modules: str) -> None:
     """Raise ValueError, with the command that installs them, where packages are missing."""
     if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"{what}: requires {', '.join(missing)}; install with {INSTALL}")
+        raise ValueError(f"{what}: requires {', '.join(missing)}; install with pip install -e '.[onnx]'")
 
 
 def open_onnx(path: Path, threads: int | None = None) -> Predictor:
@@ -226,60 +201,32 @@ def open_onnx(path: Path, threads: int | None = None) -> Predictor:
     import onnx
     import onnxruntime
 
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    options.inter_op_num_threads = 1
+    options.intra_op_num_threads = threads or 0
+    # Otherwise its threads keep spinning after each call, and slow down whatever is timed next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         model = onnx.load(path, load_external_data=False)
-        if any(onnx.external_data_helper.uses_external_data(tensor) for tensor in constant_tensors(model)):
+        if any(map(onnx.external_data_helper.uses_external_data, _constant_tensors(model))):
             raise ValueError("its weights are in another file, which is not read")
-        session = onnxruntime.InferenceSession(
-            model.SerializeToString(), session_options(threads), providers=["CPUExecutionProvider"]
-        )
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # protobuf and onnxruntime have errors of their own
         raise ValueError(f"{path}: not a readable ONNX file ({flat(error, 300)})") from error
     input_name = session.get_inputs()[0].name if session.get_inputs() else ""
 
     def forward(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = session.run(None, {input_name: images})[0]
-        return logits
+        return session.run(None, {input_name: images})[0]
 
-    metadata = session.get_modelmeta().custom_metadata_map
-    return tested(Predictor(str(path), forward, *parse_metadata(str(path), metadata)))
+    return _described_predictor(str(path), forward, session.get_modelmeta().custom_metadata_map)
 
 
-def session_options(threads: int | None) -> Any:
-    """Options for onnxruntime: quiet, and good neighbours in a measurement."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.inter_op_num_threads = 1
-    options.intra_op_num_threads = threads or 0
-    # Otherwise its threads keep spinning after each call, and slow down whatever is timed next.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return options
-
-
-def constant_tensors(model: Any) -> Iterator[Any]:
-    """All constant tensors of an ONNX model, including those in attributes of nodes and in functions."""
-
-    def of_nodes(nodes: Iterable[Any]) -> Iterator[Any]:
-        for node in nodes:
-            for attribute in node.attribute:
-                yield attribute.t
-                yield from attribute.tensors
-                for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-                    yield from (sparse.values, sparse.indices)
-                for graph in (attribute.g, *attribute.graphs) if attribute.HasField("g") or attribute.graphs else ():
-                    yield from of_graph(graph)
-
-    def of_graph(graph: Any) -> Iterator[Any]:
-        yield from graph.initializer
-        for sparse in graph.sparse_initializer:
-            yield from (sparse.values, sparse.indices)
-        yield from of_nodes(graph.node)
-
-    yield from of_graph(model.graph)
-    for function in model.functions:
-        yield from of_nodes(function.node)
+def _constant_tensors(message: Any) -> Iterator[Any]:
+    """All tensors in a part of an ONNX model, wherever they are: in graphs, attributes of nodes, functions."""
+    for field, value in message.ListFields():
+        for part in [value] if hasattr(value, "ListFields") else value if field.message_type else ():
+            yield from [part] if field.message_type.name == "TensorProto" else _constant_tensors(part)
 
 
 def open_program(path: Path, trust: bool) -> Predictor:
@@ -302,7 +249,7 @@ def open_program(path: Path, trust: bool) -> Predictor:
         metadata = json.loads(extra_files[METADATA_FILE] or "{}")
     except Exception as error:  # a damaged file can raise anything
         raise ValueError(f"{path}: not readable ({flat(error, 300)})") from error
-    return tested(Predictor(str(path), numpy_forward(program.module()), *parse_metadata(str(path), metadata)))
+    return _described_predictor(str(path), numpy_forward(program.module()), metadata)
 
 
 def open_weights(path: Path) -> Predictor:
@@ -315,7 +262,7 @@ def open_weights(path: Path) -> Predictor:
     if not file.is_file():
         raise ValueError(f"{path}: {CONFIG} next to it is missing, which describes its network")
     state, class_names = read_weights("file", path)
-    known, image_shape, temperature = parse_metadata(str(path), read_metadata(path))
+    known, image_shape, temperature = _parse_metadata(str(path), read_metadata(path))
     model = read_network_settings(file)
     classifier = build_network("model", model, blank_images(known, image_shape), freeze="none")
     check_class_names("file", str(path), class_names, known)

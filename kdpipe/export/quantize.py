@@ -31,14 +31,11 @@ def write_int8(float_file: Path, file: Path, images: NDArray[np.uint8], metadata
     from onnxruntime.quantization import quantize_static as quantize
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Batches(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.first = 0
+    batches = (images[first : first + CALIBRATION_BATCH] for first in range(0, len(images), CALIBRATION_BATCH))
 
+    class Batches(CalibrationDataReader):
         def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
-            batch = images[self.first : self.first + CALIBRATION_BATCH]
-            self.first += CALIBRATION_BATCH
-            return {"images": batch} if len(batch) else None
+            return next(({"images": batch} for batch in batches), None)
 
     onnxruntime.set_default_logger_severity(3)
     try:

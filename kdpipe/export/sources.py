@@ -45,21 +45,19 @@ def open_sources(address: str, store: RunStore, root: str | None) -> Sources:
     data = open_data(run, root)
     channels, height, width = data.images.shape[1:]
     run = replace(run, image_shape=(channels, height, width))  # runs before 0.4.0 do not store it
-    return Sources(run, data, *teacher_if_there(run, store), accuracy_by_class(run, store))
+    return Sources(run, data, *teacher_if_there(run, store), _accuracy_by_class(run, store))
 
 
-def accuracy_by_class(run: FinishedRun, store: RunStore) -> dict[str, float]:
-    """The test accuracy of each class, as the run measured it with its last weights; without classes that have no test
-    images."""
+def _accuracy_by_class(run: FinishedRun, store: RunStore) -> dict[str, float]:
+    """The test accuracy of each class that has test images, as the run measured it with its last weights."""
     content = store.read(run.record.id, CLASSES) if "test/accuracy" in run.metrics else None
     lines = csv.DictReader(io.StringIO((content or b"").decode(), newline=""))
     return {line["class"]: float(line["accuracy"]) for line in lines if line["accuracy"]}
 
 
 def public_settings(run: FinishedRun) -> dict[str, Any]:
-    """The sections of a run's settings that describe the model and its training, as plain values; not where the run
-    was stored, which may contain passwords."""
-    settings: dict[str, Any] = canonical(run.settings.plain)
+    """The settings of the model and its training, as plain values; not the store, whose URI may contain a password."""
+    settings = canonical(run.settings.plain)
     return {section: settings[section] for section in SECTIONS if section in settings}
 
 

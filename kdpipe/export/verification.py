@@ -26,7 +26,7 @@ def largest_difference(logits: Logits, expected: Logits) -> float:
 
 def check_same_logits(logits: Logits, expected: Logits) -> None:
     """Raise ValueError if the logits [N, classes] of a float file differ from PyTorch's by more than rounding."""
-    check_shape_and_values(logits, expected)
+    _check_shape_and_values(logits, expected)
     tolerance = TOLERANCE * max(1.0, float(np.abs(expected).max()))
     difference = largest_difference(logits, expected)
     if difference > tolerance:
@@ -35,7 +35,7 @@ def check_same_logits(logits: Logits, expected: Logits) -> None:
 
 def check_int8_accuracy(logits: Logits, expected: Logits, labels: NDArray[np.int64], max_loss: float) -> None:
     """Raise ValueError if a quantized file loses more than `max_loss` points of accuracy."""
-    check_shape_and_values(logits, expected)
+    _check_shape_and_values(logits, expected)
     accuracy, before = (100 * top1_accuracy(each, labels) for each in (logits, expected))
     if round(before - accuracy, 6) > max_loss:
         raise ValueError(
@@ -44,7 +44,7 @@ def check_int8_accuracy(logits: Logits, expected: Logits, labels: NDArray[np.int
         )
 
 
-def check_shape_and_values(logits: Logits, expected: Logits) -> None:
+def _check_shape_and_values(logits: Logits, expected: Logits) -> None:
     """Raise ValueError for logits of another shape, and for NaN and infinity."""
     if logits.shape != expected.shape:
         raise ValueError(f"its logits have shape {list(logits.shape)}, expected {list(expected.shape)}")

@@ -63,11 +63,11 @@ def write_onnx(program: ExportedProgram, file: Path, metadata: dict[str, str]) -
         assert exported is not None
         model = exported.model_proto
     graph = model.graph
-    symbols = {graph.input[0].type.tensor_type.shape.dim[0].dim_param: "batch"}
+    symbol = graph.input[0].type.tensor_type.shape.dim[0].dim_param
     for value in (*graph.input, *graph.output, *graph.value_info):
         for size in value.type.tensor_type.shape.dim:
-            if size.dim_param in symbols:
-                size.dim_param = symbols[size.dim_param]
+            if size.dim_param == symbol:
+                size.dim_param = "batch"
     # The exporter's own metadata contains file names of this machine, and makes up a tenth of a small file.
     for part in (graph, *graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output):
         del part.metadata_props[:]

@@ -14,9 +14,7 @@ from kdpipe.settings.errors import ConfigError, one_line
 
 def add_store_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose the MLflow store."""
-    parser.add_argument(
-        "--uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db in the output folder)"
-    )
+    parser.add_argument("--uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db in --output-dir)")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="default: %(default)s")
 
 
@@ -49,8 +47,7 @@ def existing_store(arguments: argparse.Namespace) -> str:
 
 
 def printable(text: str) -> str:
-    """Text from files, such as class names, made safe for a terminal: control characters, marks that reverse the
-    direction of text, and surrogates are replaced."""
+    """Text made safe for a terminal, without control characters, surrogates and marks that reverse its direction."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]", "�", text)
 
 

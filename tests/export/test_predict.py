@@ -126,7 +126,7 @@ def test_the_error_for_a_mistyped_folder_without_a_store(command: Callable) -> N
     for name in ("studnt", "studnt/"):
         given = command("predict", name, "photo.png", "--uri", "sqlite:///none.db")
         assert given.errors.startswith(
-            f"kdpipe.predict: {name}: no file or folder has this name, and runs cannot be looked up: "
+            f"kdpipe.predict: {name}: no file or folder has this name, and it cannot be opened as a run: "
         )
 
 
@@ -134,7 +134,7 @@ def test_the_error_for_a_mistyped_folder_without_a_store(command: Callable) -> N
     ("network", "error"),
     [
         ("none.onnx", "none.onnx: file not found"),
-        ("nosuchrun", "nosuchrun: no file or folder has this name, and no run in "),
+        ("nosuchrun", "nosuchrun: no file or folder has this name, and it cannot be opened as a run: runs:/nosuchrun"),
         ("temple.jpg", "temple.jpg: expected a file that ends with .onnx, .pt2, .safetensors, a folder or a run"),
         (".", ".: expected a folder with model.onnx, model_int8.onnx, model.safetensors or model.pt2"),
         ("broken.onnx", "broken.onnx: not a readable ONNX file"),
