@@ -221,7 +221,10 @@ CE = "{loss:cross_entropy}"
         ([f"chain=[{CE},{{loss.alpha:'0.1,0.5'}}]"], "chain: loss.alpha=0.1,0.5 in link 2: expected one value"),
         ([f"chain=[{CE},{{}}],[{CE},{{}},{{}}]"], "expected one chain"),
         ([f"chain=[{CE},{{hydra/launcher:joblib}}]"], "chain: hydra/launcher=joblib in link 2: it is the whole"),
-        ([f"chain=[{CE},{{output_dir:elsewhere}}]"], "output_dir=elsewhere,outputs: expected one value for the whole sweep"),
+        (
+            [f"chain=[{CE},{{output_dir:elsewhere}}]"],
+            "output_dir=elsewhere,outputs: expected one value for the whole sweep",
+        ),
         ([f"chain=[{CE},{{model@teacher:resnet20}}]"], "model@teacher=resnet20 in link 2: its teacher is link 1"),
         ([f"chain=[{CE},{{teacher.weights:auto}}]"], "teacher.weights=auto in link 2: its teacher is link 1"),
         ([f"chain=[{CE},{{seed:2}}]", "seed=0,1"], "chain: seed=2 in link 2: seed is an axis of the chain"),
@@ -233,7 +236,10 @@ CE = "{loss:cross_entropy}"
             [f"chain=[{CE},{{}},{{model:student_cnn,model.image_size:4}}]"],
             "model.image_size=4: student_cnn cannot take",
         ),
-        ([f"chain=[{CE},{{train.select:best}}]", "dataset.val_fraction=0"], "train.select=best: expected dataset.val_fraction above 0 with it"),
+        (
+            [f"chain=[{CE},{{train.select:best}}]", "dataset.val_fraction=0"],
+            "train.select=best: expected dataset.val_fraction above 0 with it",
+        ),
         (["chain=[{model:resnet56,loss:cross_entropy},{model:resnet20}]"], "model=resnet20: each link of the chain"),
         (
             ["chain=[{model@teacher:resnet32},{}]", "teacher.mean=[0]"],
