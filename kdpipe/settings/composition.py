@@ -48,6 +48,11 @@ def read_settings(config: DictConfig) -> Settings:
     return validated(Settings, plain)
 
 
+def to_plain(value: object) -> object:
+    """A value of a composed config as Python's own lists, dictionaries and values."""
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
 @dataclass(frozen=True)
 class Invocation:
     """How Hydra composed a run's settings.

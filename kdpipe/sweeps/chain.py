@@ -11,8 +11,8 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from omegaconf import OmegaConf
 
+from kdpipe.settings.composition import to_plain
 from kdpipe.settings.errors import ConfigError, as_typed
 from kdpipe.settings.identity import flatten
 from kdpipe.sweeps.grid import Axes, GridCell, compose_cell
@@ -30,7 +30,7 @@ def links_of(sweeper: BasicSweeper, axes: Axes) -> list[list[str]]:
     chain = sweeper.config.chain
     if chain is None:
         return [[]]
-    chain = OmegaConf.to_container(chain, resolve=True) if OmegaConf.is_config(chain) else chain
+    chain = to_plain(chain)
     if not isinstance(chain, list) or not chain:
         raise ConfigError(
             "chain", chain, "a list of links, such as [{model:resnet56,loss:cross_entropy},{model:resnet20}]"
