@@ -20,16 +20,18 @@ from kdpipe.assembly.datasets import build_data, forget_data
 from kdpipe.assembly.devices import use_hardware
 from kdpipe.assembly.parts import Parts, build_parts, check_components
 from kdpipe.assembly.preparation import Prepared, cache_folder, prepare
+from kdpipe.assembly.run_tags import run_tags
 from kdpipe.evaluation.costs import BATCH, cost
 from kdpipe.evaluation.exam import Exam, caveats, examine, write_exam
 from kdpipe.evaluation.inference import evaluate
 from kdpipe.evaluation.report import cost_table, epoch_line, result_table
 from kdpipe.models import Classifier, Ensemble
+from kdpipe.models.weights import save_weights
 from kdpipe.runs.claim import ClaimedError, claim
 from kdpipe.runs.commands import compare_command, export_command
 from kdpipe.runs.journal import CHECKPOINTS, NOT_CREATED, Journal, is_unfinished, rows_since, sync_command
-from kdpipe.runs.names import CONFIG, IMAGE_SHAPE, PEER_WEIGHTS, TIMED_ON, UNLABELLED_IMAGES
-from kdpipe.runs.store import PATIENCE, store_uri, wait_for_store
+from kdpipe.runs.names import CONFIG, PEER_WEIGHTS
+from kdpipe.runs.store_address import PATIENCE, store_uri, wait_for_store
 from kdpipe.settings.addresses import WEIGHTS, epoch_file
 from kdpipe.settings.composition import CONF, Invocation, added_configs, explain, read_settings, register_resolvers
 from kdpipe.settings.errors import ConfigError
@@ -39,7 +41,7 @@ from kdpipe.system import interruption
 from kdpipe.system.files import write_atomically
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.interruption import Interrupted, InterruptedJobError
-from kdpipe.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint, save_weights
+from kdpipe.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
 from kdpipe.training.loop import Hooks, fit, with_prefix
 from kdpipe.training.precomputed import logits_of_test_images
 from kdpipe.training.teacher_check import warn_once
@@ -100,7 +102,7 @@ def _find_finished(
 def _lead(settings: Settings, parts: Parts, tracker: "Tracker", folder: Path, hardware: Hardware) -> float:
     """Learn, in a run of MLflow."""
     begun, start = _what_is_begun(settings, parts, folder)
-    tags = _run_tags(settings, parts, hardware)
+    tags = run_tags(settings, parts, hardware)
     history = rows_since(folder, start["history"] if start else []) if begun else []
     seconds = start["seconds"] if start else 0.0
     with tracker.run(settings.run_name, folder, settings.params, tags, begun, history, seconds) as current:
@@ -223,21 +225,6 @@ def _every(minutes: float | None, hardware: Hardware) -> Callable[[], bool]:
         return True
 
     return is_due
-
-
-def _run_tags(settings: Settings, parts: Parts, hardware: Hardware) -> dict[str, str]:
-    """What a run is found by, in MLflow's UI too."""
-    tags = {**parts.tags, "kdpipe.data": parts.data.fingerprint, "kdpipe.hardware": hardware.described}
-    tags[IMAGE_SHAPE] = "x".join(map(str, parts.data.images.shape[1:]))
-    tags[TIMED_ON] = hardware.machine if settings.evaluation.timing_seconds > 0 else ""
-    if parts.data.unlabelled:
-        tags["kdpipe.unlabelled"] = parts.data.unlabelled
-        tags[UNLABELLED_IMAGES] = str(int((parts.data.labels < 0).sum()))
-    if parts.teacher_source:
-        tags["kdpipe.teacher_run"] = parts.teacher_source
-    if job := settings.sweep.job:
-        tags |= {"kdpipe.sweep": job.id, "mlflow.parentRunId": job.parent}
-    return tags
 
 
 def _describe_inputs(settings: Settings, current: "ActiveRun", tracker: "Tracker", parts: Parts) -> None:

@@ -16,7 +16,7 @@ ROOMS = {
     "settings": set(),
     "system": {"settings"},  # their errors, as all rooms do
     "losses": {"settings"},
-    "models": {"settings"},
+    "models": BOTTOM,
     "data": BOTTOM,
     "runs": BOTTOM,
     "evaluation": {"data", "models", "runs", *BOTTOM},

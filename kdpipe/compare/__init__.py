@@ -5,7 +5,7 @@
         comparison.frame  # pandas, a row for each cell
 
 `loading` reads runs from MLflow, `cells` groups them by seed, `comparison` pairs students and judges with `statistics`,
-`frames`, `rendering` and `plots` show the result.
+`comparison_table`, `frames` and `plots` show the result.
 """
 
 import argparse

@@ -39,7 +39,7 @@ def run_comparison(words: list[str] | None = None) -> str:
         raise ConfigError("--out", arguments.out, "a folder", "this is a file")
 
     # Seconds of imports, after what can fail sooner.
-    from kdpipe.compare import frames, rendering
+    from kdpipe.compare import comparison_table, frames
     from kdpipe.compare.loading import draw_pictures, load_comparisons
     from kdpipe.compare.published import NONE_PUBLISHED
     from kdpipe.tracking import Tracker
@@ -59,13 +59,13 @@ def run_comparison(words: list[str] | None = None) -> str:
             text = frames.to_json(comparisons)
         case "html":
             title = f"sweep {arguments.sweep}" if arguments.sweep else arguments.experiment
-            text = rendering.to_html(title, comparisons, pictures)
+            text = comparison_table.to_html(title, comparisons, pictures)
         case _:
-            text = "\n\n".join(map(rendering.to_text, comparisons))
+            text = "\n\n".join(map(comparison_table.to_text, comparisons))
     if not arguments.out:
         return text
     suffix = arguments.format.replace("table", "txt")
-    files = {f"comparison.{suffix}": text.encode(), **rendering.picture_files(pictures)}
+    files = {f"comparison.{suffix}": text.encode(), **comparison_table.picture_files(pictures)}
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (arguments.out / name).write_bytes(content)

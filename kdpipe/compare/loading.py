@@ -17,8 +17,8 @@ from kdpipe.compare.comparison import (
     make_row,
     with_published,
 )
+from kdpipe.compare.comparison_table import Picture
 from kdpipe.compare.disagreement import Correct, find_disagreement, read_predictions
-from kdpipe.compare.rendering import Picture
 from kdpipe.compare.statistics import CANNOT_TELL
 from kdpipe.runs.names import CONFUSION, DIFFERING, PREDICTIONS, RELIABILITY
 from kdpipe.settings.errors import ConfigError, one_of

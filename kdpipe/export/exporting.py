@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kdpipe.data import ImageDataset
 from kdpipe.export.card import model_card
-from kdpipe.export.formats import CARD, FORMATS, INT8, ONNX, PROGRAM
+from kdpipe.export.formats import CARD, FORMATS, INT8, LABELS, ONNX, PROGRAM
 from kdpipe.export.measurements import Measurement, legend, on_one_thread, time_measurements
 from kdpipe.export.predictor import BATCH, Forward, model_metadata, numpy_forward, open_onnx, open_program, open_weights
 from kdpipe.export.quantize import CALIBRATION_IMAGES, write_int8
@@ -33,7 +33,6 @@ from kdpipe.settings.errors import flat
 from kdpipe.system.hardware import prepare_device
 from kdpipe.system.progress import progress
 
-NAMES = {ONNX: "student ONNX", INT8: "student int8", PROGRAM: "student torch.export"}  # in the table
 MAX_TAG_LENGTH = 100_000  # MLflow's limit for tags of model versions
 
 
@@ -80,7 +79,7 @@ class Export:
     def registry_tags(self, name: str) -> dict[str, str]:
         """The tags of one of the files in MLflow's registry."""
         run, metadata = self.sources.run, model_metadata(self.sources.run)
-        (measured,) = (measured for measured in self.measurements if measured.name == NAMES[name])
+        (measured,) = (measured for measured in self.measurements if measured.name == LABELS[name])
         tags = {key: text for key, text in metadata.items() if key.startswith("kdpipe.")} | {
             "int8": str(name == INT8).lower(),
             "temperature": f"{fitted_temperature(run):.6g}",
@@ -148,7 +147,7 @@ def _write_files(export: Export) -> None:
     """Write all files but the card; those that cannot be written are refused."""
     run, folder = export.sources.run, export.folder
     metadata = model_metadata(run)
-    if graphs := [name for name in export.files if name in NAMES]:
+    if graphs := [name for name in export.files if name in LABELS]:
         with export.refusing(*graphs):
             program = trace_classifier(run.classifier, run.image_shape)
     if ONNX in export.files:
@@ -186,7 +185,7 @@ def _check_file(export: Export, name: str, max_loss: float) -> None:
         agreement = top1_accuracy(logits, export.logits.argmax(axis=1))
         difference = largest_difference(logits, export.logits)
         export.measurements.append(
-            Measurement(NAMES[name], size, accuracy, one_thread, opened.forward, agreement, difference)
+            Measurement(LABELS[name], size, accuracy, one_thread, opened.forward, agreement, difference)
         )
 
 

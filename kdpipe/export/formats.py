@@ -1,6 +1,8 @@
-"""The formats of an export, and the files in its folder."""
+"""The formats of an export: the files in its folder, and their names in its table."""
 
 from kdpipe.settings.addresses import WEIGHTS
 
 ONNX, INT8, PROGRAM, CARD = "model.onnx", "model_int8.onnx", "model.pt2", "README.md"
 FORMATS = {"onnx": (ONNX, INT8), "torch_export": (PROGRAM,), "safetensors": (WEIGHTS,)}
+LABELS = {ONNX: "student ONNX", INT8: "student int8", PROGRAM: "student torch.export"}
+SUFFIXES = (".onnx", ".pt2", ".safetensors")  # of files that `kdpipe.predict` opens

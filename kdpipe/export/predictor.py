@@ -17,7 +17,7 @@ from torch import nn
 from kdpipe import __version__
 from kdpipe.assembly.finished_runs import FinishedRun, blank_images, open_run
 from kdpipe.assembly.networks import build_network
-from kdpipe.export.formats import INT8, ONNX, PROGRAM
+from kdpipe.export.formats import INT8, ONNX, PROGRAM, SUFFIXES
 from kdpipe.export.sources import fitted_temperature
 from kdpipe.models.weights import check_class_names, load_state, read_weights
 from kdpipe.runs.names import CONFIG
@@ -26,7 +26,6 @@ from kdpipe.settings.errors import flat
 from kdpipe.settings.saved import read_network_settings
 from kdpipe.tracking import RunStore
 
-SUFFIXES = (".onnx", ".pt2", ".safetensors")
 METADATA_FILE = "about.json"  # within a .pt2 file
 BATCH = 64  # images per forward pass
 # A file that claims a longer side in pixels, or a more extreme temperature, is damaged.

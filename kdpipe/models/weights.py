@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from kdpipe.settings.errors import ConfigError, first_line, flat
+from kdpipe.system.files import write_atomically
 
 State = dict[str, Tensor]
 OTHERS = "a file or runs:/<run id>"
@@ -146,3 +147,11 @@ def weights_digest(network: nn.Module, without: str | None = None) -> str:
 
 def _shorten(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def save_weights(network: nn.Module, path: Path, class_names: Sequence[str]) -> None:
+    """Write a network's weights as safetensors, with the class names in the metadata: atomically, and the same bytes
+    for the same weights."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    # One entry of metadata: the order of several is not fixed.
+    write_atomically(path, save(state, metadata={"class_names": json.dumps(list(class_names))}))

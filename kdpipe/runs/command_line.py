@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kdpipe.runs.store import check_uri, store_uri
+from kdpipe.runs.store_address import check_uri, store_uri
 from kdpipe.settings.errors import ConfigError, one_line
 
 

@@ -2,7 +2,7 @@
 
 import shlex
 
-from kdpipe.runs.store import without_password
+from kdpipe.runs.store_address import without_password
 from kdpipe.settings.composition import Invocation
 from kdpipe.settings.schema import EnsembleSettings, Settings
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, get_origin, get_type_hints
 
-from kdpipe.runs.store import without_password
+from kdpipe.runs.store_address import without_password
 from kdpipe.system.files import append_atomically, write_atomically
 
 log = logging.getLogger("kdpipe")

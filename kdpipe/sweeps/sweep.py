@@ -22,7 +22,7 @@ from kdpipe.assembly.teachers import KnownTeachers
 from kdpipe.runs.claim import ClaimedError, locked, wait_until_free, worker_pid
 from kdpipe.runs.commands import compare_command
 from kdpipe.runs.journal import is_unfinished
-from kdpipe.runs.store import PATIENCE, check_uri, store_uri, wait_for_store
+from kdpipe.runs.store_address import PATIENCE, check_uri, store_uri, wait_for_store
 from kdpipe.settings.composition import explain
 from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.schema import JobSettings, Settings
@@ -180,9 +180,12 @@ def train_links(sweep: Sweep, planned: Sequence[PlannedRun]) -> tuple[dict[str, 
     return failed, left_out
 
 
+LOCAL_LAUNCHERS = ("basic_launcher", "joblib_launcher")  # in the targets of Hydra's launchers
+
+
 def runs_here(cell: GridCell) -> bool:
     """Whether the runs of a sweep run on this machine, and not on the nodes of a cluster."""
-    return "submitit" not in cell.invocation.launcher
+    return any(local in cell.invocation.launcher for local in LOCAL_LAUNCHERS)
 
 
 def train_missing(sweep: Sweep, planned: Sequence[PlannedRun]) -> dict[str, str]:
@@ -318,20 +321,20 @@ def summarise(sweep: Sweep) -> None:
     if not sweep.finished:
         return
 
-    from kdpipe.compare import frames, rendering
+    from kdpipe.compare import comparison_table, frames
     from kdpipe.compare.loading import compare_sweep, draw_pictures, with_disagreement
 
     comparisons = [with_disagreement(found, sweep.tracker) for found in compare_sweep(sweep.tracker, sweep.id)]
     pictures = [draw_pictures(comparison, sweep.tracker) for comparison in comparisons]
-    table = "\n\n".join(map(rendering.to_text, comparisons))
+    table = "\n\n".join(map(comparison_table.to_text, comparisons))
     files = {
         "comparison.txt": table.encode(),
         "comparison.csv": frames.to_csv(comparisons).encode(),
-        "comparison.html": rendering.to_html(f"sweep {sweep.id}", comparisons, pictures).encode(),
-        **rendering.picture_files(pictures),
+        "comparison.html": comparison_table.to_html(f"sweep {sweep.id}", comparisons, pictures).encode(),
+        **comparison_table.picture_files(pictures),
     }
     tags = {"kdpipe.verdict": "; ".join(comparison.verdict for comparison in comparisons)}
-    tags["mlflow.note.content"] = rendering.to_markdown(comparisons)
+    tags["mlflow.note.content"] = comparison_table.to_markdown(comparisons)
     # Several data sets or budgets have no one best cell.
     metrics = frames.best_metrics(comparisons[0]) if len(comparisons) == 1 else {}
     sweep.tracker.attach(sweep.parent, files, tags, metrics)

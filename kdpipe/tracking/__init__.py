@@ -12,7 +12,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # they are for large files
 
 from kdpipe.tracking.delivery import ActiveRun, Recovery
-from kdpipe.tracking.runs import RunRecord, RunStore
+from kdpipe.tracking.run_store import RunRecord, RunStore
 from kdpipe.tracking.tracker import MAX_PARAM_LENGTH, Tracker
 
 __all__ = ["MAX_PARAM_LENGTH", "ActiveRun", "Recovery", "RunRecord", "RunStore", "Tracker"]

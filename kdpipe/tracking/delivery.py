@@ -27,7 +27,7 @@ from kdpipe.runs.journal import (
     read_rows,
     sync_command,
 )
-from kdpipe.runs.store import check_uri, describe_error
+from kdpipe.runs.store_address import check_uri, describe_error
 
 log = logging.getLogger("kdpipe")
 

@@ -18,9 +18,9 @@ from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 from numpy.typing import NDArray
 
-from kdpipe.runs.store import describe_error, without_password
+from kdpipe.runs.store_address import describe_error, without_password
 from kdpipe.settings.errors import ConfigError
-from kdpipe.tracking.runs import RunStore
+from kdpipe.tracking.run_store import RunStore
 
 FOLDER = "exported"  # among the run's artifacts
 DESCRIPTION = (

@@ -36,7 +36,7 @@ from kdpipe.settings.addresses import WEIGHTS
 from kdpipe.settings.errors import ConfigError, flat
 from kdpipe.system.interruption import postponed
 from kdpipe.tracking.delivery import STOP_TIMEOUT, ActiveRun, Recovery, delete_duplicates, new_token
-from kdpipe.tracking.runs import UNKNOWN_RUN, RunRecord, RunStore, record_of
+from kdpipe.tracking.run_store import UNKNOWN_RUN, RunRecord, RunStore, record_of
 from kdpipe.tracking.sqlite import set_aside_half_made, store_lock
 
 MAX_PARAM_LENGTH = 6000  # MLflow's own limit

@@ -2,14 +2,11 @@
 
 import hashlib
 import io
-import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import nn
 
 from kdpipe.models.weights import State
@@ -24,14 +21,6 @@ KEPT = 2
 def copy_state(module: nn.Module) -> State:
     """A copy of the module's state, which further training does not change."""
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
-
-
-def save_weights(network: nn.Module, path: Path, class_names: Sequence[str]) -> None:
-    """Write a network's weights as safetensors, with the class names in the metadata: atomically, and the same bytes
-    for the same weights."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    # One entry of metadata: the order of several is not fixed.
-    write_atomically(path, save(state, metadata={"class_names": json.dumps(list(class_names))}))
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from hydra.errors import ConfigCompositionException
 from scipy import stats
 
 from kdpipe.assembly.building import build
-from kdpipe.compare import frames, rendering
+from kdpipe.compare import comparison_table, frames
 from kdpipe.compare.__main__ import cli
 from kdpipe.compare.cells import make_cells
 from kdpipe.compare.comparison import Comparison, compare_cells, with_published
@@ -237,7 +237,7 @@ def test_difference_has_the_interval_over_seeds(runs: list[RunRecord]) -> None:
     accuracies = [0.7100, 0.7050, 0.7130]
     low, high = stats.t.interval(0.95, 2, loc=sum(accuracies) / 3, scale=stats.sem(accuracies))
     assert [taught.difference.low, taught.difference.high] == pytest.approx([low - 0.7066, high - 0.7066])
-    texts = rendering.row_texts(comparison)
+    texts = comparison_table.row_texts(comparison)
     assert [line["published"] for line in texts] == ["72.34 last epoch", "69.06 last epoch", "70.66 last epoch"]
     assert [line["difference"].split(" ")[0] for line in texts] == ["+0.67", "+0.14", "+0.27"]
 
@@ -246,9 +246,9 @@ def test_published_accuracies_leave_verdict_and_other_columns_alone(runs: list[R
     without, comparison = compared(runs)
     assert comparison.verdict == without.verdict
     assert comparison.notes[: len(without.notes)] == without.notes
-    plain, published = rendering.row_texts(without), rendering.row_texts(comparison)
+    plain, published = comparison_table.row_texts(without), comparison_table.row_texts(comparison)
     assert [{**line, "published": "", "difference": ""} for line in published] == plain
-    assert "published" not in rendering.to_text(without)
+    assert "published" not in comparison_table.to_text(without)
     assert not [column for column in without.frame if "published" in column]
 
 
@@ -269,7 +269,7 @@ def test_notes_list_settings_that_differ_from_the_benchmark(composed: Composed) 
         for alpha in (0.1, 0.5, 0.9)
     ]
     _, comparison = compared([run_with(config, 7, 0.3) for config in configs])
-    assert [line["published"] for line in rendering.row_texts(comparison)] == ["70.66 last epoch"] * 3
+    assert [line["published"] for line in comparison_table.row_texts(comparison)] == ["70.66 last epoch"] * 3
     (note,) = (note for note in comparison.notes if "other settings" in note)
     assert note == (
         "3 of 3 rows with a published accuracy were trained with other settings than the benchmark's: "
@@ -293,7 +293,7 @@ def test_best_test_epoch_is_not_presented_as_the_last(runs: list[RunRecord]) -> 
     for run in runs[-3:]:
         run.params.update(dkd)
     _, comparison = compared(runs)
-    assert rendering.row_texts(comparison)[-1]["published"] == "71.97 best test epoch"
+    assert comparison_table.row_texts(comparison)[-1]["published"] == "71.97 best test epoch"
     (note,) = (note for note in comparison.notes if "Zhao" in note)
     assert note.endswith("best on the test images, which flatters: not comparable with the last epoch's here")
 
@@ -313,7 +313,7 @@ def test_unpublished_results_show_nothing(composed: Composed, params: dict[str, 
     config = composed(experiment("resnet56_resnet20"))
     _, comparison = compared([run_with(config, seed, 0.7, **params) for seed in (0, 1)])
     assert comparison.notes[-1] == NONE_PUBLISHED
-    assert "difference" not in rendering.to_text(comparison).replace(NONE_PUBLISHED, "")
+    assert "difference" not in comparison_table.to_text(comparison).replace(NONE_PUBLISHED, "")
     assert comparison.frame[["published_accuracy", "difference"]].isna().all(axis=None)
 
 
@@ -333,10 +333,10 @@ def test_each_format_has_the_published_accuracies(runs: list[RunRecord]) -> None
     (described,) = json.loads(frames.to_json([comparison]))
     assert [row["published_accuracy"] for row in described["rows"]] == [0.7234, 0.6906, None, 0.7066]
     assert described["rows"][3]["trained_otherwise"] == ""
-    page = rendering.to_html("benchmark", [comparison], [{}])
+    page = comparison_table.to_html("benchmark", [comparison], [{}])
     assert ">published</th>" in page and ">70.66 last epoch</td>" in page
-    assert "| 70.66 last epoch | +0.27 [" in rendering.to_markdown([comparison])
-    table = rendering.to_text(comparison)
+    assert "| 70.66 last epoch | +0.27 [" in comparison_table.to_markdown([comparison])
+    table = comparison_table.to_text(comparison)
     assert table.index("gain") < table.index("published") < table.index("difference") < table.index("MB")
     assert table.count("last epoch") == 4  # once in a note
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from kdpipe.compare import compare_runs, frames, plots, rendering
+from kdpipe.compare import compare_runs, comparison_table, frames, plots
 from kdpipe.compare.__main__ import cli, run_comparison
 from kdpipe.compare.cells import Controls, differences, make_cells
 from kdpipe.compare.comparison import check_comparable, compare_cells, families, teacher_accuracy
@@ -137,7 +137,7 @@ def test_another_loss_without_a_teacher_is_not_a_control_and_has_its_own_gain() 
         assert best.gain == interval([0.85 - 0.8, 0.85 - 0.8])
         assert best.control is not None and best.control.first == runs[0]
         assert comparison.best is best
-    table = rendering.to_text(comparison)
+    table = comparison_table.to_text(comparison)
     assert "+3.05 [+2.41, +3.69]" in table and "+5.00" in table
 
     without_control = compare_cells(make_cells([*smoothed, *distilled]), teacher_run)
@@ -389,8 +389,8 @@ def test_a_thousand_runs_can_be_compared() -> None:
         runs += [record("distill", seed, 0.8, 0.8, loss__temperature=str(number + 1)) for seed in range(2)]
     comparison = compare_cells(make_cells(runs), teacher_run)
     assert len(comparison.rows) == 501
-    assert rendering.to_text(comparison).count("KD alpha") > 500
-    description = rendering.to_markdown([comparison])
+    assert comparison_table.to_text(comparison).count("KD alpha") > 500
+    description = comparison_table.to_markdown([comparison])
     assert len(description) < 8000
     assert description.endswith("the rest is in comparison.txt among the artifacts")
 
@@ -405,15 +405,15 @@ def test_each_format_has_every_row(tmp_path: Path) -> None:
         [float(row["test_accuracy"]) for row in rows]
     )
     assert described["gain"] == pytest.approx(0.04, abs=0.01)
-    drawn = {"heatmap.png": rendering.Picture(b"a picture", "What <it> shows")}
-    page = rendering.to_html("<sweep>", [comparison], [drawn])
+    drawn = {"heatmap.png": comparison_table.Picture(b"a picture", "What <it> shows")}
+    page = comparison_table.to_html("<sweep>", [comparison], [drawn])
     assert "&lt;sweep&gt;" in page
     assert "<figcaption>What &lt;it&gt; shows</figcaption>" in page
     assert page.count("<tr") == 6 + 4  # the rows, and the student summary
     assert "http" not in page  # self-contained
-    assert rendering.to_markdown([comparison]).count("KD alpha") == 4
-    assert "| student distilled |  84.0" in rendering.to_markdown([comparison])
-    assert rendering.to_text(comparison).count("← best") == 1
+    assert comparison_table.to_markdown([comparison]).count("KD alpha") == 4
+    assert "| student distilled |  84.0" in comparison_table.to_markdown([comparison])
+    assert comparison_table.to_text(comparison).count("← best") == 1
 
 
 def test_heatmap_shows_each_gain_with_its_spread_and_marks_those_that_include_0() -> None:
@@ -487,7 +487,7 @@ def test_summary_compares_quality_and_cost_of_student_and_teacher() -> None:
         ),
     ]
     assert summary.notes[-1] == f"ms for one image on one thread, images/s 64 at a time on all, timed on {HERE}"
-    text = rendering.to_text(comparison)
+    text = comparison_table.to_text(comparison)
     assert max(map(len, text.partition("\n\n")[2].splitlines()[:7])) < 131
     assert "\n\nstudent_cnn KD alpha 0.5 temperature 4, 3 seeds\n" in text
 
@@ -663,24 +663,24 @@ def test_disagreement_is_paired_by_seed() -> None:
     assert comparison.disagreement is not None
     assert comparison.disagreement.gained == interval([0.2, 0.3])
     assert comparison.disagreement.lost == interval([0.1, 0.1])
-    assert rendering.disagreement_sentence(comparison) == [
+    assert comparison_table.disagreement_sentence(comparison) == [
         "of the test images the distilled student gets 25.0 % [0.0, 88.5] right that the student alone got wrong, "
         "and 10.0 % the other way round (on 2 of 3 seeds)"
     ]
-    (sentence,) = rendering.disagreement_sentence(comparison)
+    (sentence,) = comparison_table.disagreement_sentence(comparison)
     (described,) = json.loads(frames.to_json([comparison]))
     assert described["gained_images"] == pytest.approx(0.25)
     assert described["lost_images_low"] is None
-    assert sentence in rendering.to_text(comparison)
-    assert sentence in rendering.to_html("", [comparison], [{}])
-    assert f"- {sentence}" in rendering.to_markdown([comparison])
+    assert sentence in comparison_table.to_text(comparison)
+    assert sentence in comparison_table.to_html("", [comparison], [{}])
+    assert f"- {sentence}" in comparison_table.to_markdown([comparison])
     assert frames.best_metrics(comparison)["best/gained_images"] == pytest.approx(0.25)
 
 
 def test_only_predictions_of_the_decisive_rows_are_read() -> None:
     store = store_with()
     comparison = with_disagreement(compare_cells(make_cells(grid()), teacher_run), store)
-    assert comparison.disagreement is None and rendering.disagreement_sentence(comparison) == []
+    assert comparison.disagreement is None and comparison_table.disagreement_sentence(comparison) == []
     assert sorted(store.asked) == ["distill0", "distill1", "distill2"]
     store = store_with()
     with_disagreement(compare_cells(make_cells([record("distill", 0, 0.9)]), teacher_run), store)

@@ -19,9 +19,17 @@ from torch import nn
 from kdpipe.models import Classifier
 from kdpipe.models.resnet import ResNet
 from kdpipe.models.student_cnn import StudentCNN
-from kdpipe.models.weights import State, check_class_names, load_imagenet, load_state, read_weights, weights_digest
+from kdpipe.models.weights import (
+    State,
+    check_class_names,
+    load_imagenet,
+    load_state,
+    read_weights,
+    save_weights,
+    weights_digest,
+)
 from kdpipe.settings.errors import ConfigError
-from kdpipe.training.checkpoint import copy_state, save_weights
+from kdpipe.training.checkpoint import copy_state
 
 # PyTorch's warning about pickles that are not its own, before it refuses them.
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")

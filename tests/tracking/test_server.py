@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from helpers import free_port, postgres, postgres_programs
 
-from kdpipe.runs.store import check_uri
+from kdpipe.runs.store_address import check_uri
 
 ROOT = Path(__file__).parents[2]
 ELSEWHERE = ["evil.example", "10.evil.example", "192.168.evil.example", "localhost.evil.example", ""]

@@ -20,7 +20,7 @@ from mlflow.entities import Run
 
 from kdpipe.runs.journal import CREATION_TOKEN, NOT_CREATED, Journal
 from kdpipe.runs.names import TIMED_ON
-from kdpipe.runs.store import check_uri, store_uri
+from kdpipe.runs.store_address import check_uri, store_uri
 from kdpipe.tracking import Tracker
 from kdpipe.tracking.delivery import new_token
 

@@ -16,8 +16,9 @@ from helpers import OFTEN, STUDENT, Started, checkpoints, classifier, fit_for_te
 from torch import Tensor, nn
 
 from kdpipe.losses.outputs import Outputs
+from kdpipe.models.weights import save_weights
 from kdpipe.system.files import append_atomically, write_atomically
-from kdpipe.training.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from kdpipe.training.checkpoint import load_checkpoint, save_checkpoint
 
 DIGITS = ["dataset=digits", "dataset.train_fraction=0.3", "train.threads=1", "experiment=student"]
 

@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 
 from kdpipe.runs.journal import FINISHED, now
 from kdpipe.runs.names import ONE_THREAD, TIMED_ON
-from kdpipe.runs.store import describe_error, server_address, uri_error, without_password
+from kdpipe.runs.store_address import describe_error, server_address, uri_error, without_password
 from kdpipe.settings.addresses import epoch_file
 from kdpipe.settings.errors import ConfigError, first_line
 from kdpipe.tracking.sqlite import store_lock
