@@ -283,7 +283,9 @@ def configs(photo: Callable[..., Image.Image], folder: Path) -> tuple[Read, list
         file.write_bytes(content)
         check_foreign(file)
 
-    return read, [path.read_bytes() for path in sorted(CONF.rglob("*.yaml")) if path.parents[1].name != "hydra"]
+    # Not those with settings of Hydra's own, which a config from elsewhere may not have.
+    theirs = (path for path in sorted(CONF.rglob("*.yaml")) if path.name != "config.yaml")
+    return read, [path.read_bytes() for path in theirs if path.parents[1].name != "hydra"]
 
 
 FORMATS = {

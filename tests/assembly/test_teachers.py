@@ -303,7 +303,7 @@ def test_the_loss_s_temperature_is_the_teacher_s_and_no_setting_of_its_own(compo
         (["teacher.members=[runs:/a]", "teacher.weights=runs:/a"], "teacher.weights=runs:/a: an ensemble has the"),
         (["model=ensemble"], "model=ensemble: expected one network; several can teach it, model@teacher=ensemble"),
         (
-            ["teacher.weights=runs:/a/../b"],
+            ["model@teacher=resnet20", "teacher.weights=runs:/a/../b"],
             "teacher.weights=runs:/a/../b: expected runs:/<run id> or",
         ),
         (["train.keep_epochs=1"], "train.keep_epochs=1: expected a list of whole numbers from 1 or null"),
@@ -350,7 +350,7 @@ def test_runs_that_cannot_teach_are_refused_in_one_line(kdpipe: Callable, traine
     for changed, said in (
         ({"_target_": "os.system"}, "model._target_=os.system: expected a target in kdpipe.data"),
         ({"depth": 13}, "model.depth=13: "),
-        ({"depth": 20}, "; expected weights of resnet32 with 10 classes"),
+        ({"depth": 20}, "expected weights of resnet32 with 10 classes"),
         ({"image_size": 0}, "image_size=0: expected a whole number from 1"),
     ):
         file.write_text(yaml.safe_dump({**config, "model": config["model"] | changed}))

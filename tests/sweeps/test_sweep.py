@@ -203,7 +203,7 @@ def test_a_failing_cell_leaves_the_others_and_the_summary(kdpipe: Callable, teac
         (["loss.alfa=0.1,0.2"], "loss.alfa: no such key; did you mean loss.alpha?"),
         (["model=resnet20", "model.image_size=32,0"], "model.image_size=0: "),
         (["tracking.experiment=one,two"], "tracking.experiment=one,two: expected one value for the whole sweep"),
-        (["teacher.weights=nowhere.pt"], "teacher.weights=nowhere.pt: there is no such file"),
+        (["teacher.weights=nowhere.pt"], "teacher.weights=nowhere.pt: file not found"),
         (["sweep.confirm_seeds=-1"], "sweep.confirm_seeds=-1: "),
         (
             ["distillation.outputs=cached", "augmentation=none,crop_flip"],
@@ -241,7 +241,7 @@ def test_two_seeds_of_a_teacher_can_be_an_axis(kdpipe: Callable, teacher: Run) -
     outcome = kdpipe("-m", *SMALL, *STUDENT, weights, "loss.alpha=0,0.5", "seed=0")
     assert outcome.status == 0, outcome.errors
     assert "4 cells, 3 runs" in outcome.output
-    assert "not the teacher (the rows have several)" in outcome.output
+    assert "not the teacher (the rows have different ones)" in outcome.output
     for run_id in ids:
         (run,) = runs()[f"weights{run_id[:8]}_a0.5_T5_s0"]
         assert run.data.tags["kdpipe.teacher_run"] == run_id

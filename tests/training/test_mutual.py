@@ -95,7 +95,7 @@ def test_an_interrupted_run_goes_on_with_both(done: Path, start: Callable) -> No
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["teacher.weights=a"], "teacher.weights=a: there is no such file"),
+        (["teacher.weights=a"], "teacher.weights=a: file not found"),
         (["loss.weight=0"], "loss.weight=0: expected a number above 0"),
         (["loss@also=kd"], "also=kdpipe.losses.KD: kdpipe.losses.Mutual takes no second method"),
     ],

@@ -182,7 +182,7 @@ def test_a_damaged_entry_is_noticed_and_worked_out_again(
     assert torch.equal(right, again)
     assert is_intact(file.parent, shape)
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert warnings == [f"{file.parent} is damaged and is made again"]
+    assert warnings == [f"{file.parent} is damaged and will be rebuilt"]
 
 
 def test_the_entry_says_what_it_is(tmp_path: Path) -> None:
