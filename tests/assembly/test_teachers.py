@@ -350,7 +350,7 @@ def test_runs_that_cannot_teach_are_refused_in_one_line(kdpipe: Callable, traine
     for changed, said in (
         ({"_target_": "os.system"}, "model._target_=os.system: expected a target in kdpipe.data"),
         ({"depth": 13}, "model.depth=13: "),
-        ({"depth": 20}, "expected weights of resnet32 with 10 classes"),
+        ({"depth": 20}, "30 missing, such as layer1.2.conv1.weight; expected weights of resnet32 with 10 classes"),
         ({"image_size": 0}, "image_size=0: expected a whole number from 1"),
     ):
         file.write_text(yaml.safe_dump({**config, "model": config["model"] | changed}))
