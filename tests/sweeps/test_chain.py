@@ -220,7 +220,7 @@ CE = "{loss:cross_entropy}"
         (["chain=[{model:{depth:8}},{}]"], "chain: model in link 1: expected whole keys, such as model.depth"),
         ([f"chain=[{CE},{{loss.alpha:'0.1,0.5'}}]"], "chain: loss.alpha=0.1,0.5 in link 2: expected one value"),
         ([f"chain=[{CE},{{}}],[{CE},{{}},{{}}]"], "expected one chain"),
-        ([f"chain=[{CE},{{hydra/launcher:joblib}}]"], "chain: hydra/launcher=joblib in link 2: it belongs to the whole"),
+        ([f"chain=[{CE},{{hydra/launcher:joblib}}]"], "chain: hydra/launcher=joblib in link 2: it belongs to the"),
         (
             [f"chain=[{CE},{{output_dir:elsewhere}}]"],
             "output_dir=elsewhere,outputs: expected one value for the whole sweep",
