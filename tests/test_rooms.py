@@ -35,7 +35,7 @@ ROOMS = {
 LIBRARIES = {  # imported by these files alone
     "mlflow": {"tracking"},
     "hydra": {"main", "sweeps", "settings/composition"},
-    "omegaconf": {"main", "sweeps/chain", "settings/composition", "settings/yaml_files"},
+    "omegaconf": {"main", "settings/composition", "settings/yaml_files"},
 }
 SHARED_NAMES = {
     "cli",  # of each command
