@@ -20,6 +20,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from kdpipe.assembly import devices
+from kdpipe.settings.composition import Invocation
+from kdpipe.settings.schema import Settings
+from kdpipe.sweeps.grid import GridCell
+from kdpipe.sweeps.sweep import runs_here
 
 SMALL = ["dataset=digits", "dataset.train_fraction=0.2", "train.threads=1", "train.epochs=1"]
 TEACHER = [*SMALL, "experiment=teacher", "model=resnet20", "model.depth=8"]
@@ -371,6 +375,22 @@ def test_each_process_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.M
     assert devices.own_gpu(2, tmp_path) == 1  # and keeps it for its next run
     monkeypatch.setattr(devices, "_own_gpu", [])
     assert devices.own_gpu(2, tmp_path) == os.getpid() % 2  # more processes than GPUs
+
+
+@pytest.mark.parametrize(
+    ("launcher", "here"),
+    [
+        ("hydra._internal.core_plugins.basic_launcher.BasicLauncher", True),
+        ("hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher", True),
+        ("hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher", False),
+        ("hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher", False),
+    ],
+)
+def test_a_launcher_that_is_not_known_may_use_other_machines(
+    composed: Callable[..., Settings], launcher: str, here: bool
+) -> None:
+    invocation = Invocation(overrides=(), choices={}, config_dirs=(), launcher=launcher)
+    assert runs_here(GridCell((), composed(), invocation)) == here
 
 
 @pytest.fixture
