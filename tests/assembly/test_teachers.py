@@ -351,10 +351,11 @@ def test_runs_that_cannot_teach_are_refused_in_one_line(kdpipe: Callable, traine
         ({"_target_": "os.system"}, "model._target_=os.system: expected a target in kdpipe.data"),
         ({"depth": 13}, "model.depth=13: "),
         ({"depth": 20}, "30 missing, such as layer1.2.conv1.weight; expected weights of resnet32 with 10 classes"),
-        ({"image_size": 0}, "image_size=0: expected a whole number from 1"),
+        ({"image_size": 0}, "/config.yaml: model.image_size=0: expected a whole number from 1"),
     ):
         file.write_text(yaml.safe_dump({**config, "model": config["model"] | changed}))
-        assert f"teacher.members=runs:/{second.info.run_id}: {said}" in refusal(first, second)
+        refused = refusal(first, second)
+        assert f"teacher.members=runs:/{second.info.run_id}: " in refused and said in refused
 
 
 def test_a_run_of_other_classes_is_refused(kdpipe: Callable, class_folders: Path) -> None:
