@@ -42,12 +42,13 @@ from kdpipe.assembly.networks import build_network
 from kdpipe.assembly.objectives import build_loss, build_optimizer
 from kdpipe.data import ImageDataset, PerImageValues, split
 from kdpipe.data.dataset import Source
+from kdpipe.models.weights import save_weights
 from kdpipe.settings.composition import compose_settings, register_resolvers
 from kdpipe.settings.schema import Settings
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.progress import progress
 from kdpipe.tracking import Tracker
-from kdpipe.training.checkpoint import save_checkpoint, save_weights
+from kdpipe.training.checkpoint import save_checkpoint
 from kdpipe.training.loop import Hooks, Recipe, train_epoch
 from kdpipe.training.observed import Observed
 from kdpipe.training.precomputed import OutputRequest, compute_outputs
