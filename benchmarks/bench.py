@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -42,6 +43,7 @@ from kdpipe.assembly.networks import build_network
 from kdpipe.assembly.objectives import build_loss, build_optimizer
 from kdpipe.data import ImageDataset, PerImageValues, split
 from kdpipe.data.dataset import Source
+from kdpipe.losses import CrossEntropy
 from kdpipe.models.weights import save_weights
 from kdpipe.settings.composition import compose_settings, register_resolvers
 from kdpipe.settings.schema import Settings
@@ -114,7 +116,7 @@ class Bench:
     def limit(self) -> Callable[[int], float]:
         """A function that makes so many steps on one resident batch and says how many images it took a second."""
         model = self.model()
-        optimizer, _ = build_optimizer(self.config("loss=cross_entropy"), model, nn.Identity(), 1)
+        optimizer, _ = build_optimizer(self.config("loss=cross_entropy"), model, CrossEntropy(), 1)
         batch = self.data.splits["train"][: tutorial.BATCH_SIZE]
         with torch.no_grad():
             pixels = model.preprocess(self.data.images[batch].to(self.hardware.device))
@@ -129,7 +131,11 @@ class Bench:
             optimizer.step()
 
         def steps(number: int) -> float:
-            return number * len(batch) / self.seconds(lambda: [step() for _ in range(number)])
+            def work() -> None:
+                for _ in range(number):
+                    step()
+
+            return number * len(batch) / self.seconds(work)
 
         return steps
 
@@ -158,7 +164,7 @@ class TutorialLoop:
                 network = network.cpu().to(memory_format=torch.contiguous_format)
                 vars(network).pop("imagenet_backbone", None)  # a closure, which cannot be sent
             networks.append(network)
-        arguments = (far_end, data.images.cpu(), data.labels.cpu(), device, *networks)
+        arguments = (far_end, data.images[torch.arange(len(data.labels))].cpu(), data.labels.cpu(), device, *networks)
         multiprocessing.get_context("spawn").Process(target=serve_tutorial, args=arguments, daemon=True).start()
 
     def rate(self, positions: Tensor, steps: int | None = None) -> float:
@@ -364,11 +370,11 @@ def bookkeeping_line(bench: Bench, images_per_second: float) -> dict[str, Any]:
     tracker = Tracker(f"sqlite:///{folder}/mlflow.db", "bench", folder / "artifacts")
     metrics = {f"train/{name}": 0.5 for name in "abcdefgh"}
     model = bench.model()
-    loss = nn.Identity()
+    loss = CrossEntropy()
     optimizer, scheduler = build_optimizer(bench.config("loss=cross_entropy"), model, loss, 1)
     training = Training(Observed(model), loss, optimizer, scheduler, bench.hardware)
     with tracker.run("bench", folder, {}, {}) as current:
-        logging = statistics.median(bench.seconds(lambda n=n: current.log(metrics, n)) for n in range(20))
+        logging = statistics.median(bench.seconds(partial(current.log, metrics, n)) for n in range(20))
 
         def save() -> None:
             save_checkpoint(folder, {"training": training.state(), "history": current.rows})
@@ -436,9 +442,9 @@ def start_lines(bench: Bench) -> list[dict[str, Any]]:
         else:
             totals.append(total)
     total, own = statistics.median(totals), statistics.median(ours)
-    imports = f"{total - own:.1f} s of it imports: PyTorch, the compiler that its optimizers load, MLflow, scikit-learn"
+    remark = f"{total - own:.1f} s of it imports: PyTorch, the compiler that its optimizers load, MLflow, scikit-learn"
     return [
-        line("start to first step on a warm cache, s", total, "<=", 10, imports),
+        line("start to first step on a warm cache, s", total, "<=", 10, remark),
         line("of which ours, s", own, "<=", 2, "all but imports"),
     ]
 

@@ -17,7 +17,7 @@ from kdpipe.assembly.networks import build_network
 from kdpipe.assembly.objectives import build_loss, build_optimizer, fit_loss
 from kdpipe.data import PerImageValues
 from kdpipe.settings.composition import CONF
-from kdpipe.settings.schema import Settings
+from kdpipe.settings.schema import NetworkSettings, Settings
 from kdpipe.system.tables import markdown_table
 from kdpipe.training.loop import Hooks, Recipe, train_epoch
 from kdpipe.training.observed import Observed
@@ -47,6 +47,7 @@ class Method:
         student = Observed(model, model.network, self.roles)
         self.teacher = None
         if name not in NO_TEACHER:
+            assert isinstance(config.teacher, NetworkSettings)
             network = build_network("teacher", config.teacher, bench.data, "none").to(bench.hardware.device)
             self.teacher = self.taught_by(config, FrozenTeacher(network), student)
         self.learned = sum(parameter.numel() for parameter in self.loss.parameters())

@@ -101,11 +101,11 @@ def _find_finished(
 
 def _lead(settings: Settings, parts: Parts, tracker: "Tracker", folder: Path, hardware: Hardware) -> float:
     """Learn, in a run of MLflow."""
-    begun, start = _what_is_begun(settings, parts, folder)
+    unfinished, start = _find_unfinished(settings, parts, folder)
     tags = run_tags(settings, parts, hardware)
-    history = rows_since(folder, start["history"] if start else []) if begun else []
+    history = rows_since(folder, start["history"] if start else []) if unfinished else []
     seconds = start["seconds"] if start else 0.0
-    with tracker.run(settings.run_name, folder, settings.params, tags, begun, history, seconds) as current:
+    with tracker.run(settings.run_name, folder, settings.params, tags, unfinished, history, seconds) as current:
         _describe_inputs(settings, current, tracker, parts)
         _save_earlier_epochs(settings, current, start["training"]["epoch"] if start else 1)
 
@@ -186,8 +186,8 @@ def _examine(
     return metrics, exam
 
 
-def _what_is_begun(settings: Settings, parts: Parts, folder: Path) -> tuple[str | None, dict[str, Any] | None]:
-    """The MLflow run that a process began in the folder and did not finish, and its newest checkpoint.
+def _find_unfinished(settings: Settings, parts: Parts, folder: Path) -> tuple[str | None, dict[str, Any] | None]:
+    """The MLflow run that was begun in the folder and not finished, and its newest checkpoint.
 
     Raises:
         ValueError: the folder has another run (of other images, or another teacher) whose results would be lost.

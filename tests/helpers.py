@@ -60,6 +60,13 @@ class Outcome:
     errors: str
 
 
+def assert_refused(outcome: Outcome, *said: str) -> None:
+    """The command failed with one line that says this."""
+    assert outcome.status == 1, outcome.output
+    assert outcome.errors.count("\n") == 1, outcome.errors
+    assert [text for text in said if text not in outcome.errors] == [], outcome.errors
+
+
 def exit_status(cli: Callable[[], object]) -> int | str | None:
     """What a command ends with."""
     try:

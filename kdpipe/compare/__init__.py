@@ -43,9 +43,7 @@ def compare_runs(
     """
     store = existing_store(argparse.Namespace(uri=uri, output_dir=Path(output_dir)))
 
-    from kdpipe.compare.loading import load_comparisons  # imports mlflow, which takes seconds
-    from kdpipe.tracking import Tracker
+    from kdpipe.compare.loading import load_comparisons, open_experiment  # imports mlflow, which takes seconds
 
-    tracker = Tracker(store, experiment, Path(output_dir) / "mlartifacts", create=False)
-    tracker.recover_all(Path(output_dir) / "runs")
+    tracker = open_experiment(store, experiment, Path(output_dir))
     return load_comparisons(tracker, sweep, where or {}, mixed, published)

@@ -40,12 +40,10 @@ def run_comparison(words: list[str] | None = None) -> str:
 
     # Seconds of imports, after what can fail sooner.
     from kdpipe.compare import comparison_table, frames
-    from kdpipe.compare.loading import draw_pictures, load_comparisons
+    from kdpipe.compare.loading import draw_pictures, load_comparisons, open_experiment
     from kdpipe.compare.published import NONE_PUBLISHED
-    from kdpipe.tracking import Tracker
 
-    tracker = Tracker(uri, arguments.experiment, arguments.output_dir / "mlartifacts", create=False)
-    tracker.recover_all(arguments.output_dir / "runs")
+    tracker = open_experiment(uri, arguments.experiment, arguments.output_dir)
     comparisons = load_comparisons(tracker, arguments.sweep, where, arguments.mixed, arguments.published)
     pictures = []
     if arguments.out or arguments.format == "html":

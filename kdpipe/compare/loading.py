@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 from kdpipe.compare.cells import Cell, Controls, make_cells, teacher_runs
 from kdpipe.compare.comparison import (
@@ -32,6 +33,13 @@ PICTURES_OF_A_RUN = {
 }
 
 log = logging.getLogger("kdpipe")
+
+
+def open_experiment(uri: str, experiment: str, output_dir: Path) -> Tracker:
+    """An existing experiment, once it has what earlier processes left in `output_dir`."""
+    tracker = Tracker(uri, experiment, output_dir / "mlartifacts", create=False)
+    tracker.recover_all(output_dir / "runs")
+    return tracker
 
 
 def load_comparisons(

@@ -3,17 +3,14 @@
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Protocol, Self
+from typing import Protocol, Self
 
 import torch
-from pydantic import Field
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from kdpipe.settings.errors import ConfigError
-from kdpipe.settings.values import checked
-
-MAX_SEED = 2**32 - 1  # of NumPy
+from kdpipe.settings.values import SplitSeed, TestShare, TrainShare, ValidationShare, checked
 
 
 @dataclass(frozen=True)
@@ -136,10 +133,10 @@ def fits_on_gpu(images: Images, device: torch.device) -> bool:
 def split(
     source: Source,
     name: str,
-    train_fraction: Annotated[float, Field(gt=0, le=1)],
-    val_fraction: Annotated[float, Field(ge=0, lt=1)],
-    test_fraction: Annotated[float, Field(gt=0, lt=1)] | None,
-    split_seed: Annotated[int, Field(ge=0, le=MAX_SEED, description=f"a whole number from 0 to {MAX_SEED}")],
+    train_fraction: TrainShare,
+    val_fraction: ValidationShare,
+    test_fraction: TestShare | None,
+    split_seed: SplitSeed,
 ) -> ImageDataset:
     """Split what the source has not split itself, at random and stratified by class.
 

@@ -1,4 +1,4 @@
-"""Names of a run's files and tags, and addresses of its weights."""
+"""Names of a run's files, tags and metrics."""
 
 # In a run's folder and among its artifacts.
 CONFIG = "config.yaml"
@@ -10,4 +10,5 @@ CONFUSION, RELIABILITY, DIFFERING = "confusion.png", "reliability.png", "differi
 IMAGE_SHAPE = "kdpipe.image_shape"  # of its stored images, such as 3x32x32
 UNLABELLED_IMAGES = "kdpipe.unlabelled_images"  # how many it was trained on
 TIMED_ON = "kdpipe.timed_on"  # the hardware of its latencies
+# Of metrics.
 ONE_THREAD = "_1_thread"  # suffix of latencies on one CPU thread

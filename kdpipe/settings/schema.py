@@ -13,10 +13,22 @@ from kdpipe.settings import identity
 from kdpipe.settings.addresses import epoch_file, names_weights
 from kdpipe.settings.components import loss_class
 from kdpipe.settings.errors import ConfigError, as_typed
-from kdpipe.settings.values import NonNegative, NonNegativeInt, Number, Positive, PositiveInt, model_error
+from kdpipe.settings.values import (
+    NonNegative,
+    NonNegativeInt,
+    Number,
+    Positive,
+    PositiveInt,
+    SplitSeed,
+    TestShare,
+    TrainShare,
+    ValidationShare,
+    model_error,
+)
 
 log = logging.getLogger("kdpipe")
 ENSEMBLE = "kdpipe.models.Ensemble"
+RUN_LIST = "a list of runs, [runs:/<run id>,runs:/<run id>]"
 Freeze = Literal["none", "backbone"]
 Model = TypeVar("Model", bound="Section")
 
@@ -83,10 +95,10 @@ class OptimizerSettings(Component):
 
 class DatasetSettings(Component):
     name: Annotated[str, Field(description="a name")]
-    train_fraction: Annotated[float, Field(gt=0, le=1)]
-    val_fraction: Annotated[float, Field(ge=0, lt=1)]
-    test_fraction: Annotated[float, Field(gt=0, lt=1)] | None
-    split_seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
+    train_fraction: TrainShare
+    val_fraction: ValidationShare
+    test_fraction: TestShare | None
+    split_seed: SplitSeed
     unlabelled_root: str | None = None
 
     @model_validator(mode="after")
@@ -117,7 +129,7 @@ class EnsembleSettings(Component):
     """Several finished runs as one teacher."""
 
     name: Annotated[str, Field(description="a name")]
-    members: Annotated[list[str], Field(description="a list of runs, [runs:/<run id>,runs:/<run id>]")] = []
+    members: Annotated[list[str], Field(description=RUN_LIST)] = []
     shares: list[NonNegative] | None = None
     temperature: Positive = 1
     weights: str | None = "auto"
@@ -125,12 +137,11 @@ class EnsembleSettings(Component):
 
     def check(self) -> None:
         """Raise ConfigError for members that cannot teach together."""
-        runs = "a list of runs, [runs:/<run id>,runs:/<run id>]"
         if not self.members:
-            raise ConfigError("teacher.members", self.members, runs)
+            raise ConfigError("teacher.members", self.members, RUN_LIST)
         for number, member in enumerate(self.members):
             if not names_weights(member):
-                raise ConfigError("teacher.members", member, runs)
+                raise ConfigError("teacher.members", member, RUN_LIST)
             if member in self.members[:number]:
                 raise ConfigError("teacher.members", member, "each run once, with its share", "it is listed twice")
         if self.shares is not None and (len(self.shares) != len(self.members) or not sum(self.shares) > 0):
@@ -254,6 +265,8 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
+        if self.also:
+            loss_class(self.also.target, "also")
         if self.chain is not None:  # the runs of its links have none
             raise ConfigError("chain", self.chain, problem="a chain is one command: python -m kdpipe -m 'chain=…'")
         beyond = [epoch for epoch in self.train.keep_epochs or () if epoch > self.train.epochs]

@@ -18,6 +18,12 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]  # 0 and 1 included
+# Of images: those to train on, to validate on and to test on.
+TrainShare = Annotated[float, Field(gt=0, le=1)]
+ValidationShare = Annotated[float, Field(ge=0, lt=1)]
+TestShare = Annotated[float, Field(gt=0, lt=1)]
+MAX_SEED = 2**32 - 1  # of NumPy
+SplitSeed = Annotated[int, Field(ge=0, le=MAX_SEED, description=f"a whole number from 0 to {MAX_SEED}")]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 

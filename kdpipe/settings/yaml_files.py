@@ -56,15 +56,10 @@ def check_foreign(file: Path) -> None:
     content = read_yaml(file)
     try:
         check_targets(content)
-        own, package = (
-            content.get("hydra", {}),
-            re.search(r"^\s*#\s*@package\s+hydra\b[.\w]*", file.read_text(), re.MULTILINE),
-        )
-        if (
-            package
-            or not isinstance(own, Mapping)
-            or re.search(r"@_?(global_\.)?hydra\b", str(content.get("defaults")))
-        ):
+        own = content.get("hydra", {})
+        in_package = re.search(r"^\s*#\s*@package\s+hydra\b", file.read_text(), re.MULTILINE)
+        in_defaults = re.search(r"@_?(global_\.)?hydra\b", str(content.get("defaults")))
+        if in_package or in_defaults or not isinstance(own, Mapping):
             _refuse_hydra("hydra", MISSING)
         for key, value in leaves(own, "hydra"):
             if not key.startswith(HYDRA_SETTINGS) or key.startswith(COMMANDS) or "\n" in f"{key}{value}":

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kdpipe.sweep")
 
+LOCAL_LAUNCHERS = ("basic_launcher", "joblib_launcher")  # in the targets of Hydra's launchers
+
 
 @dataclass
 class Sweep:
@@ -107,7 +109,7 @@ def run_sweep(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
     check_shared(every)
     check_links(grid[0], links, drafts)
     first = every[0]
-    if runs_here(drafts[0][0]):
+    if runs_here(drafts[0][0].invocation.launcher):
         for settings in every:
             check_device(settings)
     uri = store_uri(first.tracking.uri, Path(first.output_dir))
@@ -180,12 +182,9 @@ def train_links(sweep: Sweep, planned: Sequence[PlannedRun]) -> tuple[dict[str, 
     return failed, left_out
 
 
-LOCAL_LAUNCHERS = ("basic_launcher", "joblib_launcher")  # in the targets of Hydra's launchers
-
-
-def runs_here(cell: GridCell) -> bool:
-    """Whether the runs of a sweep run on this machine, and not on the nodes of a cluster."""
-    return any(local in cell.invocation.launcher for local in LOCAL_LAUNCHERS)
+def runs_here(launcher: str) -> bool:
+    """Whether a launcher, by its target, runs its jobs on this machine, and not on the nodes of a cluster."""
+    return any(local in launcher for local in LOCAL_LAUNCHERS)
 
 
 def train_missing(sweep: Sweep, planned: Sequence[PlannedRun]) -> dict[str, str]:
@@ -237,12 +236,13 @@ def launch(sweep: Sweep, missing: Sequence[PlannedRun]) -> tuple[dict[str, str],
         logging.getLogger(name).setLevel(logging.WARNING)
     jobs = [[*run.overrides, *_job_overrides(sweep, run, n, len(missing))] for n, run in enumerate(missing, start=1)]
     assert sweep.sweeper.launcher
+    launcher = sweep.drafts[0][0].invocation.launcher
 
     def workers() -> list[int]:
         return [worker for run in missing if (worker := worker_pid(run.folder))]
 
     try:
-        with forward_signals(workers if runs_here(sweep.drafts[0][0]) else list):
+        with forward_signals(workers if runs_here(launcher) else list):
             results = sweep.sweeper.launcher.launch(jobs, initial_job_idx=0)
     except Exception as error:  # a process was killed, or a cluster lost a job; others may go on
         log.error("a job was lost: %s", explain(error))

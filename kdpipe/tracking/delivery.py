@@ -186,7 +186,7 @@ class Delivery:
                     return
                 if not is_down:
                     log.warning(
-                        "%s takes no metrics now (%s): training goes on, they are kept and delivered later",
+                        "%s is not taking metrics (%s): training continues, and they are delivered later",
                         self._journal.store,
                         describe_error(error),
                     )

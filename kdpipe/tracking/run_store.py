@@ -42,7 +42,7 @@ class RunStore:
     """An MLflow store, for work on runs by their ids.
 
     Args:
-        uri: of the store, from `store.store_uri`.
+        uri: of the store, from `store_address.store_uri`.
 
     Attributes:
         name: the URI without its password.

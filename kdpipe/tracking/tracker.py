@@ -52,7 +52,7 @@ class Tracker(RunStore):
     """An experiment in an MLflow store.
 
     Args:
-        uri: of the store, from `store.store_uri`. A sqlite file that a dead process left half-made is set aside.
+        uri: of the store, from `store_address.store_uri`. A half-made sqlite file of a dead process is set aside.
         experiment: its name.
         artifacts: folder of the artifacts of a local store; a server has its own.
         create: whether to create a missing experiment.
@@ -108,7 +108,7 @@ class Tracker(RunStore):
         before, rows = Journal.read(folder), list(history)
         if before and before.uri != self.uri and not before.delivered:
             left = before.run_id or folder.name
-            log.warning("run %s goes on in %s; %s will not have the rest of it", left, self.name, before.store)
+            log.warning("run %s continues in %s; %s will not have the rest of it", left, self.name, before.store)
         tokened = {**tags, CREATION_TOKEN: self._token(before, known)}
         times = before.times[: len(rows)] if before and before.run_id == run_id else []
         times += [now()] * (len(rows) - len(times))

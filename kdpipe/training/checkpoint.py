@@ -1,4 +1,4 @@
-"""Weights on disk, and checkpoints from which a training continues."""
+"""Checkpoints from which a training continues."""
 
 import hashlib
 import io
@@ -55,7 +55,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         try:
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             if not isinstance(state, dict):
-                raise TypeError(f"a checkpoint expected, found {type(state).__name__}")
+                raise TypeError(f"expected a checkpoint, found {type(state).__name__}")
         except MemoryError:
             raise
         except Exception as error:  # the unpickler raises whatever it stumbles over

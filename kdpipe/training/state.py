@@ -8,9 +8,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from kdpipe.losses import Loss
+from kdpipe.models.weights import State
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.randomness import random_state, set_random_state
-from kdpipe.training.checkpoint import State
 from kdpipe.training.observed import Observed
 
 

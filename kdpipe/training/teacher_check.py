@@ -52,13 +52,16 @@ def check_teacher(
         warn_once(
             "teacher %s is no better than chance (%s; always the most common class: %.1f %%): distilling from it is "
             "mostly a no-op; train it longer, or use other teacher.weights",
-            *(name, found, 100 * commonest / len(judged)),
+            name,
+            found,
+            100 * commonest / len(judged),
         )
     if is_one_hot:
         warn_once(
             "teacher %s answers near one-hot (%s), like the labels: distilling from it is mostly a no-op; "
             "a higher loss.temperature softens its answers",
-            *(name, found),
+            name,
+            found,
         )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from helpers import Outcome, Taught
+from helpers import Outcome, Taught, assert_refused
 from mlflow import MlflowClient
 
 from kdpipe.export.predictor import Predictor, open_onnx, open_predictor
@@ -155,7 +155,7 @@ def test_files_that_are_not_networks_are_refused(
         onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 17)]), "foreign.onnx"
     )
     refused = command("predict", network, photos[0])
-    assert refused.status == 1 and error in refused.errors and refused.errors.count("\n") == 1
+    assert_refused(refused, error)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import assert_refused
 
 from kdpipe import cache
 from kdpipe.system.disk_cache import array_digest, ensure_entry, mapped_array, new_array
@@ -78,9 +79,7 @@ def test_a_run_on_a_full_disk_ends_in_one_line(
     (small_disk / "filler").write_bytes(bytes(1_048_576 - (0 if outputs == "teacher" else 4096)))
     images = [f"dataset.cache_dir={small_disk}"] if outputs == "images" else []
     outcome = kdpipe(*photos, "model@teacher=resnet20", "train.epochs=1", *images)
-    assert outcome.status == 1
-    assert outcome.errors.count("\n") == 1
-    assert "No space left on device" in outcome.errors and "output_dir" in outcome.errors
+    assert_refused(outcome, "No space left on device", "output_dir")
     (small_disk / "filler").unlink()
     assert kdpipe(*photos, "model@teacher=resnet20", "train.epochs=1", *images).status == 0
 

@@ -105,7 +105,7 @@ def test_a_server_that_dies_and_comes_back_misses_nothing(start: Callable[..., S
     run = start(*LONG, f"tracking.uri={mlflow_server.uri}")
     run.wait_for("epoch 3/15")
     mlflow_server.send(signal.SIGKILL)
-    run.wait_for("training goes on")
+    run.wait_for("training continues")
     run.wait_for("epoch 8/15")
     run.send(signal.SIGSTOP)  # while the server starts, which may take longer than the run
     mlflow_server.start()
