@@ -46,6 +46,16 @@ class FinishedRun:
         return self.settings.model.name
 
     @property
+    def teacher_weights(self) -> list[str]:
+        """The runs or the file that its teacher's weights come from; several for an ensemble."""
+        teacher, source = self.settings.teacher, self.record.tags.get("kdpipe.teacher_run", "")
+        if not source:
+            return []
+        if isinstance(teacher, EnsembleSettings):
+            return teacher.members
+        return [f"runs:/{source}" if teacher.weights == "auto" else str(teacher.weights)]
+
+    @property
     def metrics(self) -> dict[str, float]:
         """The metrics of these weights: of those of an earlier epoch, what any weights of the network cost."""
         if run_and_file(self.address)[1] == WEIGHTS:
@@ -104,16 +114,14 @@ def open_teacher(run: FinishedRun, store: "RunStore") -> tuple[Classifier | Ense
     Raises:
         ConfigError: its weights are gone, or have changed.
     """
-    source = run.record.tags.get("kdpipe.teacher_run", "")
-    if not source:
+    if not run.teacher_weights:
         return None
     teacher, images = run.settings.teacher, blank_images(run.class_names, run.image_shape)
     if isinstance(teacher, EnsembleSettings):
         network: Classifier | Ensemble = build_ensemble(teacher, images, store)[0].classifier
     else:
-        weights = f"runs:/{source}" if teacher.weights == "auto" else str(teacher.weights)
         network = build_network("teacher", teacher, images, freeze="none")
-        load_trained("teacher.weights", weights, teacher.name, network, images, store)
+        load_trained("teacher.weights", run.teacher_weights[0], teacher.name, network, images, store)
     known = run.record.tags.get("kdpipe.inputs", "").rpartition("-")[2]
     if known and known != weights_digest(network.network):
         raise ConfigError(

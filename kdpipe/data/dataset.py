@@ -10,7 +10,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from kdpipe.settings.errors import ConfigError
-from kdpipe.settings.values import SplitSeed, TestShare, TrainShare, ValidationShare, checked
+from kdpipe.settings.values import SplitSeed, TestShare, TrainShare, ValidationShare, check_shares, checked
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,7 @@ def split(
 
     Raises ConfigError for a fraction out of its range, or too few images for it.
     """
-    if test_fraction is not None and val_fraction + test_fraction >= 1:
-        raise ConfigError(f"val_fraction={val_fraction}, test_fraction", test_fraction, "a sum below 1")
+    check_shares(val_fraction, test_fraction)
     given = {key: positions for key, positions in source.given.items() if len(positions)}
     if test_fraction is None and "test" not in given:
         problem = f"{name} has no test images of its own"
@@ -177,3 +176,9 @@ def split(
         train, _ = divide("train_fraction", train_fraction, len(train) - round(train_fraction * len(train)))
     splits["train"] = train
     return ImageDataset(name, source.images, source.labels, source.class_names, splits, source.fingerprint)
+
+
+def subsample(positions: Tensor, count: int) -> Tensor:
+    """At most `count` of the positions [n], sorted, from all over them: images may lie class by class."""
+    chosen = torch.linspace(0, len(positions) - 1, min(len(positions), count)).round().long()
+    return positions.sort().values[chosen]

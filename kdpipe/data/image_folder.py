@@ -22,10 +22,8 @@ def image_folder(root: str, image_size: ImageSize | None, on_bad_image: OnBadIma
         raise ConfigError("root", root, wrong[0].lower(), f"it has a folder {wrong[0]}")
     first, parts = top, {}
     if (top / "train").is_dir():
-        first, parts = (
-            top / "train",
-            {top / name: part for name, part in SPLIT_FOLDERS.items() if (top / name).is_dir()},
-        )
+        first = top / "train"
+        parts = {top / name: part for name, part in SPLIT_FOLDERS.items() if (top / name).is_dir()}
     class_names = _folders(first)
     if len(class_names) < 2:
         raise ConfigError("root", root, "two or more class folders", f"{first} has {len(class_names)}")

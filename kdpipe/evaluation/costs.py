@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdpipe.evaluation.inference import eval_mode
 from kdpipe.models import Classifier, Ensemble, size_mb
+from kdpipe.models.classifier import eval_mode
 from kdpipe.runs.names import ONE_THREAD
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.timing import median_ratio, percentile_95, threads, time_interleaved

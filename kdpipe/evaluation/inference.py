@@ -1,13 +1,13 @@
 """Running a network over the images of a split."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdpipe.data import ImageDataset
+from kdpipe.models.classifier import eval_mode
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.progress import progress
 
@@ -34,19 +34,6 @@ def logits_of(model: nn.Module, data: ImageDataset, split: str, hardware: Hardwa
     for rank, part in enumerate(parts):
         logits[rank :: hardware.processes] = part
     return logits
-
-
-@contextmanager
-def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Put models into evaluation mode inside the block, and back into the mode they were in after it."""
-    modes = [model.training for model in models]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for model, was_training in zip(models, modes, strict=True):
-            model.train(was_training)
 
 
 def _batched_logits(

@@ -22,8 +22,7 @@ TEMPERATURES = (0.05, 20)
 def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """`accuracy` (a fraction); `loss`, the negative log-likelihood in nats; `brier`, the squared distance of the
     probabilities from the label, summed over classes (0 … 2; Brier 1950); `ece`, the expected calibration error (a
-    fraction; Naeini et al. 2015, https://arxiv.org/abs/1706.04599); and `top5_accuracy` for more than five
-    classes."""
+    fraction; Guo et al. 2017, https://arxiv.org/abs/1706.04599); and `top5_accuracy` for more than five classes."""
     probabilities = logits.double().softmax(dim=1).numpy()
     classes = np.arange(logits.shape[1])
     found = {

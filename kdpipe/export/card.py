@@ -11,12 +11,11 @@ import yaml
 
 from kdpipe import __version__
 from kdpipe.assembly.finished_runs import FinishedRun
-from kdpipe.export.formats import INT8, ONNX, PROGRAM
+from kdpipe.export.formats import DESCRIPTIONS, INT8, ONNX
 from kdpipe.export.measurements import Measurement, table_of
 from kdpipe.export.sources import Sources, fitted_temperature, public_settings
 from kdpipe.export.writers import strip_folders
 from kdpipe.runs.names import UNLABELLED_IMAGES
-from kdpipe.settings.addresses import WEIGHTS
 from kdpipe.settings.identity import canonical
 from kdpipe.settings.schema import EnsembleSettings
 from kdpipe.system.tables import markdown_table
@@ -39,12 +38,6 @@ METRICS = {
     "model/flops": "FLOPs per image (convolutions and matrix products)",
     "model/size_mb": "size of the weights in MB (2²⁰ bytes)",
     "model/activation_mb": "activations per image in MB",
-}
-DESCRIPTIONS = {
-    ONNX: "ONNX, float",
-    INT8: "ONNX, 8-bit integers",
-    PROGRAM: "torch.export (load such files only from sources that you trust)",
-    WEIGHTS: "weights alone; config.yaml describes their network",
 }
 TRAIN_KEYS = {"epochs", "batch_size", "precision", "mixup", "cutmix", "clip_norm", "select"}
 
@@ -101,15 +94,12 @@ def _front_matter(sources: Sources, files: Collection[str], license: str | None)
 
 def _teacher_facts(sources: Sources, measurements: Sequence[Measurement]) -> dict[str, Any] | None:
     """The name, the weights and, if it could be opened, the accuracy of the teacher; None without one."""
-    teacher, teacher_run = sources.run.settings.teacher, sources.run.record.tags.get("kdpipe.teacher_run")
-    if not teacher_run:
+    run = sources.run
+    if not run.teacher_weights:
         return None
-    if isinstance(teacher, EnsembleSettings):
-        weights = ", ".join(teacher.members)
-    else:
-        weights = f"runs:/{teacher_run}" if teacher.weights == "auto" else str(teacher.weights)
     accuracy = measurements[0].accuracy if sources.teacher else None
-    return {"name": teacher.name, "weights": strip_folders(weights), "accuracy": accuracy}
+    weights = ", ".join(strip_folders(run.teacher_weights))
+    return {"name": run.settings.teacher.name, "weights": weights, "accuracy": accuracy}
 
 
 def _unlabelled_facts(run: FinishedRun) -> dict[str, str] | None:

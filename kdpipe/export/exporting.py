@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from kdpipe.data import ImageDataset
+from kdpipe.data.dataset import subsample
 from kdpipe.export.card import model_card
 from kdpipe.export.formats import CARD, FORMATS, INT8, LABELS, ONNX, PROGRAM
 from kdpipe.export.measurements import Measurement, legend, on_one_thread, time_measurements
@@ -22,16 +23,16 @@ from kdpipe.export.verification import (
     check_int8_accuracy,
     check_same_logits,
     largest_difference,
-    subsample,
     top1_accuracy,
 )
-from kdpipe.export.writers import portable_config, quiet, trace_classifier, write_onnx, write_program, write_weights
+from kdpipe.export.writers import portable_config, trace_classifier, write_onnx, write_program, write_weights
 from kdpipe.models import Classifier, Ensemble, size_mb
 from kdpipe.runs.names import CONFIG
 from kdpipe.settings.addresses import WEIGHTS
 from kdpipe.settings.errors import flat
 from kdpipe.system.hardware import prepare_device
 from kdpipe.system.progress import progress
+from kdpipe.system.silence import quiet
 
 MAX_TAG_LENGTH = 100_000  # MLflow's limit for tags of model versions
 
@@ -155,7 +156,7 @@ def _write_files(export: Export) -> None:
             write_onnx(program, folder / ONNX, metadata)
     if INT8 in export.files:
         with export.refusing(INT8):
-            positions = subsample(export.sources.data.splits["train"].sort().values, CALIBRATION_IMAGES)
+            positions = subsample(export.sources.data.splits["train"], CALIBRATION_IMAGES)
             write_int8(folder / ONNX, folder / INT8, _images_at(export.sources.data, positions), metadata)
     if PROGRAM in export.files:
         with export.refusing(PROGRAM):

@@ -6,8 +6,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy.typing import NDArray
 
-from kdpipe.export.writers import quiet, save_onnx
+from kdpipe.export.writers import save_onnx
 from kdpipe.settings.errors import flat
+from kdpipe.system.silence import quiet
 
 CALIBRATION_IMAGES = 500
 CALIBRATION_BATCH = 50

@@ -1,18 +1,10 @@
 """Does an exported file compute what the PyTorch network computes?"""
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 Logits = NDArray[np.float32]
 TOLERANCE = 1e-3  # of a difference between logits, relative to the largest logit if that is above 1
-
-
-def subsample(positions: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` of these positions, evenly spaced; all if there are fewer."""
-    if len(positions) <= count:
-        return positions
-    return positions[torch.linspace(0, len(positions) - 1, count).round().long()]
 
 
 def top1_accuracy(logits: Logits, labels: NDArray[np.int64]) -> float:

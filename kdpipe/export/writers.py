@@ -1,12 +1,7 @@
 """Writers of the export formats, with the preprocessing inside."""
 
-import contextlib
-import io
 import json
-import logging
 import os
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +15,7 @@ from kdpipe.export.predictor import METADATA_FILE
 from kdpipe.export.sources import public_settings
 from kdpipe.models import Classifier
 from kdpipe.settings.errors import first_line
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Suppress the exporters' warnings, logs and prints, which users can do nothing about."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+from kdpipe.system.silence import quiet
 
 
 def trace_classifier(classifier: Classifier, image_shape: tuple[int, int, int]) -> ExportedProgram:

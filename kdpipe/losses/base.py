@@ -153,6 +153,11 @@ def last_pairs(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> list
     return list(zip(student[-number:], teacher[-number:], strict=True))
 
 
+def warmup_factor(epoch: int, warmup: float) -> float:
+    """Grows linearly to 1 over `warmup` epochs, counted from 1; 1 throughout for none."""
+    return min(epoch / warmup, 1) if warmup else 1
+
+
 def smaller(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Two maps [N, C, H, W], both average-pooled to the smaller height and width."""
     height, width = (min(student.shape[side], teacher.shape[side]) for side in (2, 3))

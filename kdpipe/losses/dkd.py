@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kdpipe.losses.base import WeightedLoss
+from kdpipe.losses.base import WeightedLoss, warmup_factor
 from kdpipe.losses.kd import kd
 from kdpipe.losses.outputs import Outputs, wide
 from kdpipe.settings.values import NonNegative, Positive, checked
@@ -66,5 +66,5 @@ class DKD(WeightedLoss):
         self.alpha, self.beta, self.temperature, self.warmup = alpha, beta, temperature, warmup
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor, indices: Tensor, epoch: int) -> Tensor:
-        share = min(epoch / self.warmup, 1) if self.warmup else 1
-        return share * dkd(student.logits, teacher.logits, labels, self.alpha, self.beta, self.temperature)
+        term = dkd(student.logits, teacher.logits, labels, self.alpha, self.beta, self.temperature)
+        return warmup_factor(epoch, self.warmup) * term

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdpipe.losses.base import WeightedLoss, last_pairs
+from kdpipe.losses.base import WeightedLoss, last_pairs, warmup_factor
 from kdpipe.losses.outputs import Outputs, wide
 from kdpipe.settings.values import NonNegative, checked
 
@@ -104,7 +104,7 @@ class ReviewKD(WeightedLoss):
         for fusion, (ours, theirs) in zip(self.fusions, _levels(student, teacher), strict=True):
             outputs, mixed = fusion(wide(ours), mixed, theirs.shape[2:])
             total = total + reviewkd(outputs, theirs)
-        return total * min(epoch / self.warmup, 1) if self.warmup else total
+        return total * warmup_factor(epoch, self.warmup)
 
 
 def _levels(student: Outputs, teacher: Outputs) -> list[tuple[Tensor, Tensor]]:

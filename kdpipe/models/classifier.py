@@ -1,6 +1,7 @@
 """A network together with the preprocessing that its weights were trained with."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, Self
 
 import torch
@@ -94,11 +95,9 @@ class Classifier(nn.Module):
     @torch.no_grad()
     def ends_with_head(self, images: Tensor) -> bool:
         """Whether the head is the last layer, so that its inputs determine the logits; tried on a few images."""
-        was_training = self.training
-        self.eval()
-        features, logits = self._features_and_logits(images)
-        answer = self.head(features)
-        self.train(was_training)
+        with eval_mode(self):
+            features, logits = self._features_and_logits(images)
+            answer = self.head(features)
         return logits.shape == answer.shape and torch.allclose(logits, answer, rtol=1e-3, atol=1e-5)
 
     def train(self, mode: bool = True) -> Self:
@@ -130,3 +129,16 @@ def enlarge(pixels: Tensor, size: int) -> Tensor:
 def size_mb(module: nn.Module) -> float:
     """Size of the saved parameters and buffers in MB (2²⁰ bytes)."""
     return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values()) / 2**20
+
+
+@contextmanager
+def eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Put models into evaluation mode inside the block, and back into the mode they were in after it."""
+    modes = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for model, was_training in zip(models, modes, strict=True):
+            model.train(was_training)

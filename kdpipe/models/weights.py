@@ -29,7 +29,7 @@ def read_weights(key: str, path: Path) -> tuple[State, list[str] | None]:
         ConfigError: the file is missing or has no weights; `key` is where its name stands in the config.
     """
     if not path.is_file():
-        raise ConfigError(key, path, problem="there is no such file")
+        raise ConfigError(key, path, problem="file not found")
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:

@@ -23,6 +23,7 @@ from kdpipe.settings.values import (
     TestShare,
     TrainShare,
     ValidationShare,
+    check_shares,
     model_error,
 )
 
@@ -103,9 +104,10 @@ class DatasetSettings(Component):
 
     @model_validator(mode="after")
     def _leaves_training_images(self) -> Self:
-        if self.test_fraction is not None and self.val_fraction + self.test_fraction >= 1:
-            problem = f"no training images are left with dataset.val_fraction={self.val_fraction}"
-            raise ConfigError("dataset.test_fraction", self.test_fraction, "a sum below 1", problem)
+        try:
+            check_shares(self.val_fraction, self.test_fraction)
+        except ConfigError as error:
+            raise error.under("dataset") from error
         return self
 
     @property

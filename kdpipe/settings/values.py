@@ -28,6 +28,13 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 
 
+def check_shares(validation: float, test: float | None) -> None:
+    """Raise ConfigError where validation and test images leave none to train on."""
+    if test is not None and validation + test >= 1:
+        problem = f"no training images are left with val_fraction={validation}"
+        raise ConfigError("test_fraction", test, "a sum below 1", problem)
+
+
 def checked(function: Callable[P, R]) -> Callable[P, R]:
     """Check the arguments of a function or a constructor against its annotations, strictly: no text where a number is
     meant, no number where true or false is.

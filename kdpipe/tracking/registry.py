@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import logging
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version as installed
@@ -20,6 +18,7 @@ from numpy.typing import NDArray
 
 from kdpipe.runs.store_address import describe_error, without_password
 from kdpipe.settings.errors import ConfigError
+from kdpipe.system.silence import quiet
 from kdpipe.tracking.run_store import RunStore
 
 FOLDER = "exported"  # among the run's artifacts
@@ -119,17 +118,11 @@ def save_model(file: Path, folder: Path, example: NDArray[np.uint8]) -> None:
         Schema([TensorSpec(example.dtype, (-1, *example.shape[1:]), "images")]),
         Schema([TensorSpec(np.dtype(np.float32), (-1, classes), "logits")]),
     )
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            mlflow.onnx.save_model(
-                model,
-                str(folder),
-                signature=signature,
-                pip_requirements=[f"{name}=={installed(name)}" for name in ("mlflow", "onnx", "onnxruntime", "numpy")],
-                save_as_external_data=False,
-            )
-    finally:
-        logging.disable(before)
+    with quiet():
+        mlflow.onnx.save_model(
+            model,
+            str(folder),
+            signature=signature,
+            pip_requirements=[f"{name}=={installed(name)}" for name in ("mlflow", "onnx", "onnxruntime", "numpy")],
+            save_as_external_data=False,
+        )

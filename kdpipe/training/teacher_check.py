@@ -10,6 +10,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from kdpipe.data import ImageDataset
+from kdpipe.data.dataset import subsample
 from kdpipe.system.hardware import Hardware
 from kdpipe.training.precomputed import OutputRequest, precomputed_outputs
 from kdpipe.training.teacher import Teacher
@@ -34,7 +35,7 @@ def check_teacher(
     """
     split = "validation" if "validation" in data.splits else "train"
     labelled = data.splits[split][data.labels[data.splits[split]] >= 0]
-    judged, taught = evenly_spaced(labelled), evenly_spaced(data.splits["train"])
+    judged, taught = subsample(labelled, SAMPLE), subsample(data.splits["train"], SAMPLE)
     positions = torch.cat([judged, taught]).unique()
     request = OutputRequest("logits", name, teacher.classifier, teacher.classifier, data, positions)
     (answers,) = precomputed_outputs(request, folder, math.inf, hardware, logging.DEBUG)
@@ -69,12 +70,6 @@ def check_teacher(
 def warn_once(message: str, *values: object) -> None:
     """Warn once in a process, not in each run of a sweep."""
     log.warning(message, *values)
-
-
-def evenly_spaced(positions: Tensor) -> Tensor:
-    """At most 1,000 of the positions [n], sorted, from all over them: images may lie class by class."""
-    chosen = torch.linspace(0, len(positions) - 1, min(len(positions), SAMPLE)).round().long()
-    return positions.sort().values[chosen]
 
 
 def mean_entropy(logits: Tensor, temperature: float) -> float:

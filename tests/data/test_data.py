@@ -21,6 +21,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 
 from kdpipe.assembly.datasets import build_data
 from kdpipe.data import ImageDataset, Source, split
+from kdpipe.data.dataset import subsample
 from kdpipe.data.digits import digits
 from kdpipe.data.downloaded import cifar10, cifar100, fashion_mnist
 from kdpipe.settings.errors import ConfigError
@@ -159,7 +160,10 @@ def test_a_setting_out_of_range_is_an_error_with_the_expected_range(key, value, 
 
 
 def test_fractions_that_leave_no_training_images_are_an_error():
-    with pytest.raises(ConfigError, match=r"^val_fraction=0\.5, test_fraction=0\.5: expected a sum below 1$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^test_fraction=0\.5: no training images are left with val_fraction=0\.5; expected a sum below 1$",
+    ):
         divided(points(50, 50), val_fraction=0.5, test_fraction=0.5)
 
 
@@ -371,3 +375,14 @@ def test_a_failed_download_is_one_line_that_names_the_root_and_the_alternative(t
     assert "cannot be downloaded" in message
     assert "dataset=image_folder" in message
     assert "\n" not in message
+
+
+def test_a_sample_is_of_all_classes_where_they_lie_one_after_the_other():
+    positions = torch.arange(50_000)
+    chosen = subsample(positions[torch.randperm(50_000)], 1000)
+    assert len(chosen) == len(chosen.unique()) == 1000
+    assert (chosen // 5000).bincount().tolist() == [100] * 10
+    assert (chosen % 10).bincount(minlength=10).min() >= 90  # nor does it keep step with classes that take turns
+    assert subsample(torch.tensor([7, 3]), 1000).tolist() == [3, 7]
+    assert subsample(torch.arange(10), 3).tolist() == [0, 4, 9]
+    assert subsample(torch.arange(10), 20).tolist() == list(range(10))

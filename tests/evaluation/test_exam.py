@@ -149,13 +149,13 @@ def test_times_of_a_student_whose_teacher_is_gone_are_not_logged(
     taught: Taught, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gone(*_: object) -> None:
-        raise ValueError("teacher.weights=teacher.pt: there is no such file")
+        raise ValueError("teacher.weights=teacher.pt: file not found")
 
     monkeypatch.setattr("kdpipe.assembly.finished_runs.open_teacher", gone)
     before = MlflowClient(taught.uri).get_run(taught.student).data
     output = measure_cost(cost_arguments([taught.student, "--uri", taught.uri, "--seconds", "0.1"]))
     assert "student_cnn" in output and "resnet20" not in output
-    assert "without its teacher, which cannot be opened: teacher.weights=teacher.pt: there is no such file" in output
+    assert "without its teacher, which cannot be opened: teacher.weights=teacher.pt: file not found" in output
     assert output.endswith("; not logged")
     after = MlflowClient(taught.uri).get_run(taught.student).data
     assert (after.metrics, after.tags) == (before.metrics, before.tags)

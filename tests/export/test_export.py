@@ -22,7 +22,7 @@ from kdpipe.assembly.finished_runs import blank_images, open_run, open_teacher
 from kdpipe.assembly.networks import build_network
 from kdpipe.export import exporting, quantize
 from kdpipe.export.predictor import numpy_forward, open_onnx, open_predictor, open_program
-from kdpipe.export.verification import check_int8_accuracy, check_same_logits, subsample
+from kdpipe.export.verification import check_int8_accuracy, check_same_logits
 from kdpipe.export.writers import trace_classifier, write_onnx, write_program
 from kdpipe.tracking import RunStore
 
@@ -273,11 +273,6 @@ def test_the_accuracy_that_int8_may_lose() -> None:
     check_int8_accuracy(EXPECTED, EXPECTED, labels, max_loss=0)
     with pytest.raises(ValueError, match=r"a loss of 33\.33 points, more than --max-loss 33"):
         check_int8_accuracy(worse, EXPECTED, labels, max_loss=33)
-
-
-def test_checked_images_are_spread_over_the_split() -> None:
-    assert subsample(torch.arange(10), 3).tolist() == [0, 4, 9]
-    assert subsample(torch.arange(10), 20).tolist() == list(range(10))
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def test_the_published_resnet56_knows_an_airplane(shared_data: Path) -> None:
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     for file in (tmp_path / "nothing.pt", tmp_path / "nothing.safetensors", tmp_path):
-        assert refusal(file) == "there is no such file"
+        assert refusal(file) == "file not found"
 
 
 def test_the_key_is_the_one_that_the_file_was_given_for(tmp_path: Path) -> None:

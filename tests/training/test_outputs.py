@@ -238,6 +238,13 @@ def test_whether_a_network_ends_with_its_head(build: Callable[[], nn.Module], en
     assert model.ends_with_head(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)) == ends
 
 
+def test_asking_whether_the_head_is_last_leaves_the_mode_as_it_was() -> None:
+    model = Classifier(ResNet(8, 10), 32, [0.5] * 3, [0.5] * 3).train()
+    with pytest.raises(ValueError, match="images have 2 channels"):
+        model.ends_with_head(torch.zeros(2, 2, 32, 32, dtype=torch.uint8))
+    assert model.training
+
+
 def test_rows_are_found_by_position() -> None:
     rows = PerImageValues(torch.tensor([2, 5, 9]), torch.tensor([20, 50, 90]))
     assert rows[torch.tensor([9, 2, 2])].tolist() == [90, 20, 20]

@@ -19,7 +19,7 @@ from kdpipe.models import Classifier
 from kdpipe.models.resnet import ResNet
 from kdpipe.system.hardware import Hardware
 from kdpipe.training.teacher import FrozenTeacher
-from kdpipe.training.teacher_check import check_teacher, evenly_spaced, mean_entropy, no_better_than_chance, warn_once
+from kdpipe.training.teacher_check import check_teacher, mean_entropy, no_better_than_chance, warn_once
 
 CPU = Hardware(torch.device("cpu"))
 DIGITS = split(digits(), "digits", train_fraction=1, val_fraction=0.2, test_fraction=0.2, split_seed=0)
@@ -194,12 +194,3 @@ def test_what_is_better_than_chance() -> None:
     assert not no_better_than_chance(correct=16, commonest=10, total=100)  # p 0.04
     assert no_better_than_chance(correct=90, commonest=90, total=100)  # always the most common class
     assert not no_better_than_chance(correct=5, commonest=3, total=5)  # five right of five: p 0.08, no more is possible
-
-
-def test_a_sample_is_of_all_classes_where_they_lie_one_after_the_other() -> None:
-    positions = torch.arange(50_000)
-    chosen = evenly_spaced(positions[torch.randperm(50_000)])
-    assert len(chosen) == len(chosen.unique()) == 1000
-    assert (chosen // 5000).bincount().tolist() == [100] * 10
-    assert (chosen % 10).bincount(minlength=10).min() >= 90  # nor does it keep step with classes that take turns
-    assert evenly_spaced(torch.tensor([7, 3])).tolist() == [3, 7]
