@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("kdpipe")
 # At import, and not in `cli`: the workers of a sweep import this module to call `job`, and compose before that.
 register_resolvers()
+# conf/hydra/launcher/ has the plugins' own names on purpose: hydra/launcher=joblib is what people write.
+warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 
 
 def run(settings: Settings, folder: Path, invocation: Invocation) -> float:
@@ -340,8 +342,6 @@ def cli() -> None:
     """`kdpipe` and `python -m kdpipe`: errors as one line, exit status 1; 130 and 143 when interrupted."""
     forget_data()
     warn_once.cache_clear()
-    # conf/hydra/launcher/ has the plugins' own names on purpose: hydra/launcher=joblib is what people write.
-    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
     # One of the processes that torchrun started reports on their work.
     if distributed.is_torchelastic_launched() and os.environ["RANK"] != "0":
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
