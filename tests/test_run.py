@@ -217,6 +217,19 @@ def test_the_best_epoch_by_validation_is_tested_where_asked_for(kdpipe: Callable
     assert runs()[0].data.metrics["selected/accuracy"] == max(validation)
 
 
+def test_each_selection_also_tests_the_weights_of_the_other(kdpipe: Callable) -> None:
+    # In its last epoch the learning rate undoes what was learnt.
+    explodes = ["train.epochs=3", "scheduler=multistep", "scheduler.milestones=[2]", "scheduler.gamma=100"]
+    for selection in ("best", "last"):
+        outcome = kdpipe(*TEACHER, *explodes, f"train.select={selection}")
+        assert outcome.status == 0, outcome.errors
+    last, best = (run.data.metrics for run in runs())
+    assert best["selected/epoch"] < last["selected/epoch"] == 3
+    assert best["test/accuracy_last"] == last["test/accuracy"]
+    assert last["test/accuracy_best"] == best["test/accuracy"]
+    assert last["test/accuracy"] != best["test/accuracy"]
+
+
 def test_a_frozen_backbone_trains_in_a_run(kdpipe: Callable) -> None:
     kdpipe(*TEACHER)
     teacher = runs()[0]

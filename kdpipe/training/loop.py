@@ -64,7 +64,8 @@ def fit(training: Training, data: ImageDataset, recipe: Recipe, hooks: Hooks) ->
 
     Returns:
         `selected/epoch`, the epoch that the weights are from, and where there are validation images
-        `selected/accuracy`, their accuracy on them.
+        `selected/accuracy`, their accuracy on them, and what the other choice would have given: `test/accuracy_best`
+        with the best weights by validation where the last are selected, else `test/accuracy_last`.
 
     Raises:
         ValueError: a loss or a weight became NaN or infinite.
@@ -88,19 +89,36 @@ def fit(training: Training, data: ImageDataset, recipe: Recipe, hooks: Hooks) ->
             training.begin_epoch(training.epoch + 1)
             hooks.on_checkpoint()
     if training.best:
-        training.learner.load_state_dict(training.best)
+        other = "test/accuracy_last" if recipe.select_best else "test/accuracy_best"
+        if other not in training.selected:  # by an earlier process, which was interrupted later
+            training.selected[other] = accuracy_of_other_weights(training, data, recipe.select_best)
+        if recipe.select_best:
+            training.learner.load_state_dict(training.best)
     return training.selected
 
 
 def select(training: Training, metrics: dict[str, float], best: bool) -> None:
-    """Select the weights of the epoch: always, or only if they are the `best` so far."""
-    if best and metrics["val/accuracy"] <= training.selected.get("selected/accuracy", -1):
+    """Select the weights of the epoch: always, or only if they are the `best` so far, which are kept in any case."""
+    accuracy = metrics.get("val/accuracy")
+    is_best = accuracy is not None and accuracy > training.highest
+    if accuracy is not None and is_best:
+        training.highest, training.best = accuracy, copy_state(training.learner)
+    if best and not is_best:
         return
     training.selected = {"selected/epoch": training.epoch}
-    if "val/accuracy" in metrics:
-        training.selected["selected/accuracy"] = metrics["val/accuracy"]
-    if best:
-        training.best = copy_state(training.learner)
+    if accuracy is not None:
+        training.selected["selected/accuracy"] = accuracy
+
+
+def accuracy_of_other_weights(training: Training, data: ImageDataset, best_are_selected: bool) -> float:
+    """The test accuracy with the weights that are not selected; the last ones are in place afterwards."""
+    last = copy_state(training.learner)
+    try:
+        if not best_are_selected:
+            training.learner.load_state_dict(training.best)
+        return evaluate(training.model, data, "test", training.hardware)["accuracy"]
+    finally:
+        training.learner.load_state_dict(last)
 
 
 def train_epoch(training: Training, data: ImageDataset, recipe: Recipe, hooks: Hooks) -> dict[str, float]:

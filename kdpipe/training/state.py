@@ -29,7 +29,8 @@ class Training:
         seconds: the time that they took, earlier processes included.
         learning_rate: at the start of the epoch.
         selected: the epoch of the weights to be kept, and its accuracy on the validation images.
-        best: these weights, where they are not the last ones.
+        highest: the highest accuracy on the validation images so far; −1 before there is one.
+        best: the weights that have it.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Training:
         self.learner = learner or student.model
         self.optimizer, self.scheduler, self.hardware = optimizer, scheduler, hardware
         self.selected: dict[str, float] = {"selected/epoch": 0}
+        self.highest = -1.0
         self.best: State = {}
         self.begin_epoch(1)
 
@@ -86,6 +88,7 @@ class Training:
             "seconds": self.seconds,
             "learning_rate": self.learning_rate,
             "selected": dict(self.selected),
+            "highest": self.highest,
             "best": dict(self.best),
         }
 
@@ -97,6 +100,9 @@ class Training:
         self.scheduler.load_state_dict(state["scheduler"])
         for name in ("epoch", "steps", "seen", "seconds", "learning_rate", "selected", "best"):
             setattr(self, name, state[name])
+        # A checkpoint of 0.4.0 has the best weights only where they are selected; of others they are not known any more.
+        known = state["selected"].get("selected/accuracy", -1.0) if state["best"] or self.is_new else math.inf
+        self.highest = state.get("highest", known)
         # By one process only: others would count them again.
         share = 1 if self.hardware.rank == 0 else 0
         self.totals = {name: share * total.to(self.hardware.device) for name, total in state["totals"].items()}
