@@ -100,7 +100,7 @@ class Training:
         self.scheduler.load_state_dict(state["scheduler"])
         for name in ("epoch", "steps", "seen", "seconds", "learning_rate", "selected", "best"):
             setattr(self, name, state[name])
-        # A checkpoint of 0.4.0 has the best weights only where they are selected; of others they are not known any more.
+        # A checkpoint of 0.4.0 has the best weights only where they are selected; else they are not known any more.
         known = state["selected"].get("selected/accuracy", -1.0) if state["best"] or self.is_new else math.inf
         self.highest = state.get("highest", known)
         # By one process only: others would count them again.
