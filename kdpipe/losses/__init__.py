@@ -11,11 +11,13 @@ from kdpipe.losses.crd import CRD, crd
 from kdpipe.losses.cross_entropy import CrossEntropy, cross_entropy
 from kdpipe.losses.dist import DIST, dist
 from kdpipe.losses.dkd import DKD, dkd
+from kdpipe.losses.hidden_cosine import HiddenCosine, hidden_cosine
 from kdpipe.losses.hint import Hint, hint
 from kdpipe.losses.kd import KD, kd
 from kdpipe.losses.kd_tutorial import KDTutorial, kd_tutorial
 from kdpipe.losses.label_smoothing import LabelSmoothing, label_smoothing
 from kdpipe.losses.logit_mse import LogitMSE, logit_mse
+from kdpipe.losses.map_mse import MapMSE
 from kdpipe.losses.mutual import Mutual
 from kdpipe.losses.pkt import PKT, pkt
 from kdpipe.losses.reviewkd import ReviewKD, reviewkd

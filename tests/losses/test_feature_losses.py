@@ -23,12 +23,15 @@ from kdpipe.losses import (
     VID,
     Attention,
     Correlation,
+    HiddenCosine,
     Hint,
+    MapMSE,
     Similarity,
     WeightedLoss,
     attention,
     correlation,
     cross_entropy,
+    hidden_cosine,
     hint,
     pkt,
     rkd,
@@ -76,6 +79,7 @@ class Method:
     arguments: dict[str, float]
     example: Callable[..., Tensor]
     weight: float
+    ce_weight: float = 1
 
 
 METHODS = {
@@ -86,6 +90,8 @@ METHODS = {
     "pkt": Method(pkt, PKT, {}, embeddings, 30000),
     "vid": Method(vid_at(5), VID, {}, maps, 1),
     "correlation": Method(correlation, Correlation, {"dimensions": 8}, embeddings, 0.02),
+    "hidden_cosine": Method(hidden_cosine, HiddenCosine, {}, embeddings, 0.25, 0.75),
+    "map_mse": Method(hint, MapMSE, {}, maps, 0.25, 0.75),
 }
 each_method = pytest.mark.parametrize("name", METHODS)
 
@@ -240,6 +246,11 @@ def test_correlation_by_hand() -> None:
     student = torch.tensor([[1.0, 2], [3, 4], [5, 6]])
     teacher = torch.tensor([[0.0, 4], [3, 1], [7, 7]])  # differences (1, 2), (0, 3), (2, 1)
     assert correlation(student, teacher).item() == ((0 + 6) + (0 + 3)) / 2
+
+
+def test_hidden_cosine_by_hand() -> None:
+    student, teacher = torch.tensor([[1.0, 0], [1, 1]]), torch.tensor([[0.0, 3], [2, 2]])  # at 90° and at 0°
+    assert hidden_cosine(student, teacher).item() == pytest.approx((1 + 0) / 2)
 
 
 # Invariants
@@ -438,7 +449,7 @@ def test_networks_of_other_shapes_and_stages(name: str) -> None:
         # BatchNorm takes it away again.
         "regressor.0.bias"
     }
-    assert bool(weights) == (name in ("hint", "vid", "correlation"))
+    assert bool(weights) == (name in ("hint", "vid", "correlation", "map_mse"))
     # And back, where the teacher is the smaller one and has fewer stages.
     found = parts(fitted(name, teacher, student), teacher, student)
     assert found["loss"].isfinite()
@@ -520,6 +531,21 @@ def test_hint_averages_the_teacher_s_maps_down_to_a_student_s_that_are_not_half_
     torch.testing.assert_close(parts(loss, student, teacher)["hint"], expected)
 
 
+def test_hidden_cosine_and_map_mse_are_the_pytorch_tutorial_s_own_recipe() -> None:
+    student, teacher = network_outputs(1, [(4, 16), (16, 8)]), network_outputs(20, [(8, 16), (32, 8)])
+    hidden, longer = student.stages[-1].flatten(1), teacher.stages[-1].flatten(1)
+    recipe = nn.CosineEmbeddingLoss()(hidden, nn.functional.avg_pool1d(longer, 2), target=torch.ones(4))
+    torch.testing.assert_close(
+        parts(fitted("hidden_cosine", student, teacher), student, teacher)["hidden_cosine"], recipe
+    )
+
+    loss = fitted("map_mse", student, teacher)
+    assert isinstance(loss, MapMSE)
+    assert sum(weight.numel() for weight in loss.parameters()) == 16 * 32 * 3 * 3 + 32
+    recipe = nn.MSELoss()(loss.regressor(student.stages[-1]), teacher.stages[-1])
+    torch.testing.assert_close(parts(loss, student, teacher)["map_mse"], recipe)
+
+
 def test_vid_learns_means_and_variances() -> None:
     student, teacher = network_outputs(1, NARROW), network_outputs(20, WIDE_AND_LONG)
     loss = fitted("vid", student, teacher)
@@ -553,7 +579,7 @@ def test_correlation_is_that_of_both_projections() -> None:
 
 def test_the_same_seed_gives_the_same_projections() -> None:
     student, teacher = network_outputs(1, NARROW), network_outputs(20, WIDE_AND_LONG)
-    for name in ("hint", "vid", "correlation"):
+    for name in ("hint", "vid", "correlation", "map_mse"):
         one, other = (fitted(name, student, teacher).state_dict() for _ in range(2))
         assert all(torch.equal(one[key], other[key]) for key in one)
 
@@ -573,10 +599,10 @@ def test_bad_values_are_refused(name: str, key: str, value: object) -> None:
 
 
 @each_method
-def test_the_defaults_are_the_benchmark_s(name: str, composed: Callable[..., Settings]) -> None:
+def test_the_defaults_are_the_benchmark_s_or_the_tutorial_s(name: str, composed: Callable[..., Settings]) -> None:
     loss = build("loss", composed(f"loss={name}").loss)
     assert isinstance(loss, METHODS[name].module)
-    assert (loss.weight, loss.ce_weight) == (METHODS[name].weight, 1)
+    assert (loss.weight, loss.ce_weight) == (METHODS[name].weight, METHODS[name].ce_weight)
     for key, value in {**METHODS[name].arguments, **({"dimensions": 128} if name == "correlation" else {})}.items():
         assert getattr(loss, key) == value
 

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from kdpipe.assembly.building import build
 from kdpipe.models import Classifier, size_mb
 from kdpipe.models.classifier import enlarge
 from kdpipe.models.densenet import densenet121
@@ -28,6 +29,7 @@ from kdpipe.models.timm import classifier as timm_classifier
 from kdpipe.models.torchvision import classifier as torchvision_classifier
 from kdpipe.models.weights import load_imagenet
 from kdpipe.settings.errors import as_typed
+from kdpipe.settings.schema import Settings
 from kdpipe.training.checkpoint import copy_state
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -113,6 +115,13 @@ def test_densenet_without_its_head_is_torchvisions() -> None:
         for network in (densenet121(10), torchvision.models.densenet121())
     )
     assert ours == theirs
+
+
+@pytest.mark.parametrize(("name", "number"), [("deep_nn", 1_186_986), ("light_nn", 267_738)])
+def test_the_pytorch_tutorial_s_networks_have_its_number_of_parameters(
+    name: str, number: int, composed: Callable[..., Settings]
+) -> None:
+    assert parameters(build("model", composed(f"model={name}").model, num_classes=10)) == number
 
 
 # The CIFAR ResNets
