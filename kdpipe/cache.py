@@ -6,6 +6,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from kdpipe.runs.command_line import folder
 from kdpipe.system.disk_cache import lock_of, read_meta
 
 
@@ -51,7 +52,7 @@ def cli() -> None:
         prog="python -m kdpipe.cache", description="Decoded images and networks' outputs on disk."
     )
     parser.add_argument("command", choices=["info", "clean"], help="list the entries, or remove them")
-    parser.add_argument("--output-dir", default="outputs", type=Path, help="the runs' output_dir (default: outputs)")
+    parser.add_argument("--output-dir", default="outputs", type=folder, help="the runs' output_dir (default: outputs)")
     arguments = parser.parse_args()
     cache = arguments.output_dir / "cache"
     print(info(cache) if arguments.command == "info" else clean(cache))

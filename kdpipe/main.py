@@ -30,6 +30,7 @@ from kdpipe.models.weights import save_weights
 from kdpipe.runs.claim import ClaimedError, claim
 from kdpipe.runs.commands import compare_command, export_command
 from kdpipe.runs.journal import CHECKPOINTS, NOT_CREATED, Journal, is_unfinished, rows_since, sync_command
+from kdpipe.runs.moved_store import ARTIFACTS
 from kdpipe.runs.names import CONFIG, PEER_WEIGHTS
 from kdpipe.runs.store_address import PATIENCE, store_uri, wait_for_store
 from kdpipe.settings.addresses import WEIGHTS, epoch_file
@@ -73,7 +74,7 @@ def run(settings: Settings, folder: Path, invocation: Invocation) -> float:
 
     from kdpipe.tracking import Tracker  # imports mlflow, which takes seconds: after what can fail sooner
 
-    tracker = Tracker(uri, settings.tracking.experiment, Path(settings.output_dir) / "mlartifacts")
+    tracker = Tracker(uri, settings.tracking.experiment, Path(settings.output_dir) / ARTIFACTS)
     if hardware.rank > 0:  # computes, while the first process keeps the books
         return _follow(settings, invocation, folder, tracker, hardware)
     if not settings.sweep.job:
@@ -328,6 +329,9 @@ def job(config: DictConfig) -> float:
 def _run_composed(config: DictConfig) -> float:
     """Where Hydra ends and the settings begin."""
     own = HydraConfig.get()
+    if own.job.chdir:  # Hydra has gone to the run's folder: a relative path would be another one in each run of a sweep
+        os.chdir(own.runtime.cwd)
+        log.info("hydra.job.chdir has no effect: paths start in the folder of the command")
     return run(read_settings(config), Path(own.runtime.output_dir), Invocation.of(own))
 
 

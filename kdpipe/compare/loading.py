@@ -21,6 +21,7 @@ from kdpipe.compare.comparison import (
 from kdpipe.compare.comparison_table import Picture
 from kdpipe.compare.disagreement import Correct, find_disagreement, read_predictions
 from kdpipe.compare.statistics import CANNOT_TELL
+from kdpipe.runs.moved_store import ARTIFACTS
 from kdpipe.runs.names import CONFUSION, DIFFERING, PREDICTIONS, RELIABILITY
 from kdpipe.settings.errors import ConfigError, one_of
 from kdpipe.tracking import RunRecord, RunStore, Tracker
@@ -37,7 +38,7 @@ log = logging.getLogger("kdpipe")
 
 def open_experiment(uri: str, experiment: str, output_dir: Path) -> Tracker:
     """An existing experiment, once it has what earlier processes left in `output_dir`."""
-    tracker = Tracker(uri, experiment, output_dir / "mlartifacts", create=False)
+    tracker = Tracker(uri, experiment, output_dir / ARTIFACTS, create=False)
     tracker.recover_all(output_dir / "runs")
     return tracker
 

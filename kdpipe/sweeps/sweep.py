@@ -22,6 +22,7 @@ from kdpipe.assembly.teachers import KnownTeachers
 from kdpipe.runs.claim import ClaimedError, locked, wait_until_free, worker_pid
 from kdpipe.runs.commands import compare_command
 from kdpipe.runs.journal import is_unfinished
+from kdpipe.runs.moved_store import ARTIFACTS
 from kdpipe.runs.store_address import PATIENCE, check_uri, store_uri, wait_for_store
 from kdpipe.settings.composition import explain
 from kdpipe.settings.errors import ConfigError
@@ -118,7 +119,7 @@ def run_sweep(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
     from kdpipe.tracking import Tracker
 
     # The store is made here, once: processes that start together would make it at the same time.
-    tracker = Tracker(uri, first.tracking.experiment, Path(first.output_dir) / "mlartifacts")
+    tracker = Tracker(uri, first.tracking.experiment, Path(first.output_dir) / ARTIFACTS)
     tracker.recover_all(Path(first.output_dir) / "runs")
     sweep = Sweep(sweeper, axes, grid, links, drafts, tracker)
     planned = plan(axes, drafts[0], tracker, sweep.teachers, link=1 if sweep.is_chain else None)

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 import mlflow
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
+from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 
 from kdpipe.runs.journal import FINISHED, now
 from kdpipe.runs.names import ONE_THREAD, TIMED_ON
@@ -57,6 +58,8 @@ class RunStore:
             logging.getLogger(name).setLevel(logging.WARNING)
         # This one logs the traceback of each error that it raises.
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+        # MLflow remembers where a run's artifacts are by its id alone, which a copied store shares.
+        _artifact_repos_cache.clear()
         self.uri, self.name = uri, without_password(uri)
         try:
             with store_lock(uri):

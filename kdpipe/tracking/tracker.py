@@ -32,6 +32,8 @@ from kdpipe.runs.journal import (
     undelivered,
     write_rows,
 )
+from kdpipe.runs.moved_store import correct_artifacts
+from kdpipe.runs.sqlite_address import sqlite_file, write_problem
 from kdpipe.settings.addresses import WEIGHTS
 from kdpipe.settings.errors import ConfigError, flat
 from kdpipe.system.interruption import postponed
@@ -76,12 +78,15 @@ class Tracker(RunStore):
         self._recovery = Recovery({uri: self.client})
 
     def _opened(self) -> mlflow.MlflowClient:
+        correct_artifacts(self.uri, self._artifacts)
         if not self._create_missing:
             return super()._opened()
         set_aside_half_made(self.uri)
+        if (file := sqlite_file(self.uri)) and (problem := write_problem(file)):
+            raise ValueError(problem)
         client = mlflow.MlflowClient(tracking_uri=self.uri)
         if client.get_experiment_by_name(self.experiment) is None:
-            location = self._artifacts.resolve().as_uri() if self.uri.startswith("sqlite") else None
+            location = self._artifacts.resolve().as_uri() if sqlite_file(self.uri) else None
             with suppress(MlflowException):  # another process has created it meanwhile, on a server
                 client.create_experiment(self.experiment, artifact_location=location)
         return client
