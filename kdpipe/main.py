@@ -42,6 +42,7 @@ from kdpipe.system import interruption
 from kdpipe.system.files import write_atomically
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.interruption import Interrupted, InterruptedJobError
+from kdpipe.system.optional import optional
 from kdpipe.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
 from kdpipe.training.loop import Hooks, fit, with_prefix
 from kdpipe.training.precomputed import logits_of_test_images
@@ -259,7 +260,7 @@ def _cost_of(settings: Settings, parts: Parts, hardware: Hardware) -> dict[str, 
     if parts.teacher:
         networks[parts.teacher.role] = parts.teacher.classifier
     images = parts.data.images[parts.data.splits["test"][:BATCH]]
-    return cost(networks, images, hardware, settings.evaluation.timing_seconds)
+    return cost(networks, images, hardware, settings.evaluation.timing_seconds, attempt=optional)
 
 
 def _write_results(settings: Settings, parts: Parts, exam: Exam, folder: Path) -> list[Path]:
@@ -284,8 +285,9 @@ def _show_result(
 ) -> None:
     """The end of a run: its result, and where to look next."""
     names = {"model": settings.model.name, "teacher": settings.teacher.name}
-    for line in [*result_table(metrics).splitlines(), *cost_table(metrics, names).splitlines()]:
-        log.info(line)
+    with optional("the table of results"):
+        for line in [*result_table(metrics).splitlines(), *cost_table(metrics, names).splitlines()]:
+            log.info(line)
     log.info("weights, config, metrics: %s", os.path.relpath(folder))
     log.info("in MLflow (make ui): %s", tracker.link(run_id))
     log.info("to export it: %s", export_command(settings, run_id))

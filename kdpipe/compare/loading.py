@@ -24,6 +24,7 @@ from kdpipe.compare.statistics import CANNOT_TELL
 from kdpipe.runs.moved_store import ARTIFACTS
 from kdpipe.runs.names import CONFUSION, DIFFERING, PREDICTIONS, RELIABILITY
 from kdpipe.settings.errors import ConfigError, one_of
+from kdpipe.system.optional import no_windows
 from kdpipe.tracking import RunRecord, RunStore, Tracker
 
 # Pictures among the artifacts of the decisive student's run, with their captions.
@@ -155,8 +156,9 @@ def _same(one: str | None, other: str) -> bool:
 def draw_pictures(comparison: Comparison, tracker: Tracker) -> dict[str, Picture]:
     """The plots for which there is data, and the pictures that the decisive student's best run has stored, by file
     name."""
-    from kdpipe.compare import plots  # matplotlib takes a second to import
-    from kdpipe.evaluation.figures import as_png
+    with no_windows():  # Matplotlib takes a second to import
+        from kdpipe.compare import plots
+        from kdpipe.evaluation.figures import as_png
 
     drawn = {
         "pareto": (plots.pareto(comparison), plots.pareto_caption(comparison)),

@@ -40,8 +40,10 @@ from kdpipe.sweeps.grid import (
     sweep_identity,
 )
 from kdpipe.system.interruption import forward_signals
+from kdpipe.system.optional import optional
 
 if TYPE_CHECKING:
+    from kdpipe.compare.comparison_table import Picture
     from kdpipe.tracking import RunRecord, Tracker
 
 log = logging.getLogger("kdpipe.sweep")
@@ -326,7 +328,9 @@ def summarise(sweep: Sweep) -> None:
     from kdpipe.compare.loading import compare_sweep, draw_pictures, with_disagreement
 
     comparisons = [with_disagreement(found, sweep.tracker) for found in compare_sweep(sweep.tracker, sweep.id)]
-    pictures = [draw_pictures(comparison, sweep.tracker) for comparison in comparisons]
+    pictures: list[dict[str, Picture]] = [{} for _ in comparisons]
+    with optional("plots of the comparison"):
+        pictures = [draw_pictures(comparison, sweep.tracker) for comparison in comparisons]
     table = "\n\n".join(map(comparison_table.to_text, comparisons))
     files = {
         "comparison.txt": table.encode(),

@@ -92,11 +92,11 @@ def not_root() -> Iterator[Path]:
     """A folder, seen by a user whom permissions apply to."""
     with TemporaryDirectory() as folder:
         Path(folder).chmod(0o777)
-        me = os.geteuid()
-        if me == 0:
-            os.seteuid(65534)
+        if is_root := os.geteuid() == 0:
+            os.setresuid(65534, 65534, 0)
         yield Path(folder)
-        os.seteuid(me)
+        if is_root:
+            os.setresuid(0, 0, 0)
 
 
 def test_what_a_user_may_not_write_is_named(not_root: Path) -> None:
