@@ -17,7 +17,9 @@ COMPARE := $(BIN)/python -m kdpipe.compare
 # As in the runs: ARGS wins over MLFLOW_TRACKING_URI, which wins over the local file.
 given = $(patsubst $(1)=%,%,$(filter $(1)=%,$(ARGS)))
 OUTPUTS = $(or $(call given,output_dir),outputs)
-STORE = $(or $(call given,tracking.uri),$(MLFLOW_TRACKING_URI),sqlite:///$(abspath $(OUTPUTS))/mlflow.db)
+store_uri = import sys; from pathlib import Path; from kdpipe.runs.store_address import store_uri; \
+	print(store_uri(sys.argv[1], Path(sys.argv[2])))
+STORE = $(shell $(BIN)/python -c '$(store_uri)' "$(call given,tracking.uri)" "$(OUTPUTS)")
 # MLflow's default list lacks this machine's names, and its patterns such as 10.* also match 10.evil.example.
 own_names = $(shell $(BIN)/python -c 'import socket; print(socket.gethostname().lower(), socket.getfqdn().lower())')
 comma := ,
@@ -43,10 +45,13 @@ setup: $(VENV)/ready  ## create .venv with all dependencies (with uv if installe
 $(VENV)/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "make: $$($(PYTHON) --version) is too old, kdpipe needs 3.11 or newer: make setup PYTHON=python3.12"; exit 1; }
+	@# An existing environment keeps what its owner has added; make clean removes it, for another PYTHON.
 	@if command -v uv >/dev/null; then \
-		uv venv --quiet --clear --python $(PYTHON) $(VENV) && uv pip install --compile-bytecode --python $(BIN)/python -e '.[dev]'; \
+		{ $(BIN)/python -c '' 2>/dev/null || uv venv --quiet --allow-existing --python $(PYTHON) $(VENV); } && \
+			uv pip install --compile-bytecode --python $(BIN)/python -e '.[dev]'; \
 	else \
-		$(PYTHON) -m venv --clear $(VENV) && $(BIN)/python -m pip install -e '.[dev]'; \
+		{ $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV); } && \
+			$(BIN)/python -m pip install -e '.[dev]'; \
 	fi
 	@touch $@
 
@@ -96,7 +101,8 @@ sync: setup  ## deliver to MLflow what it missed while it was unreachable
 	$(BIN)/python -m kdpipe.sync --output-dir "$(OUTPUTS)"
 
 ui: setup  ## show the runs in MLflow: http://127.0.0.1:5000 (make ui PORT=5001)
-	@mkdir -p $(OUTPUTS)
+	@# Of a folder that was moved; it fails where there are no runs yet.
+	@$(BIN)/python -m kdpipe.sync --output-dir "$(OUTPUTS)" 2>/dev/null || true
 	$(BIN)/mlflow ui --backend-store-uri "$(STORE)" $(LISTEN)
 
 server: setup  ## an MLflow server over PostgreSQL, for many machines (HOST=0.0.0.0 ALLOWED_HOSTS=… DATABASE=…)
@@ -123,10 +129,10 @@ bench-methods: setup  ## speed of each method compared with kd (ARGS="--root cif
 	$(BIN)/python benchmarks/methods.py $(ARGS)
 
 cache-info: setup  ## list cached images, teachers' outputs and features
-	@$(BIN)/python -m kdpipe.cache info --output-dir "$(OUTPUTS)"
+	@$(BIN)/python -m kdpipe.clean --caches --output-dir "$(OUTPUTS)"
 
 cache-clean: setup  ## remove them; the next run recomputes what it needs
-	@$(BIN)/python -m kdpipe.cache clean --output-dir "$(OUTPUTS)"
+	@$(BIN)/python -m kdpipe.clean --caches --yes --output-dir "$(OUTPUTS)"
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -30,6 +30,7 @@ from kdpipe.models.weights import save_weights
 from kdpipe.runs.claim import ClaimedError, claim
 from kdpipe.runs.commands import compare_command, export_command
 from kdpipe.runs.journal import CHECKPOINTS, NOT_CREATED, Journal, is_unfinished, rows_since, sync_command
+from kdpipe.runs.moved_store import ARTIFACTS
 from kdpipe.runs.names import CONFIG, PEER_WEIGHTS
 from kdpipe.runs.store_address import PATIENCE, store_uri, wait_for_store
 from kdpipe.settings.addresses import WEIGHTS, epoch_file
@@ -41,6 +42,7 @@ from kdpipe.system import interruption
 from kdpipe.system.files import write_atomically
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.interruption import Interrupted, InterruptedJobError
+from kdpipe.system.optional import optional
 from kdpipe.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
 from kdpipe.training.loop import Hooks, fit, with_prefix
 from kdpipe.training.precomputed import logits_of_test_images
@@ -73,7 +75,7 @@ def run(settings: Settings, folder: Path, invocation: Invocation) -> float:
 
     from kdpipe.tracking import Tracker  # imports mlflow, which takes seconds: after what can fail sooner
 
-    tracker = Tracker(uri, settings.tracking.experiment, Path(settings.output_dir) / "mlartifacts")
+    tracker = Tracker(uri, settings.tracking.experiment, Path(settings.output_dir) / ARTIFACTS)
     if hardware.rank > 0:  # computes, while the first process keeps the books
         return _follow(settings, invocation, folder, tracker, hardware)
     if not settings.sweep.job:
@@ -258,7 +260,7 @@ def _cost_of(settings: Settings, parts: Parts, hardware: Hardware) -> dict[str, 
     if parts.teacher:
         networks[parts.teacher.role] = parts.teacher.classifier
     images = parts.data.images[parts.data.splits["test"][:BATCH]]
-    return cost(networks, images, hardware, settings.evaluation.timing_seconds)
+    return cost(networks, images, hardware, settings.evaluation.timing_seconds, attempt=optional)
 
 
 def _write_results(settings: Settings, parts: Parts, exam: Exam, folder: Path) -> list[Path]:
@@ -283,8 +285,9 @@ def _show_result(
 ) -> None:
     """The end of a run: its result, and where to look next."""
     names = {"model": settings.model.name, "teacher": settings.teacher.name}
-    for line in [*result_table(metrics).splitlines(), *cost_table(metrics, names).splitlines()]:
-        log.info(line)
+    with optional("the table of results"):
+        for line in [*result_table(metrics).splitlines(), *cost_table(metrics, names).splitlines()]:
+            log.info(line)
     log.info("weights, config, metrics: %s", os.path.relpath(folder))
     log.info("in MLflow (make ui): %s", tracker.link(run_id))
     log.info("to export it: %s", export_command(settings, run_id))
@@ -328,6 +331,9 @@ def job(config: DictConfig) -> float:
 def _run_composed(config: DictConfig) -> float:
     """Where Hydra ends and the settings begin."""
     own = HydraConfig.get()
+    if own.job.chdir:  # Hydra has gone to the run's folder: a relative path would be another one in each run of a sweep
+        os.chdir(own.runtime.cwd)
+        log.info("hydra.job.chdir has no effect: paths start in the folder of the command")
     return run(read_settings(config), Path(own.runtime.output_dir), Invocation.of(own))
 
 

@@ -1,11 +1,15 @@
-"""`python -m kdpipe.sync`: deliver to MLflow what it missed while it could not be reached."""
+"""`python -m kdpipe.sync`: deliver to MLflow what it missed while it could not be reached, or where it was before its
+folder was moved."""
 
 import argparse
 import sys
 from pathlib import Path
 
 from kdpipe.runs.claim import is_local, locked
+from kdpipe.runs.command_line import folder
 from kdpipe.runs.journal import undelivered
+from kdpipe.runs.moved_store import ARTIFACTS, correct_artifacts
+from kdpipe.runs.sqlite_address import STORE, sqlite_uri
 from kdpipe.settings.errors import ConfigError
 
 
@@ -18,17 +22,17 @@ def sync(runs: Path) -> tuple[list[str], bool]:
     from kdpipe.tracking import Recovery  # imports mlflow, which takes seconds: only where there is something to do
 
     lines, is_well, recovery = [], True, Recovery()
-    for folder in undelivered(runs):
+    for run in undelivered(runs):
         try:
-            with locked(folder):
-                problem = recovery.recover(folder) if is_local(folder) else "its process was on another machine"
+            with locked(run):
+                problem = recovery.recover(run) if is_local(run) else "its process was on another machine"
         except TimeoutError:
-            lines.append(f"{folder}: in progress")
+            lines.append(f"{run}: in progress")
             continue
         except OSError as error:
             problem = f"{error.strerror} ({error.filename})"
         is_well = is_well and not problem
-        lines.append(f"{folder}: {problem or 'delivered'}")
+        lines.append(f"{run}: {problem or 'delivered'}")
     return lines, is_well
 
 
@@ -36,12 +40,13 @@ def cli() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m kdpipe.sync", description="Deliver to MLflow what it missed while it could not be reached."
     )
-    parser.add_argument("--output-dir", default="outputs", type=Path, help="the runs' output_dir (default: outputs)")
+    parser.add_argument("--output-dir", default="outputs", type=folder, help="the runs' output_dir (default: outputs)")
     runs = parser.parse_args().output_dir / "runs"
     if not runs.is_dir():
         error = ConfigError("--output-dir", runs.parent, "the output_dir of runs", "this folder has no runs")
         print(f"kdpipe.sync: {error}", file=sys.stderr)
         sys.exit(1)
+    correct_artifacts(sqlite_uri(runs.parent / STORE), runs.parent / ARTIFACTS)
     if not undelivered(runs):
         print(f"{runs}: all is delivered")
         return

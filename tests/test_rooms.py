@@ -26,7 +26,7 @@ ROOMS = {
     "compare": {"evaluation", "runs", "tracking", *BOTTOM},
     "export": {"assembly", "data", "evaluation", "models", "runs", "tracking", *BOTTOM},
     "sweeps": {"assembly", "compare", "runs", "tracking", *BOTTOM},
-    "cache": {"system"},
+    "clean": {"runs", "tracking", *BOTTOM},
     "sync": {"runs", "settings", "tracking"},
     "cost": {"assembly", "evaluation", "models", "runs", "tracking", *BOTTOM},
     "predict": {"data", "export", "runs", "tracking", *BOTTOM},

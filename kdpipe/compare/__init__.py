@@ -41,9 +41,10 @@ def compare_runs(
         uri: the MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db in `output_dir`).
         output_dir: where the runs were written.
     """
-    store = existing_store(argparse.Namespace(uri=uri, output_dir=Path(output_dir)))
+    output_dir = Path(output_dir).expanduser()
+    store = existing_store(argparse.Namespace(uri=uri, output_dir=output_dir))
 
     from kdpipe.compare.loading import load_comparisons, open_experiment  # imports mlflow, which takes seconds
 
-    tracker = open_experiment(store, experiment, Path(output_dir))
+    tracker = open_experiment(store, experiment, output_dir)
     return load_comparisons(tracker, sweep, where or {}, mixed, published)

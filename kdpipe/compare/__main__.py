@@ -2,9 +2,8 @@
 
 import argparse
 import sys
-from pathlib import Path
 
-from kdpipe.runs.command_line import add_store_arguments, existing_store, run_command
+from kdpipe.runs.command_line import add_store_arguments, existing_store, folder, run_command
 from kdpipe.settings.errors import ConfigError
 
 
@@ -20,7 +19,9 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--published", action="store_true", help="add published accuracies of experiment=benchmark/…")
     formats = ("table", "csv", "json", "html")
     parser.add_argument("--format", choices=formats, default="table", help="default: %(default)s")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="write to this folder, with plots, instead of printing")
+    parser.add_argument(
+        "--out", metavar="DIR", type=folder, help="write to this folder, with plots, instead of printing"
+    )
     add_store_arguments(parser)
     return parser.parse_args(words)
 

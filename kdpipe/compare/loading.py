@@ -21,8 +21,10 @@ from kdpipe.compare.comparison import (
 from kdpipe.compare.comparison_table import Picture
 from kdpipe.compare.disagreement import Correct, find_disagreement, read_predictions
 from kdpipe.compare.statistics import CANNOT_TELL
+from kdpipe.runs.moved_store import ARTIFACTS
 from kdpipe.runs.names import CONFUSION, DIFFERING, PREDICTIONS, RELIABILITY
 from kdpipe.settings.errors import ConfigError, one_of
+from kdpipe.system.optional import no_windows
 from kdpipe.tracking import RunRecord, RunStore, Tracker
 
 # Pictures among the artifacts of the decisive student's run, with their captions.
@@ -37,7 +39,7 @@ log = logging.getLogger("kdpipe")
 
 def open_experiment(uri: str, experiment: str, output_dir: Path) -> Tracker:
     """An existing experiment, once it has what earlier processes left in `output_dir`."""
-    tracker = Tracker(uri, experiment, output_dir / "mlartifacts", create=False)
+    tracker = Tracker(uri, experiment, output_dir / ARTIFACTS, create=False)
     tracker.recover_all(output_dir / "runs")
     return tracker
 
@@ -154,8 +156,9 @@ def _same(one: str | None, other: str) -> bool:
 def draw_pictures(comparison: Comparison, tracker: Tracker) -> dict[str, Picture]:
     """The plots for which there is data, and the pictures that the decisive student's best run has stored, by file
     name."""
-    from kdpipe.compare import plots  # matplotlib takes a second to import
-    from kdpipe.evaluation.figures import as_png
+    with no_windows():  # Matplotlib takes a second to import
+        from kdpipe.compare import plots
+        from kdpipe.evaluation.figures import as_png
 
     drawn = {
         "pareto": (plots.pareto(comparison), plots.pareto_caption(comparison)),

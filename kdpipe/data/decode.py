@@ -111,7 +111,7 @@ def decoded_source(
         "files": [(file.name, file.label, *file.stamp) for file in files],
     }
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-    entry = Path(cache_dir) / key
+    entry = Path(cache_dir).expanduser() / key
     decode = partial(_decode, files, class_names, image_size, on_bad_image == "skip")
     ensure_entry(entry, partial(_is_complete, files, len(class_names)), decode)
     meta = json.loads((entry / META).read_text())

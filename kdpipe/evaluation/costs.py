@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from statistics import median
 from typing import Any
@@ -27,12 +28,19 @@ MB = 2**20
 Networks = Mapping[str, Classifier | Ensemble]
 
 
-def cost(networks: Networks, images: Tensor, hardware: Hardware, seconds: float) -> dict[str, float]:
+def cost(
+    networks: Networks,
+    images: Tensor,
+    hardware: Hardware,
+    seconds: float,
+    attempt: Callable[[str], AbstractContextManager[object]] = nullcontext,
+) -> dict[str, float]:
     """What each network costs, by its name: `model/params`, …
 
     Args:
         images: some of the networks' inputs, uint8 [N, C, H, W].
         seconds: of timing in total, without the warm-up, longer for slow networks; 0 for no timing.
+        attempt: what to measure but parameters and size in, by its name; `optional` lets it fail.
 
     Returns:
         For each network `params`; `size_mb` (parameters and buffers, MB of 2²⁰ bytes); `flops` (of convolutions and
@@ -48,16 +56,15 @@ def cost(networks: Networks, images: Tensor, hardware: Hardware, seconds: float)
         # The cache would cast trainable weights once, but those of a frozen teacher in each call.
         torch.set_autocast_cache_enabled(False)
         for name, network in networks.items():
-            one = images[:1].to(hardware.device)
-            counted = {
-                "params": float(sum(parameter.numel() for parameter in network.network.parameters())),
-                "size_mb": size_mb(network.network),
-                "flops": float(flops(network, one)),
-                "activation_mb": peak_bytes(network, one) / MB,
-            }
-            found |= {f"{name}/{what}": value for what, value in counted.items()}
+            found[f"{name}/params"] = float(sum(parameter.numel() for parameter in network.network.parameters()))
+            found[f"{name}/size_mb"] = size_mb(network.network)
+            with attempt(f"{name}: operations and activations"):
+                one = images[:1].to(hardware.device)
+                counted = {"flops": float(flops(network, one)), "activation_mb": peak_bytes(network, one) / MB}
+                found |= {f"{name}/{what}": value for what, value in counted.items()}
         if seconds > 0:
-            found |= _time_networks(networks, images, hardware, seconds)
+            with attempt("timing"):
+                found |= _time_networks(networks, images, hardware, seconds)
     return found
 
 

@@ -24,6 +24,7 @@ from kdpipe.evaluation.metrics import (
 from kdpipe.runs.names import CLASSES, CONFUSION, DIFFERING, PREDICTIONS, RELIABILITY
 from kdpipe.system.files import write_atomically
 from kdpipe.system.hardware import Hardware
+from kdpipe.system.optional import no_windows, optional
 
 log = logging.getLogger("kdpipe")
 
@@ -71,7 +72,8 @@ def examine(learner: nn.Module, data: ImageDataset, hardware: Hardware, teacher_
     temperature = None
     if "validation" in data.splits:
         validation = logits_of(learner, data, "validation", hardware)
-        temperature = scaling_temperature(validation, labels[data.splits["validation"].cpu()])
+        with optional("temperature scaling"):
+            temperature = scaling_temperature(validation, labels[data.splits["validation"].cpu()])
         if temperature is None:
             log.info("temperature scaling: no temperature fits the validation images better than all others")
     return Exam(positions, labels[positions], student, teacher_logits, temperature)
@@ -147,18 +149,25 @@ def _shares(counts: NDArray[np.int64], total: NDArray[np.int64]) -> list[object]
 
 
 def _draw(exam: Exam, data: ImageDataset) -> dict[str, bytes]:
-    """The figures, PNG by file name; the images on which student and teacher differ only if there is a teacher."""
-    from kdpipe.evaluation import figures  # imports matplotlib, which takes as long as an epoch of a small data set
-
-    drawn = {CONFUSION: figures.draw_confusion(confusion(exam.student, exam.labels), data.class_names)}
-    student = reliability(exam.student, exam.labels)
-    if exam.teacher is None:
-        drawn[RELIABILITY] = figures.draw_reliability({"network": student})
-    else:
-        teacher = reliability(exam.teacher, exam.labels)
-        drawn[RELIABILITY] = figures.draw_reliability({"student": student, "teacher": teacher})
-        drawn[DIFFERING] = figures.draw_differing(*_most_differing(exam, exam.teacher, data))
-    return {name: figures.as_png(figure) for name, figure in drawn.items()}
+    """The figures, PNG by file name, without those that cannot be drawn; the images on which student and teacher differ
+    only if there is a teacher."""
+    drawn: dict[str, bytes] = {}
+    with optional("figures"):
+        with no_windows():  # Matplotlib takes as long to import as an epoch of a small data set
+            from kdpipe.evaluation import figures
+        networks = {"network": reliability(exam.student, exam.labels)}
+        if exam.teacher is not None:
+            networks = {"student": networks["network"], "teacher": reliability(exam.teacher, exam.labels)}
+        with optional(CONFUSION):
+            figure = figures.draw_confusion(confusion(exam.student, exam.labels), data.class_names)
+            drawn[CONFUSION] = figures.as_png(figure)
+        with optional(RELIABILITY):
+            drawn[RELIABILITY] = figures.as_png(figures.draw_reliability(networks))
+        if exam.teacher is not None:
+            with optional(DIFFERING):
+                figure = figures.draw_differing(*_most_differing(exam, exam.teacher, data))
+                drawn[DIFFERING] = figures.as_png(figure)
+    return drawn
 
 
 def _most_differing(exam: Exam, teacher: Tensor, data: ImageDataset) -> tuple[Tensor, list[tuple[str, ...]]]:

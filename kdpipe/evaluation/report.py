@@ -51,7 +51,9 @@ def cost_table(metrics: Mapping[str, float], names: Mapping[str, str]) -> str:
         ("operations for an image, MFLOP", "flops", ",.1f", 1e6),
         ("activations for an image, MB", "activation_mb", ".3f", 1),
     ):
-        values = [metrics[f"{network}/{name}"] for network in networks]
+        values = [metrics[f"{network}/{name}"] for network in networks if f"{network}/{name}" in metrics]
+        if len(values) < len(networks):  # it could not be counted
+            continue
         ratio = [f"{values[0] / values[1]:.1f}" if values[1] else ""] if has_teacher else []
         rows.append([title, *(f"{value / unit:{form}}" for value in values), *ratio])
     times = ("latency_ms", "latency_p95_ms", "images_per_second")

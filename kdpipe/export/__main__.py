@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from kdpipe.export.formats import FORMATS, INT8, ONNX
-from kdpipe.runs.command_line import add_store_arguments, check_flags, existing_store, run_command
+from kdpipe.runs.command_line import add_store_arguments, check_flags, existing_store, folder, run_command
 from kdpipe.settings.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def export_arguments(words: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("run", metavar="RUN", help="id of a finished run, or runs:/<run id>/epoch_<number>")
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=["onnx"], help="default: onnx (float and int8)")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="new folder for the files")
+    parser.add_argument("--out", metavar="DIR", type=folder, required=True, help="new folder for the files")
     parser.add_argument("--root", metavar="FOLDER", help="where the run's images are now (default: where they were)")
     parser.add_argument("--images", type=int, default=1000, help="test images to check on (default: %(default)s)")
     points = "points of accuracy that int8 may lose (default: %(default)g)"

@@ -31,6 +31,7 @@ from kdpipe.runs.names import CONFIG
 from kdpipe.settings.addresses import WEIGHTS
 from kdpipe.settings.errors import flat
 from kdpipe.system.hardware import prepare_device
+from kdpipe.system.optional import optional
 from kdpipe.system.progress import progress
 from kdpipe.system.silence import quiet
 
@@ -122,9 +123,11 @@ def export_run(
             print(f"timing for {seconds:g} seconds", flush=True)
         time_measurements(export.measurements, export.images, seconds)
         text = legend(export.measurements, len(export.images), torch.get_num_threads())
-        card = model_card(sources, export.files, export.measurements, text, license)
-        (folder / CARD).write_text(card)
-        export.files += [*([CONFIG] if WEIGHTS in export.files else []), CARD]
+        files = list(export.files)
+        export.files += [CONFIG] if WEIGHTS in files else []
+        with optional(CARD):
+            (folder / CARD).write_text(model_card(sources, files, export.measurements, text, license))
+            export.files.append(CARD)
         export.notes.insert(0, text)
     return export
 

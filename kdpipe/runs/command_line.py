@@ -8,14 +8,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kdpipe.runs.moved_store import ARTIFACTS, correct_artifacts
+from kdpipe.runs.sqlite_address import sqlite_file
 from kdpipe.runs.store_address import check_uri, store_uri
 from kdpipe.settings.errors import ConfigError, one_line
+
+
+def folder(text: str) -> Path:
+    """A folder that a flag names; shells leave the ~ in --out=~/student as it is."""
+    return Path(text).expanduser()
 
 
 def add_store_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose the MLflow store."""
     parser.add_argument("--uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db in --output-dir)")
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="default: %(default)s")
+    parser.add_argument("--output-dir", type=folder, default=Path("outputs"), help="default: %(default)s")
 
 
 def check_flags(arguments: argparse.Namespace, **types: Any) -> None:
@@ -40,9 +47,10 @@ def existing_store(arguments: argparse.Namespace) -> str:
     """
     uri = store_uri(arguments.uri, arguments.output_dir)
     check_uri(uri)
-    local = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:///") and not local.is_file():
+    local = sqlite_file(uri)
+    if local and not local.is_file():
         raise ValueError(f"{local}: MLflow store not found; make demo, or any run, creates one")
+    correct_artifacts(uri, arguments.output_dir / ARTIFACTS)
     return uri
 
 

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, get_origin, get_type_hints
 
+from kdpipe.runs.sqlite_address import STORE, sqlite_file, sqlite_uri
 from kdpipe.runs.store_address import without_password
 from kdpipe.system.files import append_atomically, write_atomically
 
@@ -26,6 +27,7 @@ CHECKPOINTS = "checkpoints"  # a folder
 # A tag with a token that is in the folder before the store creates the run and gives it an id.
 CREATION_TOKEN = "kdpipe.begun"
 NOT_CREATED = ""  # the id of a run that the store may not have created
+OWN_STORE = f"sqlite:///../../{STORE}"  # in a journal: the store in the run's output folder, which may be moved
 RUNNING, FINISHED, KILLED, FAILED = "RUNNING", "FINISHED", "KILLED", "FAILED"  # as in MLflow
 
 Row = dict[str, float]  # {"step": 3, "train/loss": 0.5, …}
@@ -79,10 +81,12 @@ class Journal:
         if not _is_well_formed(content):
             log.warning("%s cannot be read and is ignored", folder / TRACKING)
             return None
-        return cls(folder=folder, **content)
+        return cls(folder=folder, **{**content, "uri": _found(content["uri"], folder)})
 
     def write(self) -> None:
         content = {key: value for key, value in asdict(self).items() if key != "folder"}
+        if self.uri == sqlite_uri(_own_store(self.folder)):
+            content["uri"] = OWN_STORE
         write_atomically(self.folder / TRACKING, json.dumps(content, indent=1).encode())
 
     def end(self, status: str, reason: str = "") -> None:
@@ -113,6 +117,18 @@ class Journal:
                 (self.folder / TRACKING).unlink(missing_ok=True)
             else:
                 self.write()
+
+
+def _own_store(folder: Path) -> Path:
+    """The sqlite file in the output folder that a run's folder is in."""
+    return folder.resolve().parent.parent / STORE
+
+
+def _found(uri: str, folder: Path) -> str:
+    """The URI of a store as a journal has it, from where the folder is now."""
+    own, file = _own_store(folder), sqlite_file(uri)
+    was_moved = file is not None and file.name == STORE and not file.exists() and own.exists()
+    return sqlite_uri(own) if uri == OWN_STORE or was_moved else uri
 
 
 def _is_well_formed(content: Any) -> bool:

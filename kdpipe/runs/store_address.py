@@ -11,6 +11,7 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from kdpipe.runs.sqlite_address import STORE, absolute, problem_of, sqlite_file, sqlite_uri
 from kdpipe.settings.errors import ConfigError, flat
 
 log = logging.getLogger("kdpipe")
@@ -26,8 +27,10 @@ SECRET = re.compile(r"passw|pwd|odbc_connect", re.IGNORECASE)  # in the name of 
 
 
 def store_uri(configured: str | None, output_dir: Path) -> str:
-    """The configured store, else MLFLOW_TRACKING_URI, else a sqlite file in the output folder."""
-    return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output_dir.resolve() / 'mlflow.db'}"
+    """The configured store, else MLFLOW_TRACKING_URI, else a sqlite file in the output folder; that of a file is
+    absolute."""
+    uri = configured or os.environ.get("MLFLOW_TRACKING_URI")
+    return absolute(uri) if uri else sqlite_uri(output_dir.expanduser().resolve() / STORE)
 
 
 def without_password(uri: str) -> str:
@@ -99,8 +102,19 @@ def check_uri(uri: str) -> None:
         _check_server(uri)
     elif scheme not in DATABASES:
         raise uri_error(uri, expected="sqlite:///FILE, postgresql://… or http://HOST:PORT")
-    elif scheme != "sqlite":
+    elif scheme == "sqlite":
+        _check_file(uri)
+    else:
         _check_database(uri)
+
+
+def _check_file(uri: str) -> None:
+    """Check that a sqlite file is one, or could become one: MLflow would retry for minutes."""
+    file = sqlite_file(uri)
+    if file is None:
+        raise uri_error(uri, "the runs would be lost", expected="sqlite:///FILE")
+    if problem := problem_of(file):
+        raise uri_error(uri, f"{problem}; output_dir and tracking.uri say where the store is")
 
 
 def uri_error(uri: str, problem: str = "", expected: str = "") -> ConfigError:

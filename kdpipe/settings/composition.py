@@ -89,9 +89,11 @@ def compose_settings(overrides: Sequence[str]) -> Settings:
 
 def register_resolvers() -> None:
     """`${identity:}` is a run's identity, which names its folder; `${basename:FOLDER}` is a folder's own name;
-    `${softening:}` is the temperature that softens the teacher's answers, 1 where a loss has none."""
+    `${expanded:FOLDER}` has the user's home in place of ~; `${softening:}` is the temperature that softens the
+    teacher's answers, 1 where a loss has none."""
     OmegaConf.register_new_resolver("softening", _softening, replace=True)
     OmegaConf.register_new_resolver("identity", lambda *, _root_: read_settings(_root_).identity, replace=True)
+    OmegaConf.register_new_resolver("expanded", lambda path: str(Path(str(path)).expanduser()), replace=True)
     OmegaConf.register_new_resolver("basename", lambda path: Path(str(path)).expanduser().resolve().name, replace=True)
 
 

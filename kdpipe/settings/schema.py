@@ -1,13 +1,14 @@
 """A run's settings: typed, frozen, and checked once, where a run begins."""
 
 import logging
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from kdpipe.settings import identity
 from kdpipe.settings.addresses import epoch_file, names_weights
@@ -240,7 +241,7 @@ class Settings(Section):
 
     stage: Literal["student", "teacher"] = "student"
     seed: NonNegativeInt = 0
-    output_dir: str = "outputs"
+    output_dir: Annotated[str, AfterValidator(os.path.expanduser)] = "outputs"
     dataset: DatasetSettings
     model: NetworkSettings
     teacher: TeacherSettings

@@ -22,6 +22,7 @@ from kdpipe.assembly.teachers import KnownTeachers
 from kdpipe.runs.claim import ClaimedError, locked, wait_until_free, worker_pid
 from kdpipe.runs.commands import compare_command
 from kdpipe.runs.journal import is_unfinished
+from kdpipe.runs.moved_store import ARTIFACTS
 from kdpipe.runs.store_address import PATIENCE, check_uri, store_uri, wait_for_store
 from kdpipe.settings.composition import explain
 from kdpipe.settings.errors import ConfigError
@@ -39,8 +40,10 @@ from kdpipe.sweeps.grid import (
     sweep_identity,
 )
 from kdpipe.system.interruption import forward_signals
+from kdpipe.system.optional import optional
 
 if TYPE_CHECKING:
+    from kdpipe.compare.comparison_table import Picture
     from kdpipe.tracking import RunRecord, Tracker
 
 log = logging.getLogger("kdpipe.sweep")
@@ -118,7 +121,7 @@ def run_sweep(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
     from kdpipe.tracking import Tracker
 
     # The store is made here, once: processes that start together would make it at the same time.
-    tracker = Tracker(uri, first.tracking.experiment, Path(first.output_dir) / "mlartifacts")
+    tracker = Tracker(uri, first.tracking.experiment, Path(first.output_dir) / ARTIFACTS)
     tracker.recover_all(Path(first.output_dir) / "runs")
     sweep = Sweep(sweeper, axes, grid, links, drafts, tracker)
     planned = plan(axes, drafts[0], tracker, sweep.teachers, link=1 if sweep.is_chain else None)
@@ -325,7 +328,9 @@ def summarise(sweep: Sweep) -> None:
     from kdpipe.compare.loading import compare_sweep, draw_pictures, with_disagreement
 
     comparisons = [with_disagreement(found, sweep.tracker) for found in compare_sweep(sweep.tracker, sweep.id)]
-    pictures = [draw_pictures(comparison, sweep.tracker) for comparison in comparisons]
+    pictures: list[dict[str, Picture]] = [{} for _ in comparisons]
+    with optional("plots of the comparison"):
+        pictures = [draw_pictures(comparison, sweep.tracker) for comparison in comparisons]
     table = "\n\n".join(map(comparison_table.to_text, comparisons))
     files = {
         "comparison.txt": table.encode(),

@@ -9,6 +9,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -25,8 +26,10 @@ META = "meta.json"  # describes an entry, written last
 def ensure_entry(entry: Path, is_intact: Callable[[Path], bool], make: Callable[[Path], None]) -> None:
     """Have `make` write the folder `entry` unless it exists and is intact; processes that need the same entry at the
     same time do the work once."""
-    if is_intact(entry):
-        return  # without a lock: the folder may be read-only
+    if is_intact(entry):  # without a lock: the folder may be read-only
+        with suppress(OSError):
+            os.utime(entry)  # it is in use: kdpipe.clean removes old ones
+        return
     entry.parent.mkdir(parents=True, exist_ok=True)
     unfinished = entry.with_name(f"{entry.name}.unfinished")
     with FileLock(lock_of(entry)):

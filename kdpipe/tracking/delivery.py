@@ -27,6 +27,7 @@ from kdpipe.runs.journal import (
     read_rows,
     sync_command,
 )
+from kdpipe.runs.sqlite_address import sqlite_file
 from kdpipe.runs.store_address import check_uri, describe_error
 
 log = logging.getLogger("kdpipe")
@@ -347,5 +348,5 @@ class Recovery:
 def _check_exists(uri: str) -> None:
     """Raise ValueError for a store that does not answer, or a missing sqlite file: MLflow would create a new one."""
     check_uri(uri)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+    if (file := sqlite_file(uri)) and not file.is_file():
         raise ValueError("no such file")

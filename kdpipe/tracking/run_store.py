@@ -1,16 +1,19 @@
 """An MLflow store, whose runs are read and extended by their ids, in any experiment."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 import mlflow
-from mlflow.entities import Metric
+from mlflow.entities import Metric, ViewType
 from mlflow.exceptions import MlflowException
+from mlflow.store.entities import PagedList
+from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 
 from kdpipe.runs.journal import FINISHED, now
 from kdpipe.runs.names import ONE_THREAD, TIMED_ON
@@ -19,8 +22,11 @@ from kdpipe.settings.addresses import epoch_file
 from kdpipe.settings.errors import ConfigError, first_line
 from kdpipe.tracking.sqlite import store_lock
 
+T = TypeVar("T")
+
 log = logging.getLogger("kdpipe")
 
+PAGE = 1000
 UNKNOWN_RUN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # error codes of MLflow
 
 
@@ -57,6 +63,8 @@ class RunStore:
             logging.getLogger(name).setLevel(logging.WARNING)
         # This one logs the traceback of each error that it raises.
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+        # MLflow remembers where a run's artifacts are by its id alone, which a copied store shares.
+        _artifact_repos_cache.clear()
         self.uri, self.name = uri, without_password(uri)
         try:
             with store_lock(uri):
@@ -96,6 +104,20 @@ class RunStore:
             if error.error_code not in UNKNOWN_RUN:
                 raise
             return None
+
+    def deleted_identities(self) -> dict[str, str]:
+        """The ids of deleted runs by their kdpipe.identity, where no other run of it is left."""
+        client, every = self.client, ViewType.ALL
+        experiments = pages(lambda token: client.search_experiments(every, PAGE, page_token=token))
+        ids, wanted = [found.experiment_id for found in experiments], "tags.`kdpipe.identity` != ''"
+        deleted, left = {}, set()
+        for run in pages(lambda token: client.search_runs(ids, wanted, every, PAGE, page_token=token)):
+            identity = run.data.tags["kdpipe.identity"]
+            if run.info.lifecycle_stage == "deleted":
+                deleted[identity] = run.info.run_id
+            else:
+                left.add(identity)
+        return {identity: run_id for identity, run_id in deleted.items() if identity not in left}
 
     def artifacts(self, run_id: str) -> list[str]:
         """The names of a run's artifacts."""
@@ -182,3 +204,14 @@ def record_of(run: mlflow.entities.Run) -> RunRecord:
         seconds=float(run.data.tags.get("kdpipe.seconds", ended - run.info.start_time / 1000)),
         status=run.info.status,
     )
+
+
+def pages(page: Callable[[str | None], PagedList[T]]) -> Iterator[T]:
+    """All items of a paged answer. `page` takes the token of a page, None for the first."""
+    token = None
+    while True:
+        found = page(token)
+        yield from found
+        token = found.token
+        if not token:
+            return

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from kdpipe.runs.sqlite_address import sqlite_file
+
 MLFLOW_TABLES = {"experiments", "runs", "latest_metrics"}  # of its first schema, with which a new file starts
 ABANDONED = 10  # seconds without a write after which no process is creating the file any more
 
@@ -18,21 +20,21 @@ log = logging.getLogger("kdpipe")
 @contextmanager
 def store_lock(uri: str) -> Iterator[None]:
     """Let one process at a time create a sqlite file: two at once would break it."""
-    if not uri.startswith("sqlite"):
+    file = sqlite_file(uri)
+    if file is None:
         yield
         return
-    file = Path(uri.split(":///", 1)[-1])
     file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{file}.lock"):
+    lock = file.with_name(f"{file.name}.lock")
+    lock.touch()  # where that is impossible, FileLock would try for ever
+    with FileLock(lock):
         yield
 
 
 def set_aside_half_made(uri: str) -> None:
     """Rename a sqlite file that a dead process left half-made, so that a new one can be created."""
-    file = Path(uri.removeprefix("sqlite:///"))
-    if not uri.startswith("sqlite:///"):
-        return
-    while is_half_made(file):
+    file = sqlite_file(uri)
+    while file and is_half_made(file):
         if time.time() - file.stat().st_mtime > ABANDONED:
             aside = file.with_name(f"{file.name}.half-made-{time.strftime('%Y%m%d-%H%M%S')}")
             file.rename(aside)

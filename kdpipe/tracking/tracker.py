@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
 from urllib.parse import quote, urlencode
 
 import mlflow
@@ -32,18 +31,17 @@ from kdpipe.runs.journal import (
     undelivered,
     write_rows,
 )
+from kdpipe.runs.moved_store import correct_artifacts
+from kdpipe.runs.sqlite_address import sqlite_file, write_problem
 from kdpipe.settings.addresses import WEIGHTS
 from kdpipe.settings.errors import ConfigError, flat
 from kdpipe.system.interruption import postponed
 from kdpipe.tracking.delivery import STOP_TIMEOUT, ActiveRun, Recovery, delete_duplicates, new_token
-from kdpipe.tracking.run_store import UNKNOWN_RUN, RunRecord, RunStore, record_of
+from kdpipe.tracking.run_store import PAGE, UNKNOWN_RUN, RunRecord, RunStore, pages, record_of
 from kdpipe.tracking.sqlite import set_aside_half_made, store_lock
 
 MAX_PARAM_LENGTH = 6000  # MLflow's own limit
-PAGE = 1000
 IS_FINISHED = "attributes.status = 'FINISHED'"
-
-T = TypeVar("T")
 
 log = logging.getLogger("kdpipe")
 
@@ -76,12 +74,15 @@ class Tracker(RunStore):
         self._recovery = Recovery({uri: self.client})
 
     def _opened(self) -> mlflow.MlflowClient:
+        correct_artifacts(self.uri, self._artifacts)
         if not self._create_missing:
             return super()._opened()
         set_aside_half_made(self.uri)
+        if (file := sqlite_file(self.uri)) and (problem := write_problem(file)):
+            raise ValueError(problem)
         client = mlflow.MlflowClient(tracking_uri=self.uri)
         if client.get_experiment_by_name(self.experiment) is None:
-            location = self._artifacts.resolve().as_uri() if self.uri.startswith("sqlite") else None
+            location = self._artifacts.resolve().as_uri() if sqlite_file(self.uri) else None
             with suppress(MlflowException):  # another process has created it meanwhile, on a server
                 client.create_experiment(self.experiment, artifact_location=location)
         return client
@@ -322,23 +323,12 @@ class Tracker(RunStore):
                 page_token=token,
             )
 
-        for record in map(record_of, _pages(page)):
+        for record in map(record_of, pages(page)):
             if all(getattr(record, kind).get(key) == value for (kind, key), value in wanted.items()):
                 yield record
 
     def _experiments(self) -> Iterator[Experiment]:
-        return _pages(lambda token: self.client.search_experiments(max_results=PAGE, page_token=token))
-
-
-def _pages(page: Callable[[str | None], PagedList[T]]) -> Iterator[T]:
-    """All items of a paged answer. `page` takes the token of a page, None for the first."""
-    token = None
-    while True:
-        found = page(token)
-        yield from found
-        token = found.token
-        if not token:
-            return
+        return pages(lambda token: self.client.search_experiments(max_results=PAGE, page_token=token))
 
 
 def status_after(error: BaseException) -> tuple[str, str]:

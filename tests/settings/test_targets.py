@@ -26,7 +26,7 @@ OUTSIDE = [
     "torchvision.os.system",
     "torchvision.datasets.ImageFolder",
     "kdpipe.main.os.system",
-    "kdpipe.cache.clean",
+    "kdpipe.clean.clean_up",
     "kdpipe.settings.components.guard_hydra",
     "kdpipe.modelsandmore.run",
     "timm.utils.resume_checkpoint",

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 import torch
 from helpers import assert_refused
 
-from kdpipe import cache
 from kdpipe.system.disk_cache import array_digest, ensure_entry, mapped_array, new_array
 
 
@@ -127,33 +125,3 @@ def test_an_array_is_hashed_once_until_its_file_changes(tmp_path: Path, monkeypa
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError):
         array_digest(file)
-
-
-def test_info_and_clean(kdpipe: Callable, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    small = ["dataset=digits", "dataset.train_fraction=0.1", "train.epochs=1"]
-    assert kdpipe(*small, "experiment=teacher", "model=resnet20").status == 0
-    assert kdpipe(*small, "experiment=distill", "model@teacher=resnet20").status == 0
-
-    def command(name: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["cache", name])
-        cache.cli()
-        return capsys.readouterr().out
-
-    *listed, total = command("info").splitlines()
-    assert sum("logits of resnet20 for 108 images of digits" in line for line in listed) == 1
-    assert f"in {len(listed)} entries of outputs/cache" in total
-    assert "removed from outputs/cache" in command("clean")
-    assert "in 0 entries" in command("info")
-
-
-def test_an_entry_that_is_being_written_is_not_removed(tmp_path: Path) -> None:
-    messages = []
-
-    def make(folder: Path) -> None:
-        write(folder)
-        messages.append(cache.clean(tmp_path))
-        assert is_there(folder)
-
-    ensure_entry(tmp_path / "teacher" / "entry", is_there, make)
-    assert "kept, because they are being written: teacher/entry" in messages[0]
-    assert is_there(tmp_path / "teacher" / "entry")
