@@ -1,0 +1,49 @@
+"""A component that cannot do its work is refused before there is a run, which would be left behind as FAILED."""
+
+from collections.abc import Callable
+
+import pytest
+from helpers import assert_refused, client
+
+ALONE = ["dataset=digits", "loss=cross_entropy", "train.epochs=1", "dataset.train_fraction=0.1"]
+WITHOUT = ["~optimizer.amsgrad", "~optimizer.weight_decay", "~optimizer.fused"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["optimizer._target_=torch.optim.Adm"], "not found"),
+        (["optimizer._target_=torch.optim.RMSprop"], "optimizer.amsgrad=true: ~optimizer.amsgrad leaves it out"),
+        (["optimizer._target_=torch.optim.LBFGS", *WITHOUT], "cannot take a step of training"),
+        (["optimizer._target_=torch.optim.SparseAdam", *WITHOUT], "cannot take a step of training"),
+        (["optimizer._target_=torch.nn.ParameterList", *WITHOUT, "~optimizer.lr"], "expected an optimizer"),
+        (["+optimizer.betas=0.9"], "optimizer._target_=torch.optim.Adam"),
+        (["+optimizer.foo=1"], "optimizer.foo=1"),
+        (["scheduler._target_=torch.optim.lr_scheduler.StepLR"], "does not take epochs and steps_per_epoch"),
+        (["scheduler._target_=torch.nn.Identity"], "expected a schedule, such as"),
+        (["augmentation._target_=torch.nn.Identity"], "it cannot augment images"),
+        (["augmentation._target_=torchvision.transforms.v2.RandomHorizontalFlip"], "that returns such images"),
+        (["augmentation=crop_flip", "+augmentation.flop=1"], "augmentation.flop=1: expected flip; did you mean flip?"),
+        (["model._target_=torch.nn.ReLU"], "does not take num_classes"),
+        (["model=resnet20", "~model.depth"], "model.depth: a value is required by kdpipe.models.resnet.ResNet"),
+        (["+model.foo=1"], "model.foo=1"),
+        (["+teacher.foo=1"], "teacher.foo=1"),
+        (["+dataset.foo=1"], "dataset.foo=1: kdpipe.data.digits.digits takes no arguments"),
+        (["dataset._target_=torch.nn.Identity"], "expected a function that returns a kdpipe.data.Source"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_component_that_cannot_work_leaves_no_run(kdpipe: Callable, overrides: list[str], said: str) -> None:
+    assert_refused(kdpipe(*ALONE, *overrides), said)
+    experiments = [experiment.experiment_id for experiment in client().search_experiments()]
+    assert client().search_runs(experiments) == []
+
+
+def test_a_loss_without_a_term_leaves_no_run(kdpipe: Callable) -> None:
+    small = ["dataset=digits", "dataset.train_fraction=0.1", "train.epochs=0"]
+    assert kdpipe(*small, "experiment=teacher", "model=resnet20", "model.weights=null", "train.epochs=1").status == 0
+    abstract = ["loss._target_=kdpipe.losses.AlphaLoss", "~loss.temperature", "~loss.standardize"]
+    outcome = kdpipe(*small, "model@teacher=resnet20", *abstract)
+    assert_refused(outcome, "loss._target_=kdpipe.losses.AlphaLoss: it cannot compare two images")
+    experiment = client().get_experiment_by_name("kdpipe").experiment_id
+    assert [run.info.status for run in client().search_runs([experiment])] == ["FINISHED"]
