@@ -18,6 +18,7 @@ from torch import distributed
 
 from kdpipe.assembly.datasets import build_data, forget_data
 from kdpipe.assembly.devices import use_hardware
+from kdpipe.assembly.networks import say_size
 from kdpipe.assembly.parts import Parts, build_parts, check_components
 from kdpipe.assembly.preparation import Prepared, cache_folder, prepare
 from kdpipe.assembly.run_tags import run_tags
@@ -356,6 +357,7 @@ def cli() -> None:
     """`kdpipe` and `python -m kdpipe`: errors as one line, exit status 1; 130 and 143 when interrupted."""
     forget_data()
     warn_once.cache_clear()
+    say_size.cache_clear()
     # One of the processes that torchrun started reports on their work.
     if distributed.is_torchelastic_launched() and os.environ["RANK"] != "0":
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from kdpipe.assembly.building import check_arguments
 from kdpipe.assembly.datasets import build_data, build_unlabelled, check_selection
-from kdpipe.assembly.networks import build_model
+from kdpipe.assembly.networks import build_model, say_size
 from kdpipe.assembly.objectives import build_loss, check_fit, check_step
 from kdpipe.assembly.teachers import KnownTeachers, build_teacher
 from kdpipe.assembly.views import check_augmentation, check_outputs
@@ -83,6 +83,12 @@ def build_parts(settings: Settings, invocation: Invocation, tracker: "Tracker", 
     if teacher and settings.dataset.unlabelled_root is not None:
         data = build_unlabelled(settings)
     model = build_model(settings, data, tracker)
+    networks = {"model": (settings.model.name, model)}
+    if teacher and isinstance(teacher.classifier, Classifier):
+        networks["teacher"] = (settings.teacher.name, teacher.classifier)
+    for part, (name, network) in networks.items():
+        if network.image_size < (stored := max(data.images.shape[2:])):
+            say_size(name, f"{part}.image_size", network.image_size, stored)
     if teacher:
         check_fit(settings, model, teacher, data)
     tags = {

@@ -1,6 +1,7 @@
 """A component that cannot do its work is refused before there is a run, which would be left behind as FAILED."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from helpers import assert_refused, client
@@ -47,3 +48,25 @@ def test_a_loss_without_a_term_leaves_no_run(kdpipe: Callable) -> None:
     assert_refused(outcome, "loss._target_=kdpipe.losses.AlphaLoss: it cannot compare two images")
     experiment = client().get_experiment_by_name("kdpipe").experiment_id
     assert [run.info.status for run in client().search_runs([experiment])] == ["FINISHED"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model.image_size=64"], "model.image_size=64: student_cnn cannot take images of this size (mat1 and mat2"),
+        (["model.image_size=64"], "expected 112 or 128"),
+        (["model=torchvision", "model.name=alexnet", "model.image_size=32"], "expected 64 or more"),
+        (["model=timm", "model.name=vit_tiny_patch16_224", "model.image_size=32"], "expected 224"),
+    ],
+)
+def test_a_size_that_a_network_cannot_take_names_those_that_it_takes(
+    kdpipe: Callable, overrides: list[str], said: str
+) -> None:
+    assert_refused(kdpipe(*ALONE, "model.weights=null", *overrides), said)
+
+
+def test_a_network_that_sees_smaller_images_than_are_stored_is_told_once(kdpipe: Callable, class_folders: Path) -> None:
+    photos = ["dataset=image_folder", f"dataset.root={class_folders}", "dataset.image_size=48", "train.epochs=0"]
+    outcome = kdpipe("-m", *photos, "loss=cross_entropy", "model=resnet20", "seed=0,1")
+    assert outcome.status == 0, outcome.errors
+    assert outcome.output.count("resnet20 sees the images at 32×32, smaller than stored (48×48)") == 1
