@@ -20,12 +20,25 @@ def build(key: str, component: Component, *inputs: Any, **more: Any) -> Any:
     Raises:
         ConfigError: a value that it does not take.
     """
-    return _call(key, component.target, component.arguments, *inputs, **more)
+    try:
+        return _call(key, component.target, component.arguments, *inputs, **more)
+    except ConfigError as error:
+        raise _with_own_keys(error, key, component) from error
 
 
 def check_arguments(key: str, component: Component, *inputs: Any, **more: Any) -> None:
     """Raise ConfigError where a component does not exist or does not take its arguments by name: it is built later."""
-    _find(key, component.target, component.arguments, *inputs, **more)
+    try:
+        _find(key, component.target, component.arguments, *inputs, **more)
+    except ConfigError as error:
+        raise _with_own_keys(error, key, component) from error
+
+
+def _with_own_keys(error: ConfigError, key: str, component: Component) -> ConfigError:
+    """An error about an argument that may be a misspelt key of the section itself, img_size for image_size."""
+    name = error.key.removeprefix(f"{key}.")
+    near = suggestion(name, type(component).model_fields) if error.problem.endswith("leaves it out") else ""
+    return ConfigError(error.key, error.value, error.expected, near) if near else error
 
 
 def _call(key: str, target: str, arguments: Mapping[str, Any], *inputs: Any, **more: Any) -> Any:

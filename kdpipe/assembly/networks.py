@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,17 @@ def _sizes_taken(classifier: Classifier, images: Tensor) -> str:
     if len(taken) > 1 and taken == [size for size in SIZES if size >= taken[0]]:
         return f"{taken[0]} or more"
     return " or ".join(map(str, taken))
+
+
+def check_single_images(key: str, name: str, classifier: Classifier, data: ImageDataset) -> None:
+    """Raise ConfigError where a network cannot learn from batches of one image: BatchNorm needs several values."""
+    learner = deepcopy(classifier).train()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            learner(data.images[data.splits["train"][:1]])
+    except ValueError as error:
+        problem = f"{name} cannot learn from one image at a time ({first_line(error)})"
+        raise ConfigError("train.batch_size", 1, f"2 or more, or a larger {key}.image_size", problem) from error
 
 
 @lru_cache

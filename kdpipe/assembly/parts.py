@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from kdpipe.assembly.building import check_arguments
 from kdpipe.assembly.datasets import build_data, build_unlabelled, check_selection
-from kdpipe.assembly.networks import build_model, say_size
+from kdpipe.assembly.networks import build_model, check_single_images, say_size
 from kdpipe.assembly.objectives import build_loss, check_fit, check_step
 from kdpipe.assembly.teachers import KnownTeachers, build_teacher
 from kdpipe.assembly.views import check_augmentation, check_outputs
@@ -89,6 +89,9 @@ def build_parts(settings: Settings, invocation: Invocation, tracker: "Tracker", 
     for part, (name, network) in networks.items():
         if network.image_size < (stored := max(data.images.shape[2:])):
             say_size(name, f"{part}.image_size", network.image_size, stored)
+        learns = part == "model" or (teacher and teacher.learns)
+        if learns and settings.train.epochs > 0 and 1 in (settings.train.batch_size, len(data.splits["train"])):
+            check_single_images(part, name, network, data)
     if teacher:
         check_fit(settings, model, teacher, data)
     tags = {

@@ -1,5 +1,6 @@
 """A component that cannot do its work is refused before there is a run, which would be left behind as FAILED."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,3 +71,42 @@ def test_a_network_that_sees_smaller_images_than_are_stored_is_told_once(kdpipe:
     outcome = kdpipe("-m", *photos, "loss=cross_entropy", "model=resnet20", "seed=0,1")
     assert outcome.status == 0, outcome.errors
     assert outcome.output.count("resnet20 sees the images at 32×32, smaller than stored (48×48)") == 1
+
+
+def test_batches_of_one_image_that_batchnorm_cannot_take_are_named(kdpipe: Callable) -> None:
+    network = ["model=torchvision", "model.name=resnet18", "model.weights=null", "model.image_size=32"]
+    outcome = kdpipe(*ALONE, *network, "train.batch_size=1")
+    assert_refused(outcome, "train.batch_size=1: resnet18 cannot learn from one image at a time", "expected 2 or more")
+    experiments = [experiment.experiment_id for experiment in client().search_experiments()]
+    assert client().search_runs(experiments) == []
+    assert kdpipe(*ALONE, *network, "train.batch_size=1", "train.epochs=0").status == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model=timm", "model.name=resnet18.nonsense_in1k"], "expected one of resnet18."),
+        (["model=timm", "model.name=resnet18", "+model.img_size=32"], "did you mean image_size?"),
+        (["model=torchvision", "model.name=mobilenet_v3_smal"], "in all); did you mean mobilenet_v3_small"),
+        (["model=torchvision", "model.name=convnext_atto"], "timm has it: choose the option timm"),
+        (["model=timm", "model.name=mobilenet_v3_smal"], "did you mean mobilenetv3_small"),
+        (["model=timm", "model.name=shufflenet_v2_x1_0"], "torchvision has it: choose the option torchvision"),
+    ],
+    ids=lambda value: value[1] if isinstance(value, list) else "",
+)
+def test_a_name_that_a_library_does_not_know(kdpipe: Callable, overrides: list[str], said: str) -> None:
+    outcome = kdpipe(*ALONE, *overrides)
+    assert_refused(outcome, said)
+    assert len(outcome.errors) < 600, "a list of names that nobody reads"
+
+
+def test_timm_without_a_network_fails_at_once_and_names_its_own_cache(
+    kdpipe: Callable, no_network: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    started = time.monotonic()
+    outcome = kdpipe(*ALONE, "model=timm", "model.name=resnet18")
+    assert_refused(outcome, f"model.weights=imagenet: the ImageNet weights of resnet18 are not in {tmp_path / 'hub'}")
+    assert time.monotonic() - started < 20  # with the client's own retries it takes almost a minute
+    assert not constants.HF_HUB_OFFLINE
