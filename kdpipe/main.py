@@ -18,6 +18,7 @@ from torch import distributed
 
 from kdpipe.assembly.datasets import build_data, forget_data
 from kdpipe.assembly.devices import use_hardware
+from kdpipe.assembly.networks import say_size
 from kdpipe.assembly.parts import Parts, build_parts, check_components
 from kdpipe.assembly.preparation import Prepared, cache_folder, prepare
 from kdpipe.assembly.run_tags import run_tags
@@ -34,8 +35,17 @@ from kdpipe.runs.moved_store import ARTIFACTS
 from kdpipe.runs.names import CONFIG, PEER_WEIGHTS
 from kdpipe.runs.store_address import PATIENCE, store_uri, wait_for_store
 from kdpipe.settings.addresses import WEIGHTS, epoch_file
-from kdpipe.settings.composition import CONF, Invocation, added_configs, explain, read_settings, register_resolvers
+from kdpipe.settings.composition import (
+    CONF,
+    Invocation,
+    added_configs,
+    left_out_keys,
+    read_settings,
+    register_resolvers,
+)
 from kdpipe.settings.errors import ConfigError
+from kdpipe.settings.hydra_errors import explain
+from kdpipe.settings.overrides import names_as_typed
 from kdpipe.settings.schema import Settings
 from kdpipe.settings.yaml_files import check_foreign, to_yaml
 from kdpipe.system import interruption
@@ -334,7 +344,12 @@ def _run_composed(config: DictConfig) -> float:
     if own.job.chdir:  # Hydra has gone to the run's folder: a relative path would be another one in each run of a sweep
         os.chdir(own.runtime.cwd)
         log.info("hydra.job.chdir has no effect: paths start in the folder of the command")
-    return run(read_settings(config), Path(own.runtime.output_dir), Invocation.of(own))
+    invocation = Invocation.of(own)
+    settings = read_settings(config, invocation)
+    if not settings.sweep.job:  # else the sweep has said it
+        for line in left_out_keys([(invocation.overrides, settings)]):
+            log.info(line)
+    return run(settings, Path(own.runtime.output_dir), invocation)
 
 
 def _details_to_file_only() -> None:
@@ -348,6 +363,7 @@ def cli() -> None:
     """`kdpipe` and `python -m kdpipe`: errors as one line, exit status 1; 130 and 143 when interrupted."""
     forget_data()
     warn_once.cache_clear()
+    say_size.cache_clear()
     # One of the processes that torchrun started reports on their work.
     if distributed.is_torchelastic_launched() and os.environ["RANK"] != "0":
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
@@ -357,6 +373,7 @@ def cli() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes its errors on to us instead of printing them
     try:
         _refuse_pickled_config(sys.argv[1:])
+        sys.argv[1:] = _as_meant(sys.argv[1:])
         for file in added_configs(sys.argv[1:]):
             check_foreign(file)
         start = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -377,10 +394,21 @@ def cli() -> None:
             distributed.destroy_process_group()
 
 
+def _as_meant(arguments: Sequence[str]) -> list[str]:
+    """A command's arguments with -m first, which Hydra does not take among the overrides, and names as they were
+    typed."""
+    flags = [word for word in arguments if word in ("-m", "--multirun")]
+    return [*flags, *(names_as_typed(word) for word in arguments if word not in flags)]
+
+
 def _refuse_pickled_config(arguments: Sequence[str]) -> None:
     """Raise ConfigError for Hydra's --experimental-rerun, however abbreviated: it unpickles a file."""
     for argument in arguments:
-        if len(argument) > 2 and "--experimental-rerun".startswith(argument.partition("=")[0]):
+        if (
+            argument.startswith("--")
+            and len(argument) > 2
+            and "--experimental-rerun".startswith(argument.partition("=")[0])
+        ):
             raise ConfigError(argument, expected="the command that made it: a pickled config can run code")
 
 

@@ -33,7 +33,8 @@ from kdpipe.data.dogs_vs_cats import dogs_vs_cats
 from kdpipe.models.weights import read_weights
 from kdpipe.runs.claim import worker_pid
 from kdpipe.runs.journal import Journal, read_rows, write_rows
-from kdpipe.settings.composition import CONF, explain
+from kdpipe.settings.composition import CONF
+from kdpipe.settings.hydra_errors import explain
 from kdpipe.settings.yaml_files import check_foreign
 from kdpipe.training.checkpoint import checkpoint_digest, load_checkpoint, save_checkpoint
 from kdpipe.training.precomputed import is_intact

@@ -32,10 +32,11 @@ ROOMS = {
     "predict": {"data", "export", "runs", "tracking", *BOTTOM},
     "main": {"assembly", "evaluation", "models", "runs", "tracking", "training", *BOTTOM},
 }
+COMMAND_LINE = {"settings/composition", "settings/overrides", "settings/hydra_errors"}
 LIBRARIES = {  # imported by these files alone
     "mlflow": {"tracking"},
-    "hydra": {"main", "sweeps", "settings/composition"},
-    "omegaconf": {"main", "settings/composition", "settings/yaml_files"},
+    "hydra": {"main", "sweeps", *COMMAND_LINE},
+    "omegaconf": {"main", "settings/yaml_files", *COMMAND_LINE},
 }
 SHARED_NAMES = {
     "cli",  # of each command

@@ -1,11 +1,12 @@
 """From a component's settings to the object: its `_target_` is called with its arguments."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from kdpipe.settings.components import find_target
-from kdpipe.settings.errors import ConfigError, flat
+from kdpipe.settings.components import find_target, parameters_of
+from kdpipe.settings.errors import ConfigError, flat, one_of, suggestion
 from kdpipe.settings.schema import Component
 
 
@@ -19,14 +20,58 @@ def build(key: str, component: Component, *inputs: Any, **more: Any) -> Any:
     Raises:
         ConfigError: a value that it does not take.
     """
-    function = find_target(f"{key}._target_", component.target)
-    arguments = {name: _nested(f"{key}.{name}", value) for name, value in component.arguments.items()}
     try:
-        return function(*inputs, **arguments, **more)
+        return _call(key, component.target, component.arguments, *inputs, **more)
+    except ConfigError as error:
+        raise _with_own_keys(error, key, component) from error
+
+
+def check_arguments(key: str, component: Component, *inputs: Any, **more: Any) -> None:
+    """Raise ConfigError where a component does not exist or does not take its arguments by name: it is built later."""
+    try:
+        _find(key, component.target, component.arguments, *inputs, **more)
+    except ConfigError as error:
+        raise _with_own_keys(error, key, component) from error
+
+
+def _with_own_keys(error: ConfigError, key: str, component: Component) -> ConfigError:
+    """An error about an argument that may be a misspelt key of the section itself, img_size for image_size."""
+    name = error.key.removeprefix(f"{key}.")
+    near = suggestion(name, type(component).model_fields) if error.problem.endswith("leaves it out") else ""
+    return ConfigError(error.key, error.value, error.expected, near) if near else error
+
+
+def _call(key: str, target: str, arguments: Mapping[str, Any], *inputs: Any, **more: Any) -> Any:
+    function = _find(key, target, arguments, *inputs, **more)
+    built = {name: _nested(f"{key}.{name}", value) for name, value in arguments.items()}
+    try:
+        return function(*inputs, **built, **more)
     except ConfigError as error:  # which knows its own key alone
         raise error.under(key) from error
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{key}._target_", component.target, problem=flat(error)) from error
+    except (TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
+        raise ConfigError(f"{key}._target_", target, problem=flat(error)) from error
+
+
+def _find(key: str, target: str, arguments: Mapping[str, Any], *inputs: Any, **more: Any) -> Callable[..., Any]:
+    """The function that a `_target_` names, if it takes these arguments."""
+    function: Callable[..., Any] = find_target(f"{key}._target_", target)
+    known = parameters_of(function)
+    if known is None:
+        return function
+    if unasked := [name for name in more if name not in known]:
+        problem = f"it does not take {' and '.join(unasked)}, which kdpipe gives it"
+        raise ConfigError(f"{key}._target_", target, problem=problem)
+    own = [name for number, name in enumerate(known) if number >= len(inputs) and name not in more]
+    for name, value in arguments.items():
+        if name not in own:
+            instead = suggestion(name, own) or f"~{key}.{name} leaves it out"
+            none = "" if own else f"{target} takes no arguments; "
+            raise ConfigError(f"{key}.{name}", value, one_of(own) if own else "", f"{none}{instead}")
+    for name, parameter in inspect.signature(function).parameters.items():
+        is_required = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL
+        if is_required and name in own and name not in arguments:
+            raise ConfigError(f"{key}.{name}", problem=f"a value is required by {target}")
+    return function
 
 
 def _nested(key: str, value: Any) -> Any:
@@ -35,9 +80,10 @@ def _nested(key: str, value: Any) -> Any:
         return [_nested(f"{key}.{number}", item) for number, item in enumerate(value)]
     if not isinstance(value, Mapping):
         return value
-    arguments = {name: _nested(f"{key}.{name}", item) for name, item in value.items()}
-    if "_target_" not in arguments:
-        return arguments
-    function = find_target(f"{key}._target_", arguments.pop("_target_"))
-    is_partial = arguments.pop("_partial_", False)
-    return partial(function, **arguments) if is_partial else function(**arguments)
+    if "_target_" not in value:
+        return {name: _nested(f"{key}.{name}", item) for name, item in value.items()}
+    arguments = {name: item for name, item in value.items() if name not in ("_target_", "_partial_")}
+    if value.get("_partial_"):  # whoever calls it gives the rest
+        built = {name: _nested(f"{key}.{name}", item) for name, item in arguments.items()}
+        return partial(find_target(f"{key}._target_", str(value["_target_"])), **built)
+    return _call(key, str(value["_target_"]), arguments)

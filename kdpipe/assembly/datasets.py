@@ -5,7 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from kdpipe.assembly.building import build
-from kdpipe.data import ImageDataset, split
+from kdpipe.data import ImageDataset, Source, split
 from kdpipe.data.unlabelled import with_unlabelled
 from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.schema import DatasetSettings, Settings, validated
@@ -28,6 +28,8 @@ def _read(described: str) -> ImageDataset:
         root = str(Path(settings.root).expanduser())
         settings = validated(DatasetSettings, {**settings.plain, "root": root})
     source = build("dataset", settings)
+    if not isinstance(source, Source):
+        raise ConfigError("dataset._target_", settings.target, "a function that returns a kdpipe.data.Source")
     try:
         data = split(
             source,

@@ -1,10 +1,14 @@
 """Networks and their weights."""
 
+import logging
 from contextlib import nullcontext
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from kdpipe.assembly.building import build
 from kdpipe.data import ImageDataset
@@ -17,6 +21,8 @@ from kdpipe.system.randomness import derive_seed
 
 if TYPE_CHECKING:
     from kdpipe.tracking import RunStore
+
+log = logging.getLogger("kdpipe")
 
 
 def build_network(key: str, settings: NetworkSettings, data: ImageDataset, freeze: Freeze) -> Classifier:
@@ -44,10 +50,55 @@ def _check_output(key: str, settings: NetworkSettings, classifier: Classifier, d
         logits = classifier.eval()(images)
     except (RuntimeError, AssertionError, ValueError) as error:
         problem = f"{settings.name} cannot take images of this size ({first_line(error)})"
-        raise ConfigError(f"{key}.image_size", settings.image_size, problem=problem) from error
+        size = classifier.image_size
+        raise ConfigError(f"{key}.image_size", size, _sizes_taken(classifier, images), problem) from error
     if logits.shape != (len(images), data.num_classes):
         expected = f"a network with logits [N, {data.num_classes}], not {[*logits.shape]}"
         raise ConfigError(f"{key}.name", settings.name, expected)
+
+
+SIZES = (8, 16, 24, 32, 48, 64, 96, 112, 128, 160, 192, 224, 256, 299, 384)  # usual ones, in pixels
+
+
+def _sizes_taken(classifier: Classifier, images: Tensor) -> str:
+    """The usual sizes of images that a network takes, in words; "" where it takes none of them."""
+    taken, given = [], classifier.image_size
+    for size in SIZES:
+        classifier.image_size = size
+        try:
+            classifier(images)
+        except (RuntimeError, AssertionError, ValueError):
+            continue
+        taken.append(size)
+    classifier.image_size = given
+    if len(taken) > 1 and taken == [size for size in SIZES if size >= taken[0]]:
+        return f"{taken[0]} or more"
+    return " or ".join(map(str, taken))
+
+
+def check_single_images(key: str, name: str, classifier: Classifier, data: ImageDataset) -> None:
+    """Raise ConfigError where a network cannot learn from batches of one image: BatchNorm needs several values."""
+    learner = deepcopy(classifier).train()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            learner(data.images[data.splits["train"][:1]])
+    except ValueError as error:
+        problem = f"{name} cannot learn from one image at a time ({first_line(error)})"
+        raise ConfigError("train.batch_size", 1, f"2 or more, or a larger {key}.image_size", problem) from error
+
+
+@lru_cache
+def say_size(name: str, key: str, size: int, stored: int) -> None:
+    """Log, once in a command, that a network sees images smaller than they are stored."""
+    log.info(
+        "%s sees the images at %d×%d, smaller than stored (%d×%d); %s is its size",
+        name,
+        size,
+        size,
+        stored,
+        stored,
+        key,
+    )
 
 
 def build_model(settings: Settings, data: ImageDataset, store: "RunStore") -> Classifier:

@@ -8,8 +8,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from kdpipe.assembly.building import build
 from kdpipe.data import ImageDataset
 from kdpipe.losses import CombinedLoss, Loss
+from kdpipe.losses.outputs import Outputs
 from kdpipe.models import Classifier
-from kdpipe.settings.errors import ConfigError
+from kdpipe.settings.errors import ConfigError, first_line
 from kdpipe.settings.schema import Settings
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.randomness import derive_seed
@@ -38,14 +39,26 @@ def check_fit(settings: Settings, model: Classifier, teacher: Teacher, data: Ima
     loss = build_loss(settings)
     student = Observed(model, model.network, loss.roles)
     teacher.observe(loss.roles)
-    fit_loss(settings, loss, student, teacher, data, torch.device("cpu"))
+    outputs, targets = fit_loss(settings, loss, student, teacher, data, torch.device("cpu"))
+    positions = data.splits["train"].sort().values[:2]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            parts = loss(outputs, targets, data.labels[positions], positions, 1)
+    except Exception as error:  # a class without a term, or with a mistake
+        problem = f"it cannot compare two images ({first_line(error)})"
+        raise ConfigError("loss._target_", settings.loss.target, problem=problem) from error
+    if not isinstance(parts, dict) or not isinstance(parts.get("loss"), torch.Tensor):
+        raise ConfigError("loss._target_", settings.loss.target, "a loss whose forward returns parts, {'loss': …}")
     student.remove()
 
 
 def fit_loss(
     settings: Settings, loss: Loss, student: Observed, teacher: Teacher, data: ImageDataset, device: torch.device
-) -> None:
+) -> tuple[Outputs, Outputs]:
     """Let the loss make its projections for these networks, from random numbers of its own.
+
+    Returns:
+        The outputs of both for the two images that it was shown.
 
     Raises:
         ConfigError: the loss cannot compare the networks, or compares features that stay as they are.
@@ -65,6 +78,7 @@ def fit_loss(
         except ConfigError as error:
             raise error.under(key) from error
     loss.to(device)
+    return outputs, targets
 
 
 def check_sharing(loss: Loss, has_unlabelled: bool, hardware: Hardware) -> None:
@@ -87,9 +101,25 @@ def build_optimizer(
 ) -> tuple[Optimizer, LRScheduler]:
     """Optimizer and schedule for the parameters of the model and of the loss that can be trained."""
     parameters = [parameter for part in (model, loss) for parameter in part.parameters() if parameter.requires_grad]
-    optimizer: Optimizer = build("optimizer", settings.optimizer, parameters)
+    optimizer = build("optimizer", settings.optimizer, parameters)
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError("optimizer._target_", settings.optimizer.target, "an optimizer, such as torch.optim.Adam")
     epochs = settings.train.epochs
-    schedule: LRScheduler = build(
-        "scheduler", settings.scheduler, optimizer, epochs=epochs, steps_per_epoch=steps_per_epoch
-    )
+    schedule = build("scheduler", settings.scheduler, optimizer, epochs=epochs, steps_per_epoch=steps_per_epoch)
+    if not isinstance(schedule, LRScheduler):
+        expected = "a schedule, such as kdpipe.training.schedules.cosine"
+        raise ConfigError("scheduler._target_", settings.scheduler.target, expected)
     return optimizer, schedule
+
+
+def check_step(settings: Settings, loss: Loss) -> None:
+    """Raise ConfigError for an optimizer or a schedule that cannot be used, tried on two numbers."""
+    layer = nn.Linear(1, 1)
+    optimizer, schedule = build_optimizer(settings, layer, loss, steps_per_epoch=1)
+    layer(torch.ones(1, 1)).sum().backward()
+    try:
+        optimizer.step()
+    except Exception as error:  # one that wants a closure, or sparse gradients
+        problem = f"it cannot take a step of training ({first_line(error)})"
+        raise ConfigError("optimizer._target_", settings.optimizer.target, problem=problem) from error
+    schedule.step()

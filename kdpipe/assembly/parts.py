@@ -4,19 +4,18 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import nn
-
+from kdpipe.assembly.building import check_arguments
 from kdpipe.assembly.datasets import build_data, build_unlabelled, check_selection
-from kdpipe.assembly.networks import build_model
-from kdpipe.assembly.objectives import build_loss, build_optimizer, check_fit
+from kdpipe.assembly.networks import build_model, check_single_images, say_size
+from kdpipe.assembly.objectives import build_loss, check_fit, check_step
 from kdpipe.assembly.teachers import KnownTeachers, build_teacher
-from kdpipe.assembly.views import check_outputs
+from kdpipe.assembly.views import check_augmentation, check_outputs
 from kdpipe.data import ImageDataset
 from kdpipe.models import Classifier
 from kdpipe.models.weights import weights_digest
 from kdpipe.settings.composition import Invocation
 from kdpipe.settings.errors import ConfigError
-from kdpipe.settings.schema import EnsembleSettings, Settings
+from kdpipe.settings.schema import ENSEMBLE, EnsembleSettings, Settings
 from kdpipe.training.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -44,6 +43,10 @@ def check_components(settings: Settings) -> None:
     """Raise ConfigError for a value that a component does not take, or that goes with no other: before data is read."""
     settings.check_weights()
     loss = build_loss(settings)
+    check_arguments("dataset", settings.dataset)
+    check_arguments("model", settings.model, num_classes=2)
+    if settings.teacher.target != ENSEMBLE:
+        check_arguments("teacher", settings.teacher, num_classes=2)
     check_outputs(settings)
     train = settings.train
     single = {"train.mixup": train.mixup, "train.cutmix": train.cutmix}
@@ -53,7 +56,7 @@ def check_components(settings: Settings) -> None:
     for key, value in (single | {"dataset.unlabelled_root": unlabelled}).items():
         if value is not None and loss.one_label:
             raise ConfigError(key, value, "null", "the loss needs one label for each image")
-    build_optimizer(settings, nn.Linear(1, 1), loss, steps_per_epoch=1)
+    check_step(settings, loss)
     if isinstance(settings.teacher, EnsembleSettings) and settings.needs_teacher and loss.roles:
         problem = f"an ensemble answers with logits alone, and the loss compares {', '.join(loss.roles)}"
         raise ConfigError("model@teacher", settings.teacher.name, "one network", problem)
@@ -68,6 +71,7 @@ def build_parts(settings: Settings, invocation: Invocation, tracker: "Tracker", 
     """
     data = build_data(settings.dataset)
     check_selection(settings, data)
+    check_augmentation(settings, data)
     key = ""
     if settings.teacher_learns:  # each run has its own
         known = {}
@@ -79,6 +83,15 @@ def build_parts(settings: Settings, invocation: Invocation, tracker: "Tracker", 
     if teacher and settings.dataset.unlabelled_root is not None:
         data = build_unlabelled(settings)
     model = build_model(settings, data, tracker)
+    networks = {"model": (settings.model.name, model)}
+    if teacher and isinstance(teacher.classifier, Classifier):
+        networks["teacher"] = (settings.teacher.name, teacher.classifier)
+    for part, (name, network) in networks.items():
+        if network.image_size < (stored := max(data.images.shape[2:])):
+            say_size(name, f"{part}.image_size", network.image_size, stored)
+        learns = part == "model" or (teacher and teacher.learns)
+        if learns and settings.train.epochs > 0 and 1 in (settings.train.batch_size, len(data.splits["train"])):
+            check_single_images(part, name, network, data)
     if teacher:
         check_fit(settings, model, teacher, data)
     tags = {

@@ -1,6 +1,7 @@
 """The teacher: one network, several as one, or a second student."""
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,6 +66,7 @@ def _find_trained(
 ) -> "RunRecord":
     """The newest finished run of the teacher's network on these images and this test split; in a sweep the one that its
     first run found."""
+    near = ""
     if settings.sweep.job and settings.sweep.job.teacher:
         found = tracker.get_run(settings.sweep.job.teacher)
     else:
@@ -78,12 +80,40 @@ def _find_trained(
             "dataset.test_fraction": dataset.test_fraction,
             "dataset.split_seed": dataset.split_seed,
         }
-        found = tracker.find_teacher(canonical(network | images), data.fingerprint)
+        wanted = canonical(network | images)
+        found = tracker.find_teacher(wanted, data.fingerprint)
+        if found is None:
+            size = {"dataset.image_size": dataset.arguments.get("image_size")}  # part of what the images are
+            near = _nearest(wanted | size, data, tracker)
     if found is None:
         problem = f"no finished teacher run of {teacher.name} on these images and this split in {tracker.name}"
         command = teacher_command(settings, invocation)
-        raise ConfigError("teacher.weights", "auto", problem=f"{problem}; this trains one: {command}")
+        raise ConfigError("teacher.weights", "auto", problem=f"{problem}{near}; this trains one: {command}")
     return found
+
+
+def _nearest(wanted: Mapping[str, object], data: ImageDataset, tracker: "Tracker") -> str:
+    """The finished teacher run that comes nearest, and the overrides that would take it."""
+    found = tracker.nearest_teacher(wanted, data.fingerprint)
+    if found is None:
+        return ""
+    record, differing = found
+    run = (
+        f"; the nearest is {record.name} (run {record.id}, test accuracy {100 * record.metrics['test/accuracy']:.1f} %)"
+    )
+    if "dataset.name" in differing:
+        return ""
+    if "kdpipe.data" in differing and "dataset.image_size" not in differing:
+        return f"{run}, of other images under the same name"
+    if "model.name" in differing:
+        return f"{run}, of {record.params['model.name']}: model@teacher=… chooses the network"
+    differing.pop("kdpipe.data", None)
+    overrides = []
+    for key, value in sorted(differing.items()):
+        section, _, name = key.partition(".")
+        written = value.replace(", ", ",").replace("None", "null")
+        overrides.append(f"{'teacher' if section == 'model' else section}.{name}={written}")
+    return f"{run}: {' '.join(overrides)} takes it"
 
 
 def build_ensemble(settings: EnsembleSettings, data: ImageDataset, store: "RunStore") -> tuple[FrozenTeacher, str]:

@@ -1,10 +1,12 @@
 """What each epoch sees of the images: augmented views, mixed images."""
 
+import torch
+
 from kdpipe.assembly.building import build
 from kdpipe.data import ImageDataset
-from kdpipe.data.augmentation import Augmentation, Views
+from kdpipe.data.augmentation import DRAWS, Augmentation, Views
 from kdpipe.data.mixing import Mixing
-from kdpipe.settings.errors import ConfigError
+from kdpipe.settings.errors import ConfigError, first_line
 from kdpipe.settings.identity import canonical
 from kdpipe.settings.schema import Settings
 
@@ -13,6 +15,22 @@ def build_augmentation(settings: Settings) -> Augmentation | None:
     """None where every epoch sees the images as they are stored."""
     augment: Augmentation | None = build("augmentation", settings.augmentation)
     return augment
+
+
+def check_augmentation(settings: Settings, data: ImageDataset) -> None:
+    """Raise ConfigError for an augmentation that two images do not survive: before anything trains."""
+    augment = build_augmentation(settings)
+    if augment is None:
+        return
+    images, target = data.images[torch.arange(2)], settings.augmentation.target
+    expected = f"a function of uint8 images [N, C, H, W] and random numbers [N, {DRAWS}]"
+    try:
+        views = augment(images, torch.zeros(len(images), DRAWS))
+    except Exception as error:  # made for other arguments, or with a mistake
+        problem = f"it cannot augment images ({first_line(error)})"
+        raise ConfigError("augmentation._target_", target, expected, problem) from error
+    if not isinstance(views, torch.Tensor) or (views.shape, views.dtype) != (images.shape, images.dtype):
+        raise ConfigError("augmentation._target_", target, f"{expected} that returns such images")
 
 
 def build_views(settings: Settings, data: ImageDataset) -> Views | None:

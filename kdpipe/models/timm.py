@@ -1,12 +1,17 @@
 """Any timm classifier, by name; timm is an extra."""
 
-from collections.abc import Sequence
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torchvision.models
 from torch import Tensor, nn
 
 from kdpipe.models.torchvision import check_stages
-from kdpipe.settings.errors import ConfigError, suggestion
+from kdpipe.settings.errors import ConfigError, one_of, suggestion
 
 
 def classifier(architecture: str, num_classes: int, stages: Sequence[str] | None = None) -> nn.Module:
@@ -17,7 +22,8 @@ def classifier(architecture: str, num_classes: int, stages: Sequence[str] | None
             features from.
 
     Raises:
-        ConfigError: timm is not installed, or has no such network; the network has several heads, or no such submodule.
+        ConfigError: timm is not installed, or has no such network or weights; the network has several heads, or no such
+            submodule.
     """
     try:
         import timm
@@ -26,8 +32,16 @@ def classifier(architecture: str, num_classes: int, stages: Sequence[str] | None
         raise ConfigError("name", architecture, problem=problem) from error
     if not timm.is_model(architecture):
         near = suggestion(architecture, timm.list_models())
+        if architecture in torchvision.models.list_models(module=torchvision.models):
+            near = "torchvision has it: choose the option torchvision"
         raise ConfigError("name", architecture, "a network of timm.list_models()", near)
-    network: Any = timm.create_model(architecture, num_classes=num_classes)
+    try:
+        network: Any = timm.create_model(architecture, num_classes=num_classes)
+    except RuntimeError as error:  # of weights that do not exist: resnet18.nonsense
+        tags = timm.list_pretrained(f"{architecture.partition('.')[0]}.*")
+        if "pretrained tag" not in str(error) or not tags:
+            raise
+        raise ConfigError("name", architecture, one_of(tags), suggestion(architecture, tags)) from error
     name = network.pretrained_cfg["classifier"]
     if not isinstance(name, str):
         raise ConfigError("name", architecture, "a network with one head", f"its heads are {', '.join(name)}")
@@ -36,12 +50,47 @@ def classifier(architecture: str, num_classes: int, stages: Sequence[str] | None
     expected = network.pretrained_cfg
     network.preprocessing = {"image_size": expected["input_size"][1], "mean": expected["mean"], "std": expected["std"]}
 
+    if not (expected.get("hf_hub_id") or expected.get("url")):
+        return network  # nobody has published weights of it
+
     def imagenet_backbone() -> dict[str, Tensor]:
-        pretrained = timm.create_model(architecture, pretrained=True)
+        with _without_retries():
+            pretrained = timm.create_model(architecture, pretrained=True)
         return {key: tensor for key, tensor in pretrained.state_dict().items() if not key.startswith(f"{name}.")}
 
     network.imagenet_backbone = imagenet_backbone
+    if expected.get("hf_hub_id"):
+        from huggingface_hub import constants
+
+        network.imagenet_cache = constants.HF_HUB_CACHE
     return network
+
+
+@contextmanager
+def _without_retries() -> Iterator[None]:
+    """Let the hub's client look only into its cache where the hub does not answer: it would try for a minute."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = (
+        constants.HF_HUB_OFFLINE,
+        constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT),
+    )
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _answers(address: str) -> bool:
+    """Whether anything answers at an address, whatever it says."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=5).close()
+    except urllib.error.URLError as error:
+        # Certificates that Python does not know may be known to the client.
+        return isinstance(error, urllib.error.HTTPError) or isinstance(error.reason, ssl.SSLError)
+    except OSError:
+        return False
+    return True
 
 
 def _stages_of(network: nn.Module) -> list[str]:

@@ -1,6 +1,7 @@
 """Any torchvision classifier, by name, with its head replaced."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torchvision.models
@@ -21,7 +22,15 @@ def classifier(architecture: str, num_classes: int, stages: Sequence[str] | None
     """
     known = torchvision.models.list_models(module=torchvision.models)
     if architecture not in known:
-        raise ConfigError("name", architecture, f"one of {', '.join(known)}", suggestion(str(architecture), known))
+        near = suggestion(str(architecture), known)
+        with suppress(ImportError):
+            import timm
+
+            near = "timm has it: choose the option timm" if timm.is_model(str(architecture)) else near
+        expected = (
+            f"a classifier of torchvision.models, such as {known[0]}, {known[1]}, {known[2]} ({len(known)} in all)"
+        )
+        raise ConfigError("name", architecture, expected, near)
     network = torchvision.models.get_model(architecture, weights=None)
     layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     path, last = layers[-1]

@@ -125,8 +125,8 @@ def load_imagenet(key: str, network: nn.Module, name: str) -> None:
     try:
         backbone = network.imagenet_backbone()  # type: ignore[operator]
     except Exception as error:  # a refused connection, a broken file in the cache, …
-        where = f"not in {torch.hub.get_dir()}/checkpoints"
-        problem = f"the ImageNet weights of {name} are {where} and cannot be downloaded ({first_line(error)})"
+        where = getattr(network, "imagenet_cache", f"{torch.hub.get_dir()}/checkpoints")
+        problem = f"the ImageNet weights of {name} are not in {where} and cannot be downloaded ({first_line(error)})"
         raise ConfigError(key, "imagenet", f"null (random weights), {OTHERS}", problem) from error
     incompatible = network.load_state_dict(backbone, strict=False)
     head = f"{network.head_name}."

@@ -4,10 +4,11 @@ Hydra has a target policy of its own for what it builds itself (callbacks, launc
 is narrower: networks, losses, data sets, optimizers and schedules from the places below, and what the user allows.
 """
 
+import inspect
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, get_type_hints
 
 from kdpipe.settings.errors import ConfigError, flat
 
@@ -63,6 +64,32 @@ def find_target(key: str, target: str) -> Any:
     if not (is_accepted or (is_allowed(target) and _is_inside(defined_in, packages))):
         raise _refusal(key, target)
     return found
+
+
+def accepted_arguments(component: object) -> dict[str, Any] | None:
+    """The names of the arguments that a component takes, with their types (`Any` where there is none); None where it
+    takes anything. No arguments where it is no component, or cannot be found."""
+    target = component.get("_target_") if isinstance(component, Mapping) else None
+    try:
+        return parameters_of(find_target("_target_", target)) if isinstance(target, str) else {}
+    except ConfigError:
+        return {}
+
+
+def parameters_of(function: Callable[..., Any]) -> dict[str, Any] | None:
+    """The names of a function's or a class's parameters with their types; None where it takes anything."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # written in C
+        return None
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return None
+    try:
+        typed = vars(function).get("__init__", function) if isinstance(function, type) else function
+        hints = get_type_hints(typed, include_extras=True)
+    except (NameError, TypeError):  # a type that is imported for type checkers alone
+        hints = {}
+    return {name: hints.get(name, Any) for name in parameters}
 
 
 def loss_class(target: str, key: str = "loss") -> Any:

@@ -1,46 +1,49 @@
 """From a command line to typed settings: the only code below the command line that knows Hydra's configs."""
 
-import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.conf import HydraConf
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import (
-    ConfigCompositionException,
-    MissingConfigException,
-    OverrideParseException,
-)
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from kdpipe.settings.components import check_targets
-from kdpipe.settings.errors import ConfigError, first_line, flat, one_line, one_of, suggestion
+from kdpipe.settings.errors import ConfigError, suggestion
 from kdpipe.settings.identity import flatten, temperature_of
+from kdpipe.settings.overrides import leave_out, left_out, names_as_typed, read_numbers, restore_names
 from kdpipe.settings.schema import Settings, validated
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # In a wheel it is inside the package, in a checkout next to it.
 CONF = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())
+# The groups whose options fill a section of another name.
+GROUPS = {"teacher": "model@teacher", "also": "loss@also", "hydra.launcher": "hydra/launcher"}
 SECTIONS = ("teacher", "train", "evaluation", "distillation", "sweep", "tracking")
 
 
-def read_settings(config: DictConfig) -> Settings:
+def read_settings(config: DictConfig, invocation: "Invocation") -> Settings:
     """The typed settings of a composed config.
+
+    Args:
+        invocation: how it was composed.
 
     Raises:
         ConfigError: a value that cannot be used, or a component that may not be built.
         OmegaConfBaseException: a required value that is missing (see `explain`).
     """
     own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    restore_names(own, invocation.files)
     composed = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
     assert isinstance(composed, dict)
     plain = {str(key): value for key, value in composed.items()}
     check_targets(plain)
+    raw = OmegaConf.to_container(own, resolve=False)
+    assert isinstance(raw, dict)
+    read_numbers(plain, {str(key): value for key, value in raw.items()})
+    leave_out(plain, invocation.overrides)
     for key in SECTIONS:
         if not isinstance(plain.get(key, {}), dict):
             hint = "model@teacher=… chooses the teacher" if key == "teacher" else f"{key}.<key>=… sets a value in it"
@@ -80,11 +83,20 @@ class Invocation:
             launcher=str(config.launcher.get("_target_")) if config.launcher else "",
         )
 
+    @property
+    def files(self) -> list[Path]:
+        """The YAML files of the chosen options, without the bases that these stand on."""
+        folders = [*map(Path, self.config_dirs), CONF]
+        options = [f"{group.partition('@')[0]}/{option}" for group, option in self.choices.items()]
+        files = [folder / f"{option}.yaml" for folder in folders for option in ("config", *options)]
+        return [file for file in files if file.is_file()]
+
 
 def compose_settings(overrides: Sequence[str]) -> Settings:
     """The settings of a run with these overrides."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return read_settings(compose("config", list(overrides)))
+        config = compose("config", [names_as_typed(word) for word in overrides], return_hydra_config=True)
+        return read_settings(config, Invocation.of(config.hydra))
 
 
 def register_resolvers() -> None:
@@ -92,9 +104,13 @@ def register_resolvers() -> None:
     `${expanded:FOLDER}` has the user's home in place of ~; `${softening:}` is the temperature that softens the
     teacher's answers, 1 where a loss has none."""
     OmegaConf.register_new_resolver("softening", _softening, replace=True)
-    OmegaConf.register_new_resolver("identity", lambda *, _root_: read_settings(_root_).identity, replace=True)
     OmegaConf.register_new_resolver("expanded", lambda path: str(Path(str(path)).expanduser()), replace=True)
+    OmegaConf.register_new_resolver("identity", _identity, replace=True)
     OmegaConf.register_new_resolver("basename", lambda path: Path(str(path)).expanduser().resolve().name, replace=True)
+
+
+def _identity(*, _root_: DictConfig) -> str:
+    return read_settings(_root_, Invocation.of(_root_.hydra)).identity
 
 
 def _softening(*, _root_: DictConfig) -> float:
@@ -103,65 +119,44 @@ def _softening(*, _root_: DictConfig) -> float:
     return temperature_of(flatten(parts)) or 1
 
 
-def explain(error: BaseException) -> str:
-    """`one_line` for errors of Hydra's and OmegaConf's as well, which are about the command line."""
-    cause: BaseException | None = error
-    while isinstance(error, ConfigCompositionException | OmegaConfBaseException) and cause:
-        cause = cause.__cause__ or cause.__context__
-        if isinstance(cause, ConfigError):  # of a resolver, `${identity:}`
-            return str(cause)
-    first = first_line(error, None)
-    if isinstance(error, MissingConfigException):
-        return _unknown_option(error, first)
-    if isinstance(error, OverrideParseException):
-        return (
-            f"{error.override}: cannot be parsed; expected key=value, lists as key=[1,2], text with special characters "
-            f"in quotes, 'key=\"value\"' ({first})"
-        )
-    if isinstance(error, ConfigCompositionException | OmegaConfBaseException):
-        return _bad_config(str(error).strip())
-    return one_line(error)
+def left_out_keys(cells: Sequence[tuple[Sequence[str], Settings]]) -> list[str]:
+    """A line for each `++` key that some cells, given by their overrides and settings, were left without.
+
+    Raises:
+        ConfigError: no cell has the key, and no option of its group does: it is misspelt.
+    """
+    without: dict[str, list[Settings]] = {}
+    for overrides, settings in cells:
+        for key in left_out(overrides, settings):
+            without.setdefault(key, []).append(settings)
+    lines = []
+    for key, lacking in without.items():
+        section, _, name = key.partition(".")
+        if len(lacking) == len(cells) and not options_with(section, name):
+            known = {f"{section}.{other}" for keys in keys_of_options(section).values() for other in keys}
+            raise ConfigError(f"++{key}", problem="; ".join(filter(None, ["no such key", suggestion(key, known)])))
+        targets = dict.fromkeys(getattr(getattr(settings, section), "target", "null") for settings in lacking)
+        lines.append(f"++{key}: left out for {', '.join(targets)}, which has no such key")
+    return lines
 
 
-def _unknown_option(error: MissingConfigException, first: str) -> str:
-    group, _, option = (error.missing_cfg_file or "").rpartition("/")
-    if not group or not error.options:
-        return first
-    options: Sequence[str] = error.options
-    outer, _, inner = group.partition("/")
-    if inner and outer != "hydra":  # experiment=benchmark/…, a folder in a group, in which Hydra does not look
-        group, option = outer, f"{inner}/{option}"
-        options = [f"{inner}/{file.stem}" for file in sorted((CONF / outer / inner).glob("*.yaml"))] or options
-    return str(ConfigError(group, option, one_of(options), suggestion(option, options)))
+def options_with(section: str, name: str) -> list[str]:
+    """The options that give a section of the config a key, as in loss=dkd."""
+    return [option for option, keys in keys_of_options(section).items() if name in keys]
 
 
-def _bad_config(text: str) -> str:
-    known = _composed(sys.argv[1:])
-    if unknown := re.search(r"Could not override '([^']+)'", text):
-        near = suggestion(unknown[1], [*_groups(), *flatten(known)])
-        return f"{unknown[1]}: no such key; {f'{near} ' if near else ''}python -m kdpipe --cfg job lists all"
-    given = [word.partition("=")[0] for word in sys.argv[1:]]
-    if missing := [key for key, value in flatten(known).items() if value == "???" and key not in given]:
-        return f"{missing[0]}: a value is required, there is no default; expected {missing[0]}=…"
-    lines = text.split("\n")
-    return flat(" ".join(lines[:2] if lines[0].endswith(":") else lines[:1]))
+def keys_of_options(section: str) -> dict[str, set[str]]:
+    """The keys of each option whose keys stand in a section of the config."""
+    group = GROUPS.get(section, section)
+    files = sorted((CONF / group.partition("@")[0]).glob("*.yaml")) if section else []
+    return {f"{group}={file.stem}": _keys(file) for file in files}
 
 
-def _groups() -> list[str]:
-    return [path.name for path in CONF.iterdir() if path.is_dir()]
-
-
-def _composed(arguments: list[str]) -> dict[str, Any]:
-    """The plain config of the command's choice of groups, whatever else is wrong with the command."""
-    groups = _groups()
-    choices = [word for word in arguments if re.split("[=@]", word)[0] in groups and "=" in word and "," not in word]
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = OmegaConf.to_container(compose("config", choices), resolve=False)
-    except Exception:  # only a help for the message of another error
-        return {}
-    return {str(key): value for key, value in config.items()} if isinstance(config, dict) else {}
+def _keys(file: Path) -> set[str]:
+    """The keys of an option, with those of the files that it stands on."""
+    content = yaml.safe_load(file.read_text()) or {}
+    bases = [base.removesuffix("@_here_") for base in content.get("defaults", []) if str(base).endswith("@_here_")]
+    return {*content, *(key for base in bases for key in _keys(file.parent / f"{base}.yaml"))}
 
 
 def added_configs(arguments: Sequence[str]) -> list[Path]:

@@ -13,6 +13,7 @@ class _Missing(Enum):  # a member stays itself when an error is pickled, on its 
 
 
 MISSING = _Missing.MISSING  # the value of a ConfigError that is about a key alone
+MOST_LISTED = 30  # accepted values in a message
 
 
 class ConfigError(ValueError):
@@ -36,6 +37,8 @@ class ConfigError(ValueError):
         equals = " " if self.key.startswith("--") else "="
         given = "" if self.value is MISSING else f"{equals}{as_typed(self.value)}"
         what = [self.problem, f"expected {self.expected}" if self.expected else ""]
+        if self.problem.endswith("?"):  # a suggestion is best remembered at the end
+            what.reverse()
         return flat(f"{self.key}{given}: {'; '.join(filter(None, what))}")
 
     def under(self, prefix: str) -> Self:
@@ -55,18 +58,49 @@ def as_typed(value: object) -> str:
 
 
 def one_of(choices: Iterable[object]) -> str:
-    """What was expected where only these values are accepted."""
+    """What was expected where only these values are accepted; of a long list, its beginning."""
     texts = [as_typed(choice) for choice in choices]
+    if len(texts) > MOST_LISTED:
+        return f"one of {len(texts)} values, such as {', '.join(texts[:3])}"
     return texts[0] if len(texts) == 1 else f"one of {', '.join(texts)}"
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """`did you mean …?`, with up to three near misses; "" where there are none. The last part of a dotted key also
-    counts by itself (loss.alfa, alpha)."""
-    known = list(known)
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.65)
-    near += [key for key in known if key.rpartition(".")[2] == word.rpartition(".")[2] and key not in near]
+    """`did you mean …?`, with up to three near misses; "" where there are none. A dotted key is looked for among its
+    neighbours first (loss.alfa among those of loss), then by its last part anywhere (alpha, train.alpha)."""
+    known = [key for key in dict.fromkeys(known) if key != word]
+    section, _, name = word.rpartition(".")
+    siblings: dict[str, str] = {}
+    anywhere: dict[str, str] = {}
+    for key in known:
+        before, _, last = key.rpartition(".")
+        anywhere.setdefault(last, key)
+        if before == section:
+            siblings[last] = key
+    near = [siblings[found] for found in _close(name, siblings) or (_around(name, siblings) if not section else [])]
+    near = near or [key for key in known if key.rpartition(".")[2] == name]
+    near = near or [anywhere[found] for found in _close(name, anywhere, cutoff=0.8)] or _close(word, known, cutoff=0.8)
     return f"did you mean {' or '.join(near[:3])}?" if near else ""
+
+
+def _close(word: str, known: Iterable[str], cutoff: float = 0.65) -> list[str]:
+    """Near misses among known words: the one that is the same but for case and hyphens, else similar ones."""
+    plain: dict[str, str] = {}
+    for name in known:
+        plain.setdefault(folded(name), name)
+    if folded(word) in plain:
+        return [plain[folded(word)]]
+    return [plain[near] for near in difflib.get_close_matches(folded(word), plain, n=3, cutoff=cutoff)]
+
+
+def _around(word: str, known: Iterable[str]) -> list[str]:
+    """Known words that contain a word, or that it contains."""
+    return [name for name in known if min(len(name), len(word)) > 2 and (name in word or word in name)]
+
+
+def folded(word: str) -> str:
+    """A name without what people write differently: case, hyphens, underscores."""
+    return re.sub(r"[-_ ]", "", word.lower())
 
 
 def flat(error: object, limit: int | None = None) -> str:

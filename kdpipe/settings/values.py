@@ -4,6 +4,7 @@ import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, validate_call
@@ -115,6 +116,13 @@ def _options(annotation: Any) -> list[Any]:
     if get_origin(annotation) in (Union, types.UnionType):
         return [inner for option in get_args(annotation) for inner in _options(option)]
     return [annotation]
+
+
+def takes_text(annotation: Any) -> bool:
+    """Whether a value, or an item of a list of them, may be any text."""
+    items = [get_args(option)[0] for option in _options(annotation) if _is_list(option) and get_args(option)]
+    options = [*_options(annotation), *(inner for item in items for inner in _options(item))]
+    return any(option in (str, Path, Any) for option in options)
 
 
 def _is_list(annotation: Any) -> bool:

@@ -15,6 +15,7 @@ from hydra.core.override_parser.types import Override
 from kdpipe.settings.composition import to_plain
 from kdpipe.settings.errors import ConfigError, as_typed
 from kdpipe.settings.identity import flatten
+from kdpipe.settings.overrides import names_as_typed
 from kdpipe.sweeps.grid import Axes, GridCell, compose_cell
 
 
@@ -52,7 +53,8 @@ def _overrides_of(number: int, link: object) -> list[str]:
         if isinstance(value, Mapping):
             inner = next(iter(value), "key")
             raise ConfigError(f"chain: {key} in link {number}", expected=f"whole keys, such as {key}.{inner}")
-    return [f"{key}={value if isinstance(value, str) else _written(value)}" for key, value in link.items()]
+    overrides = [f"{key}={value if isinstance(value, str) else _written(value)}" for key, value in link.items()]
+    return [names_as_typed(override) for override in overrides]
 
 
 def _problem(override: Override, number: int, axes: Axes) -> str:

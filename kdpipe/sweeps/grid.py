@@ -15,7 +15,9 @@ from kdpipe.assembly.parts import build_parts
 from kdpipe.assembly.teachers import KnownTeachers
 from kdpipe.settings.composition import Invocation, read_settings
 from kdpipe.settings.errors import ConfigError
+from kdpipe.settings.hydra_errors import HYDRA_ERRORS, explain
 from kdpipe.settings.identity import canonical, flatten
+from kdpipe.settings.overrides import names_as_typed
 from kdpipe.settings.schema import Settings
 
 if TYPE_CHECKING:
@@ -88,7 +90,7 @@ def expand(sweeper: BasicSweeper, arguments: Sequence[str]) -> tuple[Axes, list[
     """
     assert sweeper.hydra_context
     parser = OverridesParser.create(config_loader=sweeper.hydra_context.config_loader)
-    overrides = parser.parse_overrides(list(arguments))
+    overrides = parser.parse_overrides([names_as_typed(word) for word in arguments])
     axes: Axes = {}
     for override in overrides:
         key = override.get_key_element()
@@ -106,10 +108,18 @@ def expand(sweeper: BasicSweeper, arguments: Sequence[str]) -> tuple[Axes, list[
 
 
 def compose_cell(sweeper: BasicSweeper, overrides: Sequence[str]) -> GridCell:
-    """One cell."""
+    """One cell.
+
+    Raises:
+        ValueError: a key or a value that it cannot have.
+    """
     assert sweeper.hydra_context and sweeper.config
-    config = sweeper.hydra_context.config_loader.load_sweep_config(sweeper.config, list(overrides))
-    return GridCell(tuple(overrides), read_settings(config), Invocation.of(config.hydra))
+    try:
+        config = sweeper.hydra_context.config_loader.load_sweep_config(sweeper.config, list(overrides))
+        invocation = Invocation.of(config.hydra)
+        return GridCell(tuple(overrides), read_settings(config, invocation), invocation)
+    except HYDRA_ERRORS as error:
+        raise ValueError(explain(error, overrides)) from error
 
 
 def check_shared(cells: Sequence[Settings]) -> None:

@@ -24,8 +24,9 @@ from kdpipe.runs.commands import compare_command
 from kdpipe.runs.journal import is_unfinished
 from kdpipe.runs.moved_store import ARTIFACTS
 from kdpipe.runs.store_address import PATIENCE, check_uri, store_uri, wait_for_store
-from kdpipe.settings.composition import explain
+from kdpipe.settings.composition import left_out_keys
 from kdpipe.settings.errors import ConfigError
+from kdpipe.settings.hydra_errors import explain
 from kdpipe.settings.schema import JobSettings, Settings
 from kdpipe.sweeps.chain import check_links, compose_link, draft, links_of, networks_of
 from kdpipe.sweeps.grid import (
@@ -107,6 +108,8 @@ def run_sweep(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
     links = links_of(sweeper, axes)
     drafts = draft(sweeper, grid, links)
     every = [cell.settings for cells in drafts for cell in cells]
+    for line in left_out_keys([(cell.overrides, cell.settings) for cells in drafts for cell in cells]):
+        log.info(line)
     for settings in every:
         check_components(settings)
     check_shared(every)

@@ -45,6 +45,8 @@ IS_FINISHED = "attributes.status = 'FINISHED'"
 
 log = logging.getLogger("kdpipe")
 
+FAR = ("dataset.name", "kdpipe.data", "model.name")  # what sets a teacher apart from the one that is wanted
+
 
 class Tracker(RunStore):
     """An experiment in an MLflow store.
@@ -262,11 +264,22 @@ class Tracker(RunStore):
     def find_teacher(self, params: Mapping[str, object], images: str) -> RunRecord | None:
         """The newest finished teacher run, in any experiment, with these params and images with this fingerprint."""
         experiments = [found.experiment_id for found in self._experiments()]
-        for record in self._search(experiments, {"kdpipe.stage": "teacher", "kdpipe.data": images}, params):
-            never_trained = record.params["train.epochs"] == "0" and record.params["model.weights"] == "None"
-            if not never_trained:
-                return record
-        return None
+        found = self._search(experiments, {"kdpipe.stage": "teacher", "kdpipe.data": images}, params)
+        return next(filter(_has_learned, found), None)
+
+    def nearest_teacher(self, params: Mapping[str, object], images: str) -> tuple[RunRecord, dict[str, str]] | None:
+        """The finished teacher run that differs least from these params and images with this fingerprint, the newest of
+        several; and its own values of what differs, `kdpipe.data` for the fingerprint."""
+        experiments = [found.experiment_id for found in self._experiments()]
+        near = []
+        for record in filter(_has_learned, self._search(experiments, {"kdpipe.stage": "teacher"})):
+            own = {key: record.params.get(key, "None") for key in params}
+            differing = {key: value for key, value in own.items() if value != str(params[key])[:MAX_PARAM_LENGTH]}
+            if record.tags.get("kdpipe.data") != images:
+                differing["kdpipe.data"] = record.tags.get("kdpipe.data", "")
+            near.append((record, differing))
+        # Other images are farther than another network, and that is farther than other settings of the same.
+        return min(near, key=lambda found: (*(key in found[1] for key in FAR), len(found[1])), default=None)
 
     def finished_runs(self) -> list[RunRecord]:
         """All finished runs that kdpipe wrote to this experiment, newest first."""
@@ -329,6 +342,12 @@ class Tracker(RunStore):
 
     def _experiments(self) -> Iterator[Experiment]:
         return pages(lambda token: self.client.search_experiments(max_results=PAGE, page_token=token))
+
+
+def _has_learned(record: RunRecord) -> bool:
+    """Whether a run's network has seen images: not where random weights were only evaluated."""
+    return record.params["train.epochs"] != "0" or record.params["model.weights"] != "None"
+
 
 
 def status_after(error: BaseException) -> tuple[str, str]:

@@ -495,3 +495,20 @@ def test_epochs_that_are_asked_for_too_late_are_named(
     assert [record.getMessage() for record in caplog.records] == [
         "train.keep_epochs=[2]: this run has not kept them; train.resume=never trains it anew"
     ]
+
+
+def test_the_nearest_teacher_is_named_with_what_would_take_it(kdpipe: Callable, class_folders: Path) -> None:
+    small = ["dataset=digits", "dataset.train_fraction=0.1", "train.epochs=1"]
+    teacher = kdpipe(*small, "experiment=teacher", "model=resnet20", "model.image_size=24", "dataset.split_seed=3")
+    assert teacher.status == 0, teacher.errors
+    (run,) = client().search_runs([client().get_experiment_by_name("kdpipe").experiment_id])
+    outcome = kdpipe(*small, "model@teacher=resnet20")
+    near = f"the nearest is resnet20_teacher_s0 (run {run.info.run_id}, test accuracy "
+    taken = "dataset.split_seed=3 teacher.image_size=24"
+    assert_refused(outcome, "no finished teacher run of resnet20", near, f"{taken} takes it")
+    assert kdpipe(*small, "model@teacher=resnet20", *taken.split()).status == 0
+    assert_refused(kdpipe(*small, "model@teacher=resnet32"), near, "of resnet20: model@teacher=… chooses the network")
+    photos = ["dataset=image_folder", f"dataset.root={class_folders}"]
+    outcome = kdpipe(*photos, "model@teacher=resnet20")
+    assert_refused(outcome, "no finished teacher run of resnet20")
+    assert "the nearest is" not in outcome.errors
