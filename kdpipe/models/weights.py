@@ -57,6 +57,18 @@ def read_weights(key: str, path: Path) -> tuple[State, list[str] | None]:
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}, None
 
 
+def metadata_in(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself, such as the class names of one of kdpipe's; nothing where it cannot be
+    read, which reading the weights reports."""
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError):
+        return {}
+
+
 def _check_size(path: Path) -> None:
     """Raise ValueError for a zip archive that needs more memory than disk: `torch.save` does not compress."""
     with path.open("rb") as file:

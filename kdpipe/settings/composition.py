@@ -81,6 +81,28 @@ class Invocation:
         )
 
 
+def stated_of_network(invocation: Invocation, section: str, network: Mapping[str, Any]) -> tuple[str | None, set[str]]:
+    """What a command says of a network itself, on the command line, in an experiment or in a file of its own; the rest
+    are the defaults of the network's option.
+
+    Args:
+        section: "model" or "teacher".
+        network: its plain settings, as they were composed.
+
+    Returns:
+        The option that was chosen, None where it is the default one; and the flat keys that were set.
+    """
+    group = "model" if section == "model" else "model@teacher"
+    option = invocation.choices.get(group)
+    words = [override.partition("=")[0].lstrip("+~") for override in invocation.overrides]
+    of_option = compose("config", [f"{group}={option}"] if option else [])
+    defaults = flatten(OmegaConf.to_container(of_option[section], resolve=True))  # type: ignore[arg-type]
+    stated = {word.removeprefix(f"{section}.") for word in words if word.startswith(f"{section}.")}
+    stated |= {key for key, value in flatten(network).items() if key not in defaults or defaults[key] != value}
+    default_option = compose("config", return_hydra_config=True).hydra.runtime.choices[group]
+    return (option if group in words or option != default_option else None), stated
+
+
 def compose_settings(overrides: Sequence[str]) -> Settings:
     """The settings of a run with these overrides."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -88,10 +110,9 @@ def compose_settings(overrides: Sequence[str]) -> Settings:
 
 
 def register_resolvers() -> None:
-    """`${identity:}` is a run's identity, which names its folder; `${basename:FOLDER}` is a folder's own name;
-    `${softening:}` is the temperature that softens the teacher's answers, 1 where a loss has none."""
+    """`${basename:FOLDER}` is a folder's own name; `${softening:}` is the temperature that softens the teacher's
+    answers, 1 where a loss has none. (`${identity:}` is the command line's, which knows the store.)"""
     OmegaConf.register_new_resolver("softening", _softening, replace=True)
-    OmegaConf.register_new_resolver("identity", lambda *, _root_: read_settings(_root_).identity, replace=True)
     OmegaConf.register_new_resolver("basename", lambda path: Path(str(path)).expanduser().resolve().name, replace=True)
 
 
