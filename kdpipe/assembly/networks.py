@@ -1,7 +1,5 @@
 """Networks and their weights."""
 
-from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +9,7 @@ from kdpipe.assembly.run_networks import differences, refuse, trained_network
 from kdpipe.data import ImageDataset
 from kdpipe.models import Classifier
 from kdpipe.models.weights import check_class_names, load_imagenet, load_state, read_weights
-from kdpipe.settings.addresses import run_and_file
+from kdpipe.settings.addresses import file_and_part, run_and_file
 from kdpipe.settings.errors import ConfigError, first_line
 from kdpipe.settings.schema import Freeze, NetworkSettings, Settings
 from kdpipe.system.randomness import derive_seed
@@ -76,9 +74,10 @@ def load_trained(
     key: str, weights: str, name: str, classifier: Classifier, data: ImageDataset, store: "RunStore"
 ) -> None:
     """Load the weights of a run or a file into a network."""
-    of_run = weights.startswith("runs:/")
-    file = store.downloaded(*run_and_file(weights), key) if of_run else nullcontext(Path(weights).expanduser())
-    with file as path:
-        state, class_names = read_weights(key, path)
+    if weights.startswith("runs:/"):
+        with store.downloaded(*run_and_file(weights), key) as path:
+            state, class_names = read_weights(key, path)
+    else:
+        state, class_names = read_weights(key, *file_and_part(weights))
     check_class_names(key, weights, class_names, data.class_names)
     load_state(key, weights, classifier.network, state, name, data.num_classes)

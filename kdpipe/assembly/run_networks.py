@@ -13,7 +13,7 @@ from kdpipe.assembly.building import build
 from kdpipe.models.weights import metadata_in
 from kdpipe.runs.names import CONFIG, PEER_WEIGHTS
 from kdpipe.runs.store_address import PATIENCE, store_uri, wait_for_store
-from kdpipe.settings.addresses import names_weights, run_and_file
+from kdpipe.settings.addresses import file_and_part, names_weights, run_and_file
 from kdpipe.settings.composition import Invocation, stated_of_network
 from kdpipe.settings.errors import ConfigError, as_typed
 from kdpipe.settings.identity import canonical, flatten, what_matters
@@ -84,7 +84,7 @@ def trained_network(key: str, weights: str, store: "Callable[[], RunStore]") -> 
         ConfigError: a config that cannot be used.
     """
     if not names_weights(weights):
-        return _network_of_file(Path(weights).expanduser())
+        return _network_of_file(file_and_part(weights)[0])
     run_id, _ = run_and_file(weights)
     opened = store()
     if opened.get_run(run_id) is None or CONFIG not in opened.artifacts(run_id):
