@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import distributed
 
 from kdpipe.assembly.datasets import build_data, forget_data
@@ -21,6 +21,7 @@ from kdpipe.assembly.devices import use_hardware
 from kdpipe.assembly.networks import say_size
 from kdpipe.assembly.parts import Parts, build_parts, check_components
 from kdpipe.assembly.preparation import Prepared, cache_folder, prepare
+from kdpipe.assembly.run_networks import with_networks_of_runs
 from kdpipe.assembly.run_tags import run_tags
 from kdpipe.evaluation.costs import BATCH, cost
 from kdpipe.evaluation.exam import Exam, caveats, examine, write_exam
@@ -62,8 +63,6 @@ if TYPE_CHECKING:
     from kdpipe.tracking import ActiveRun, RunRecord, Tracker
 
 log = logging.getLogger("kdpipe")
-# At import, and not in `cli`: the workers of a sweep import this module to call `job`, and compose before that.
-register_resolvers()
 # conf/hydra/launcher/ has the plugins' own names on purpose: hydra/launcher=joblib is what people write.
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 
@@ -345,11 +344,17 @@ def _run_composed(config: DictConfig) -> float:
         os.chdir(own.runtime.cwd)
         log.info("hydra.job.chdir has no effect: paths start in the folder of the command")
     invocation = Invocation.of(own)
-    settings = read_settings(config, invocation)
+    settings = with_networks_of_runs(read_settings(config, invocation), invocation, say=True)
     if not settings.sweep.job:  # else the sweep has said it
         for line in left_out_keys([(invocation.overrides, settings)]):
             log.info(line)
     return run(settings, Path(own.runtime.output_dir), invocation)
+
+
+def _identity(*, _root_: DictConfig) -> str:
+    """`${identity:}`, a run's identity, which names its folder."""
+    invocation = Invocation.of(_root_.hydra)
+    return with_networks_of_runs(read_settings(_root_, invocation), invocation).identity
 
 
 def _details_to_file_only() -> None:
@@ -357,6 +362,11 @@ def _details_to_file_only() -> None:
     for handler in logging.getLogger().handlers:
         if not isinstance(handler, logging.FileHandler):
             handler.addFilter(lambda record: record.name != "kdpipe" or record.levelno > logging.INFO)
+
+
+# At import, and not in `cli`: the workers of a sweep import this module to call `job`, and compose before that.
+register_resolvers()
+OmegaConf.register_new_resolver("identity", _identity, replace=True)
 
 
 def cli() -> None:

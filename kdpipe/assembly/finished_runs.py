@@ -8,7 +8,7 @@ import torch
 
 from kdpipe.assembly.datasets import build_data
 from kdpipe.assembly.networks import build_network, load_trained
-from kdpipe.assembly.teachers import build_ensemble
+from kdpipe.assembly.teachers import build_ensemble, build_members, network_of_run
 from kdpipe.data import ImageDataset
 from kdpipe.models import Classifier, Ensemble
 from kdpipe.models.weights import load_state, read_weights, weights_digest
@@ -118,8 +118,10 @@ def open_teacher(run: FinishedRun, store: "RunStore") -> tuple[Classifier | Ense
         return None
     teacher, images = run.settings.teacher, blank_images(run.class_names, run.image_shape)
     if isinstance(teacher, EnsembleSettings):
-        network: Classifier | Ensemble = build_ensemble(teacher, images, store)[0].classifier
+        network: Classifier | Ensemble = build_ensemble(teacher, build_members(teacher, images, store))
     else:
+        if teacher.weights == "auto":
+            teacher = network_of_run(teacher, run.record.tags["kdpipe.teacher_run"], store)
         network = build_network("teacher", teacher, images, freeze="none")
         load_trained("teacher.weights", run.teacher_weights[0], teacher.name, network, images, store)
     known = run.record.tags.get("kdpipe.inputs", "").rpartition("-")[2]

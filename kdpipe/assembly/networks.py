@@ -1,20 +1,19 @@
 """Networks and their weights."""
 
 import logging
-from contextlib import nullcontext
 from copy import deepcopy
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from kdpipe.assembly.building import build
+from kdpipe.assembly.run_networks import differences, refuse, trained_network
 from kdpipe.data import ImageDataset
 from kdpipe.models import Classifier
 from kdpipe.models.weights import check_class_names, load_imagenet, load_state, read_weights
-from kdpipe.settings.addresses import run_and_file
+from kdpipe.settings.addresses import file_and_part, run_and_file
 from kdpipe.settings.errors import ConfigError, first_line
 from kdpipe.settings.schema import Freeze, NetworkSettings, Settings
 from kdpipe.system.randomness import derive_seed
@@ -116,6 +115,9 @@ def load_weights(
     if settings.weights == "imagenet":
         load_imagenet(f"{key}.weights", classifier.network, settings.name)
     elif settings.weights is not None:
+        theirs = trained_network(f"{key}.weights", settings.weights, lambda: store)
+        if theirs is not None:  # which the settings have already, unless they are of another way in than a command
+            refuse(key, settings, differences(settings, theirs))
         load_trained(f"{key}.weights", settings.weights, settings.name, classifier, data, store)
 
 
@@ -123,9 +125,10 @@ def load_trained(
     key: str, weights: str, name: str, classifier: Classifier, data: ImageDataset, store: "RunStore"
 ) -> None:
     """Load the weights of a run or a file into a network."""
-    of_run = weights.startswith("runs:/")
-    file = store.downloaded(*run_and_file(weights), key) if of_run else nullcontext(Path(weights).expanduser())
-    with file as path:
-        state, class_names = read_weights(key, path)
+    if weights.startswith("runs:/"):
+        with store.downloaded(*run_and_file(weights), key) as path:
+            state, class_names = read_weights(key, path)
+    else:
+        state, class_names = read_weights(key, *file_and_part(weights))
     check_class_names(key, weights, class_names, data.class_names)
     load_state(key, weights, classifier.network, state, name, data.num_classes)

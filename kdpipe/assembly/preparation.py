@@ -22,7 +22,7 @@ from kdpipe.training.observed import Observed
 from kdpipe.training.precomputed import OutputRequest, TooLargeError, precomputed_features, precomputed_outputs
 from kdpipe.training.state import Training
 from kdpipe.training.teacher import FrozenTeacher, Teacher
-from kdpipe.training.teacher_check import check_teacher
+from kdpipe.training.teacher_check import check_recorded, check_teacher
 
 log = logging.getLogger("kdpipe")
 
@@ -63,6 +63,7 @@ def prepare(settings: Settings, parts: Parts, hardware: Hardware, start: dict[st
     views = build_views(settings, parts.data)
     if isinstance(teacher, FrozenTeacher) and train.epochs > 0:
         cache = cache_folder(settings, "teacher")
+        check_recorded(settings.teacher.name, teacher, parts.data, cache, hardware)
         check_teacher(settings.teacher.name, teacher, settings.softening, parts.data, cache, hardware)
         _answer_in_advance(settings, teacher, parts.data, views, hardware)
     # A head on a frozen backbone trains on the backbone's features, as if they were the images.

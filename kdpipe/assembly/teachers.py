@@ -1,24 +1,28 @@
 """The teacher: one network, several as one, or a second student."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from kdpipe.assembly.networks import build_network, load_trained, load_weights
+from kdpipe.assembly.run_networks import differences, replaced, trained_network
 from kdpipe.data import ImageDataset
 from kdpipe.models import Classifier, Ensemble
+from kdpipe.models.weights import metadata_in
 from kdpipe.runs.commands import teacher_command
 from kdpipe.runs.names import CONFIG
-from kdpipe.settings.addresses import run_and_file
+from kdpipe.settings.addresses import WEIGHTS, epoch_file, names_weights, run_and_file
 from kdpipe.settings.composition import Invocation
 from kdpipe.settings.errors import ConfigError
-from kdpipe.settings.identity import canonical
+from kdpipe.settings.identity import SPLIT, TEST_SPLIT, canonical, other_split
 from kdpipe.settings.saved import read_network_settings
 from kdpipe.settings.schema import EnsembleSettings, NetworkSettings, Settings
 from kdpipe.system.randomness import derive_seed
-from kdpipe.training.teacher import FrozenTeacher, Peer, Teacher
+from kdpipe.training.teacher import FrozenTeacher, Peer, RecordedAccuracy, Teacher
+from kdpipe.training.teacher_check import warn_once
 
 if TYPE_CHECKING:
     from kdpipe.tracking import RunRecord, RunStore, Tracker
@@ -40,25 +44,82 @@ def build_teacher(
     teacher = settings.teacher
     if not settings.needs_teacher:
         return None, ""
-    if isinstance(teacher, EnsembleSettings):
-        return build_ensemble(teacher, data, tracker)
     if settings.teacher_learns:
-        torch.manual_seed(derive_seed(settings.seed, "peer"))
-        classifier = build_network("teacher", teacher, data, freeze="none")
-        if teacher.weights != "auto":
-            load_weights("teacher", teacher, classifier, data, tracker)
-        return Peer(classifier), ""
+        return _build_peer(settings, data, tracker), ""
+    if isinstance(teacher, EnsembleSettings):
+        key, members = "teacher.members", build_members(teacher, data, tracker)
+        frozen = FrozenTeacher(build_ensemble(teacher, members))
+        networks = dict(zip(teacher.members, members, strict=True))
+    else:
+        key, networks = "teacher.weights", _build_one(settings, invocation, teacher, data, tracker)
+        frozen = FrozenTeacher(*networks.values())
+    known = [_recorded(key, address, network, settings, data, tracker) for address, network in networks.items()]
+    frozen.recorded = list(filter(None, known))
+    sources = [run_and_file(address)[0] if address.startswith("runs:/") else address for address in networks]
+    return frozen, ",".join(dict.fromkeys(sources))
+
+
+def _build_peer(settings: Settings, data: ImageDataset, tracker: "Tracker") -> Peer:
+    """A second student: with random weights, unless others are named."""
+    teacher = settings.teacher
+    assert isinstance(teacher, NetworkSettings)
+    torch.manual_seed(derive_seed(settings.seed, "peer"))
     classifier = build_network("teacher", teacher, data, freeze="none")
-    if teacher.weights == "auto":
-        found = _find_trained(settings, invocation, teacher, data, tracker)
-        load_trained("teacher.weights", f"runs:/{found.id}", teacher.name, classifier, data, tracker)
-        accuracy = 100 * found.metrics["test/accuracy"]
-        log.info("teacher: run %s (%s), test accuracy %.1f %%", found.id, found.name, accuracy)
-        return FrozenTeacher(classifier), found.id
-    weights = str(teacher.weights)
-    load_weights("teacher", teacher, classifier, data, tracker)
-    log.info("teacher: %s with the weights of %s", teacher.name, weights)
-    return FrozenTeacher(classifier), run_and_file(weights)[0] if weights.startswith("runs:/") else weights
+    if teacher.weights != "auto":
+        load_weights("teacher", teacher, classifier, data, tracker)
+    return Peer(classifier)
+
+
+def _build_one(
+    settings: Settings, invocation: Invocation, teacher: NetworkSettings, data: ImageDataset, tracker: "Tracker"
+) -> dict[str, Classifier]:
+    """The network that teaches, by the run or the file that its weights come from."""
+    if teacher.weights != "auto":
+        address = str(teacher.weights)
+        classifier = build_network("teacher", teacher, data, freeze="none")
+        load_weights("teacher", teacher, classifier, data, tracker)
+        log.info("teacher: %s with the weights of %s", teacher.name, address)
+        return {address: classifier}
+    found = _find_trained(settings, invocation, teacher, data, tracker)
+    address = f"runs:/{found.id}"
+    classifier = build_network("teacher", network_of_run(teacher, found.id, tracker), data, freeze="none")
+    load_trained("teacher.weights", address, teacher.name, classifier, data, tracker)
+    accuracy = 100 * found.metrics["test/accuracy"]
+    log.info("teacher: run %s (%s), test accuracy %.1f %%", found.id, found.name, accuracy)
+    return {address: classifier}
+
+
+def network_of_run(teacher: NetworkSettings, run_id: str, store: "RunStore") -> NetworkSettings:
+    """The network of the run that teacher.weights=auto has found: what the command asks for, and what it does not know
+    of, such as an argument that only the run has."""
+    theirs = trained_network("teacher.weights", f"runs:/{run_id}", lambda: store)
+    return replaced(teacher, theirs, set()) if theirs and differences(teacher, theirs) else teacher
+
+
+def _recorded(
+    key: str, address: str, classifier: Classifier, settings: Settings, data: ImageDataset, tracker: "Tracker"
+) -> RecordedAccuracy | None:
+    """How accurate the weights of a run were in that run, on images that are the same here; None where this is not
+    known. Warns of a run that was trained on images that the student is evaluated on.
+
+    Args:
+        address: runs:/<run id>, runs:/<run id>/epoch_<number>, or a file, which may say what run it is from.
+    """
+    known_as = address if names_weights(address) else metadata_in(Path(address).expanduser()).get("kdpipe.weights", "")
+    run_id, weights = run_and_file(known_as)
+    record = tracker.get_run(run_id) if names_weights(known_as) else None
+    if record is None or record.tags.get("kdpipe.data") != data.fingerprint:
+        return None
+    if other := other_split(record.params, settings.params):
+        warn_once("teacher %s was trained with %s", address, other)
+    if weights == WEIGHTS:
+        split, decides, accuracy = "test", TEST_SPLIT, record.metrics.get("test/accuracy")
+    else:
+        by_epoch = {epoch_file(epoch): value for epoch, value in tracker.history(run_id, "val/accuracy")}
+        split, decides, accuracy = "validation", SPLIT, by_epoch.get(weights)
+    if accuracy is None or other_split(record.params, settings.params, decides):
+        return None
+    return RecordedAccuracy(key, address, classifier, split, accuracy)
 
 
 def _find_trained(
@@ -116,17 +177,21 @@ def _nearest(wanted: Mapping[str, object], data: ImageDataset, tracker: "Tracker
     return f"{run}: {' '.join(overrides)} takes it"
 
 
-def build_ensemble(settings: EnsembleSettings, data: ImageDataset, store: "RunStore") -> tuple[FrozenTeacher, str]:
-    """Several teachers as one, and the runs that they come from.
+def build_members(settings: EnsembleSettings, data: ImageDataset, store: "RunStore") -> list[Classifier]:
+    """The networks of several runs.
 
     Raises:
         ConfigError: a run that does not exist or is not finished, or whose network or classes do not fit.
     """
-    members = [_build_member(address, data, store) for address in settings.members]
+    return [_build_member(address, data, store) for address in settings.members]
+
+
+def build_ensemble(settings: EnsembleSettings, members: Sequence[Classifier]) -> Ensemble:
+    """Several teachers as one."""
     ensemble = Ensemble(members, settings.shares or [1] * len(members), settings.temperature)
     shares = ", ".join(f"{share:.3g}" for share in ensemble.shares.tolist())
     log.info("teacher: the mean of their soft targets at T %g, shares %s", settings.temperature, shares)
-    return FrozenTeacher(ensemble), ",".join(dict.fromkeys(run_and_file(address)[0] for address in settings.members))
+    return ensemble
 
 
 def _build_member(address: str, data: ImageDataset, store: "RunStore") -> Classifier:

@@ -13,7 +13,7 @@ from kdpipe.compare.disagreement import Disagreement
 from kdpipe.compare.published import Published, published_for, published_notes, teacher_note
 from kdpipe.compare.statistics import CANNOT_TELL, Interval, interval, verdict
 from kdpipe.settings.addresses import run_and_file
-from kdpipe.settings.identity import UNLABELLED
+from kdpipe.settings.identity import UNLABELLED, other_split
 from kdpipe.tracking import RunRecord
 
 if TYPE_CHECKING:
@@ -214,11 +214,8 @@ def _leak(source: str, cell: Cell, get_run: GetRun) -> str:
             return f"the teacher's weights come from {source}: it may have been trained on the {images}"
         if run.tags.get("kdpipe.data") != cell.first.tags["kdpipe.data"]:
             return "the teacher was trained on other images than these: it may have seen validation and test images"
-        for key in ("dataset.val_fraction", "dataset.test_fraction", "dataset.split_seed"):
-            its, own = run.params.get(key), cell.first.params.get(key)
-            if its != own:
-                some = "validation" if key == "dataset.val_fraction" else "validation and test"
-                return f"the teacher was trained with {key}={its} instead of {own}: on some of the {some} images"
+        if other := other_split(run.params, cell.first.params):
+            return f"the teacher was trained with {other}"
         weights = run.params.get("model.weights", "None")
         if weights in ("None", "imagenet"):
             return ""

@@ -19,7 +19,7 @@ from kdpipe.assembly.finished_runs import FinishedRun, blank_images, open_run
 from kdpipe.assembly.networks import build_network
 from kdpipe.export.formats import INT8, ONNX, PROGRAM, SUFFIXES
 from kdpipe.export.sources import fitted_temperature
-from kdpipe.models.weights import check_class_names, load_state, read_weights
+from kdpipe.models.weights import check_class_names, load_state, metadata_in, read_weights
 from kdpipe.runs.names import CONFIG
 from kdpipe.settings.addresses import WEIGHTS
 from kdpipe.settings.errors import flat
@@ -261,16 +261,9 @@ def open_weights(path: Path) -> Predictor:
     if not file.is_file():
         raise ValueError(f"{path}: {CONFIG} next to it is missing, which describes its network")
     state, class_names = read_weights("file", path)
-    known, image_shape, temperature = _parse_metadata(str(path), read_metadata(path))
+    known, image_shape, temperature = _parse_metadata(str(path), metadata_in(path))
     model = read_network_settings(file)
     classifier = build_network("model", model, blank_images(known, image_shape), freeze="none")
     check_class_names("file", str(path), class_names, known)
     load_state("file", str(path), classifier.network, state, str(model.name), len(known))
     return Predictor(str(path), numpy_forward(classifier.eval()), known, image_shape, temperature)
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return dict(file.metadata() or {})

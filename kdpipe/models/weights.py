@@ -2,59 +2,86 @@
 
 import hashlib
 import json
+import logging
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import nn
 
+from kdpipe.models.found_states import COUNTERS, State, choose_state, load_tensors, shorten, under_names_of
 from kdpipe.settings.errors import ConfigError, first_line, flat
 from kdpipe.system.files import write_atomically
 
-State = dict[str, Tensor]
+log = logging.getLogger("kdpipe")
 OTHERS = "a file or runs:/<run id>"
 
 
-def read_weights(key: str, path: Path) -> tuple[State, list[str] | None]:
+def read_weights(key: str, path: Path, part: str = "") -> tuple[State, list[str] | None]:
     """The state dict in `path` and the class names that it was trained with, where the file has them.
 
-    Reads safetensors and files from `torch.save` (a state dict, or one under "state_dict" or "model"); code in a file
+    Reads safetensors and files from `torch.save`, in which it finds a state dict in the usual wrappers; code in a file
     is never run.
+
+    Args:
+        part: the wrapper or prefix of the state dict, where a file has several.
 
     Raises:
         ConfigError: the file is missing or has no weights; `key` is where its name stands in the config.
     """
     if not path.is_file():
         raise ConfigError(key, path, problem="file not found")
+    class_names = None
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                class_names = json.loads((file.metadata() or {}).get("class_names", "null"))
-            is_list = isinstance(class_names, list) and all(isinstance(name, str) for name in class_names)
-            if class_names is not None and not is_list:
-                raise ValueError("class_names in its metadata is not a list of names")
-            return load_file(path), class_names
-        except (SafetensorError, ValueError, OSError, RecursionError) as error:
-            raise ConfigError(key, path, problem=f"not a readable safetensors file ({flat(error)})") from error
+        content, class_names = _read_safetensors(key, path)
+    else:
+        content = _read_pickled(key, path)
+    try:
+        state, taken, raw = choose_state(content, part)
+    except ValueError as error:
+        raise ConfigError(key, path, "a state dict", str(error).replace("FILE", str(path))) from error
+    if raw:
+        log.info("%s: its averaged weights (%s) are taken; %s::%s takes the raw ones", path, taken, path, raw)
+    return state, class_names
+
+
+def _read_safetensors(key: str, path: Path) -> tuple[State, list[str] | None]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            class_names = json.loads((file.metadata() or {}).get("class_names", "null"))
+        is_list = isinstance(class_names, list) and all(isinstance(name, str) for name in class_names)
+        if class_names is not None and not is_list:
+            raise ValueError("class_names in its metadata is not a list of names")
+        return load_file(path), class_names
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
+        raise ConfigError(key, path, problem=f"not a readable safetensors file ({flat(error)})") from error
+
+
+def _read_pickled(key: str, path: Path) -> Any:
     try:
         _check_size(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return load_tensors(path)
     except Exception as error:  # other bytes raise whatever the unpickler stumbles over
-        problem = f"not readable ({first_line(error).split('. ')[0]})"
+        reason = str(error).replace("FILE", str(path)) if isinstance(error, ValueError) else first_line(error)
+        problem = f"not readable ({flat(reason).split('. ')[0]})"
         raise ConfigError(key, path, "a state dict saved by torch.save or safetensors", problem) from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    is_state = isinstance(content, Mapping) and all(
-        isinstance(name, str) and _is_plain(tensor) for name, tensor in content.items()
-    )
-    if not is_state:
-        raise ConfigError(key, path, "a state dict", "the file holds something else")
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}, None
+
+
+def metadata_in(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself, such as the class names of one of kdpipe's; nothing where it cannot be
+    read, which reading the weights reports."""
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError):
+        return {}
 
 
 def _check_size(path: Path) -> None:
@@ -71,25 +98,20 @@ def _check_size(path: Path) -> None:
         raise ValueError("its members claim to be larger than the file")
 
 
-def _is_plain(tensor: object) -> bool:
-    """Whether this is an ordinary tensor in memory, not a sparse, quantised or meta one."""
-    return (
-        isinstance(tensor, Tensor)
-        and tensor.layout == torch.strided
-        and tensor.device.type == "cpu"
-        and not (tensor.is_quantized or tensor.is_nested)
-    )
-
-
 def load_state(key: str, source: str, network: nn.Module, state: State, name: str, num_classes: int) -> None:
-    """Load all of `state` into `network`.
+    """Load all of `state` into `network`, under whatever prefix it was saved.
 
     Raises:
         ConfigError: names or shapes differ.
     """
     expected = network.state_dict()
-    # Files from before PyTorch 0.4.1 lack these counters, which BatchNorm does not need.
-    state = {name: tensor for name, tensor in expected.items() if name.endswith("num_batches_tracked")} | state
+    try:
+        state, others = under_names_of(expected, state)
+    except ValueError as error:
+        raise ConfigError(key, source, f"weights of {name}", str(error).replace("FILE", source)) from error
+    if others:
+        log.info("%s: %s left out, which the network does not have", source, shorten(others))
+    state = {name: tensor for name, tensor in expected.items() if name.endswith(COUNTERS)} | state
     problems = []
     if missing := [name for name in expected if name not in state]:
         problems.append(f"{len(missing)} missing, such as {missing[0]}")
@@ -108,8 +130,8 @@ def load_state(key: str, source: str, network: nn.Module, state: State, name: st
 def check_class_names(key: str, source: str, trained: Sequence[str] | None, expected: Sequence[str]) -> None:
     """Raise ConfigError if weights were trained on classes other than those of the data set."""
     if trained is not None and list(trained) != list(expected):
-        problem = f"trained on {len(trained)} classes ({_shorten(trained)})"
-        raise ConfigError(key, source, f"the data set's {len(expected)} ({_shorten(expected)})", problem)
+        problem = f"trained on {len(trained)} classes ({shorten(trained)})"
+        raise ConfigError(key, source, f"the data set's {len(expected)} ({shorten(expected)})", problem)
 
 
 def load_imagenet(key: str, network: nn.Module, name: str) -> None:
@@ -143,10 +165,6 @@ def weights_digest(network: nn.Module, without: str | None = None) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
-
-
-def _shorten(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def save_weights(network: nn.Module, path: Path, class_names: Sequence[str]) -> None:

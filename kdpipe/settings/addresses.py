@@ -1,6 +1,7 @@
-"""Addresses of a run's weights: runs:/<run id>, runs:/<run id>/epoch_<number>."""
+"""Addresses of weights: runs:/<run id>, runs:/<run id>/epoch_<number>; a file, FILE::part."""
 
 import re
+from pathlib import Path
 
 WEIGHTS = "model.safetensors"  # those at the end of a run, in its folder and among its artifacts
 
@@ -24,3 +25,11 @@ def run_and_file(address: str) -> tuple[str, str]:
 def weights_address(run_id: str, file: str) -> str:
     """The address of a run's file of weights."""
     return f"runs:/{run_id}" if file == WEIGHTS else f"runs:/{run_id}/{file.removesuffix('.safetensors')}"
+
+
+def file_and_part(address: str) -> tuple[Path, str]:
+    """The file of weights that is no run's, and which of its state dicts: checkpoint.pt::model_ema; "" where it does
+    not say."""
+    whole = Path(address).expanduser()
+    file, separator, part = address.rpartition("::")
+    return (whole, "") if not separator or whole.is_file() else (Path(file).expanduser(), part)

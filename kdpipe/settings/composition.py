@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -92,6 +92,28 @@ class Invocation:
         return [file for file in files if file.is_file()]
 
 
+def stated_of_network(invocation: Invocation, section: str, network: Mapping[str, Any]) -> tuple[str | None, set[str]]:
+    """What a command says of a network itself, on the command line, in an experiment or in a file of its own; the rest
+    are the defaults of the network's option.
+
+    Args:
+        section: "model" or "teacher".
+        network: its plain settings, as they were composed.
+
+    Returns:
+        The option that was chosen, None where it is the default one; and the flat keys that were set.
+    """
+    group = "model" if section == "model" else "model@teacher"
+    option = invocation.choices.get(group)
+    words = [override.partition("=")[0].lstrip("+~") for override in invocation.overrides]
+    of_option = compose("config", [f"{group}={option}"] if option else [])
+    defaults = flatten(OmegaConf.to_container(of_option[section], resolve=True))  # type: ignore[arg-type]
+    stated = {word.removeprefix(f"{section}.") for word in words if word.startswith(f"{section}.")}
+    stated |= {key for key, value in flatten(network).items() if key not in defaults or defaults[key] != value}
+    default_option = compose("config", return_hydra_config=True).hydra.runtime.choices[group]
+    return (option if group in words or option != default_option else None), stated
+
+
 def compose_settings(overrides: Sequence[str]) -> Settings:
     """The settings of a run with these overrides."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -100,17 +122,12 @@ def compose_settings(overrides: Sequence[str]) -> Settings:
 
 
 def register_resolvers() -> None:
-    """`${identity:}` is a run's identity, which names its folder; `${basename:FOLDER}` is a folder's own name;
-    `${expanded:FOLDER}` has the user's home in place of ~; `${softening:}` is the temperature that softens the
-    teacher's answers, 1 where a loss has none."""
+    """`${basename:FOLDER}` is a folder's own name; `${expanded:FOLDER}` has the user's home in place of ~;
+    `${softening:}` is the temperature that softens the teacher's answers, 1 where a loss has none. (`${identity:}` is
+    the command line's, which knows the store.)"""
     OmegaConf.register_new_resolver("softening", _softening, replace=True)
     OmegaConf.register_new_resolver("expanded", lambda path: str(Path(str(path)).expanduser()), replace=True)
-    OmegaConf.register_new_resolver("identity", _identity, replace=True)
     OmegaConf.register_new_resolver("basename", lambda path: Path(str(path)).expanduser().resolve().name, replace=True)
-
-
-def _identity(*, _root_: DictConfig) -> str:
-    return read_settings(_root_, Invocation.of(_root_.hydra)).identity
 
 
 def _softening(*, _root_: DictConfig) -> float:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # The version whose results today's equal. Raise it when the same command gives other numbers, and only then: every
@@ -28,6 +28,9 @@ PLACES = (
     "sweep",
     "chain",  # each link is a run of its own
 )
+# What decides which images of a data set are test images, and which are validation images as well.
+TEST_SPLIT: tuple[str, ...] = ("dataset.test_fraction", "dataset.split_seed")
+SPLIT = ("dataset.val_fraction", *TEST_SPLIT)
 LABELS_ALONE = "kdpipe.losses.CrossEntropy"  # the loss of the student alone
 LOSSES = "kdpipe.losses."
 # Modules that were moved since their first runs: moving code trains nothing anew.
@@ -116,6 +119,17 @@ def what_matters(flat: Mapping[str, Any]) -> dict[str, Any]:
         matters = _without(matters, "also.")
     matters.pop("also.ce_weight", None)  # the cross-entropy is the first one's
     return matters
+
+
+def other_split(theirs: Mapping[str, Any], ours: Mapping[str, Any], keys: Sequence[str] = SPLIT) -> str:
+    """How the split of a teacher's run differs from a student's, from their flat settings, and what that means for the
+    student; "" where it does not."""
+    for key in keys:
+        its, own = str(theirs.get(key)), str(ours.get(key))
+        if its != own:
+            some = "validation" if key not in TEST_SPLIT else "validation and test"
+            return f"{key}={its} instead of {own}: on some of the {some} images"
+    return ""
 
 
 def _is_off(flat: Mapping[str, Any], group: str) -> bool:

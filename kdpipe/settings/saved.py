@@ -21,9 +21,9 @@ def read_run_settings(file: Path) -> Settings:
     return validated(Settings, _known(_read(file), Settings), str(file))
 
 
-def read_network_settings(file: Path) -> NetworkSettings:
-    """The settings of the network that the run trained."""
-    return validated(NetworkSettings, _read(file)["model"], f"{file}: model")
+def read_network_settings(file: Path, section: str = "model") -> NetworkSettings:
+    """The settings of the network that the run trained; with "teacher" those of its second student."""
+    return validated(NetworkSettings, _read(file)[section], f"{file}: {section}")
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from kdpipe.settings import identity
-from kdpipe.settings.addresses import epoch_file, names_weights
+from kdpipe.settings.addresses import epoch_file, file_and_part, names_weights
 from kdpipe.settings.components import loss_class
 from kdpipe.settings.errors import ConfigError, as_typed
 from kdpipe.settings.values import (
@@ -383,6 +383,6 @@ def _check_weights(key: str, weights: str | None, choices: Sequence[str | None])
         return
     if str(weights).startswith("runs:/"):
         raise ConfigError(key, weights, "runs:/<run id> or runs:/<run id>/epoch_<number>")
-    if weights is None or not Path(weights).expanduser().is_file():
+    if weights is None or not file_and_part(weights)[0].is_file():
         problem = "" if weights in (None, "imagenet", "auto") else "file not found"
         raise ConfigError(key, weights, f"{', '.join(map(as_typed, choices))}, a file or runs:/<run id>", problem)

@@ -12,6 +12,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from kdpipe.assembly.parts import build_parts
+from kdpipe.assembly.run_networks import with_networks_of_runs
 from kdpipe.assembly.teachers import KnownTeachers
 from kdpipe.settings.composition import Invocation, read_settings
 from kdpipe.settings.errors import ConfigError
@@ -117,7 +118,9 @@ def compose_cell(sweeper: BasicSweeper, overrides: Sequence[str]) -> GridCell:
     try:
         config = sweeper.hydra_context.config_loader.load_sweep_config(sweeper.config, list(overrides))
         invocation = Invocation.of(config.hydra)
-        return GridCell(tuple(overrides), read_settings(config, invocation), invocation)
+        return GridCell(
+            tuple(overrides), with_networks_of_runs(read_settings(config, invocation), invocation), invocation
+        )
     except HYDRA_ERRORS as error:
         raise ValueError(explain(error, overrides)) from error
 

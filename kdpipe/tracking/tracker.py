@@ -349,7 +349,6 @@ def _has_learned(record: RunRecord) -> bool:
     return record.params["train.epochs"] != "0" or record.params["model.weights"] != "None"
 
 
-
 def status_after(error: BaseException) -> tuple[str, str]:
     """KILLED or FAILED, and the reason."""
     status = KILLED if isinstance(error, KeyboardInterrupt | SystemExit) else FAILED

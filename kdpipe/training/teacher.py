@@ -1,6 +1,7 @@
 """What stands in the teacher's place: a frozen network, or a second student."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -57,6 +58,23 @@ class Teacher(nn.Module):
         return self.answer(images)
 
 
+@dataclass(frozen=True)
+class RecordedAccuracy:
+    """How accurate a network was in the run that trained it.
+
+    Attributes:
+        key, address: where its weights stand in the config, and what they are there.
+        split: of which images, that are the same here: "test" or "validation".
+        accuracy: a fraction.
+    """
+
+    key: str
+    address: str
+    classifier: Classifier
+    split: str
+    accuracy: float
+
+
 class Peer(Teacher):
     """A second student: it learns while it teaches."""
 
@@ -65,10 +83,15 @@ class Peer(Teacher):
 
 
 class FrozenTeacher(Teacher):
-    """Cannot be trained by accident: no gradients, and in evaluation mode whatever `train()` is called around it."""
+    """Cannot be trained by accident: no gradients, and in evaluation mode whatever `train()` is called around it.
+
+    Attributes:
+        recorded: what is known of it, or of the members of an ensemble, from the runs that trained them.
+    """
 
     def __init__(self, classifier: Classifier | Ensemble) -> None:
         super().__init__(classifier.requires_grad_(False).eval())
+        self.recorded: Sequence[RecordedAccuracy] = ()
         self.observe(())
 
     def train(self, mode: bool = True) -> Self:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from kdpipe.data import ImageDataset
 from kdpipe.data.dataset import subsample
+from kdpipe.settings.errors import ConfigError
 from kdpipe.system.hardware import Hardware
 from kdpipe.training.precomputed import OutputRequest, precomputed_outputs
-from kdpipe.training.teacher import Teacher
+from kdpipe.training.teacher import FrozenTeacher, Teacher
 
 log = logging.getLogger("kdpipe")
 
@@ -22,6 +23,7 @@ CHANCE = 0.05  # the probability that a guessing teacher passes for a better one
 # A share of log(classes), the entropy of a teacher that knows nothing. At 5 %, about 98 % of an answer is on one of ten
 # classes (99 % on one of two): less than label smoothing of 0.1 leaves to the others, so the labels say as much.
 ONE_HOT = 0.05
+TOLERANCE = 0.01  # of a teacher's accuracy: what other hardware may round differently
 
 
 def check_teacher(
@@ -64,6 +66,30 @@ def check_teacher(
             name,
             found,
         )
+
+
+def check_recorded(name: str, teacher: FrozenTeacher, data: ImageDataset, folder: Path, hardware: Hardware) -> None:
+    """Hold a teacher against what is known of it from its own run.
+
+    Args:
+        folder: keeps its answers for these images, of which the test images' are needed at the end anyway.
+
+    Raises:
+        ConfigError: it is less accurate here than in its own run, on the same images.
+    """
+    for recorded in teacher.recorded:
+        positions = data.splits[recorded.split].sort().values
+        request = OutputRequest("logits", name, recorded.classifier, recorded.classifier, data, positions)
+        (answers,) = precomputed_outputs(request, folder, math.inf, hardware, logging.DEBUG)
+        right = answers[positions].argmax(dim=1) == data.labels[positions]
+        accuracy = float(right.double().mean())
+        if accuracy < recorded.accuracy - TOLERANCE:
+            raise ConfigError(
+                recorded.key,
+                recorded.address,
+                problem=f"{100 * accuracy:.1f} % of the {len(positions):,} {recorded.split} images are right here, "
+                f"{100 * recorded.accuracy:.1f} % were in its own run: this is not the network that was trained there",
+            )
 
 
 @cache

@@ -15,9 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from kdpipe.assembly import finished_runs
 from kdpipe.assembly.finished_runs import open_run
-from kdpipe.export.predictor import open_predictor, read_metadata
+from kdpipe.export.predictor import open_predictor
 from kdpipe.export.sources import SECTIONS
 from kdpipe.export.writers import portable_config
+from kdpipe.models.weights import metadata_in
 from kdpipe.settings.saved import read_run_settings
 from kdpipe.settings.schema import Settings
 from kdpipe.tracking import RunStore
@@ -185,7 +186,7 @@ def test_files_and_registry_name_the_epoch_of_the_weights(taught: Taught, comman
     for name in ("model.onnx", "model_int8.onnx"):
         metadata = {entry.key: entry.value for entry in onnx.load(f"early/{name}").metadata_props}
         assert (metadata["kdpipe.run"], metadata["kdpipe.weights"]) == (taught.student, address)
-    assert read_metadata(Path("early/model.safetensors"))["kdpipe.weights"] == address
+    assert metadata_in(Path("early/model.safetensors"))["kdpipe.weights"] == address
     version = MlflowClient(taught.uri).get_model_version_by_alias("early", "candidate")
     assert (version.tags["kdpipe.run"], version.tags["kdpipe.weights"]) == (taught.student, address)
     text = Path("early/README.md").read_text()
