@@ -1,5 +1,6 @@
 """From a command line to typed settings: the only code below the command line that knows Hydra's configs."""
 
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,10 @@ from typing import Any, Self
 from hydra import compose, initialize_config_dir
 from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import (
     ConfigCompositionException,
+    HydraException,
     MissingConfigException,
     OverrideParseException,
 )
@@ -19,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kdpipe.settings.components import check_targets
+from kdpipe.settings.credentials import put_away, without_password, without_passwords
 from kdpipe.settings.errors import ConfigError, first_line, flat, one_line, one_of, suggestion
 from kdpipe.settings.identity import flatten, temperature_of
 from kdpipe.settings.schema import Settings, validated
@@ -45,6 +49,9 @@ def read_settings(config: DictConfig) -> Settings:
         if not isinstance(plain.get(key, {}), dict):
             hint = "model@teacher=… chooses the teacher" if key == "teacher" else f"{key}.<key>=… sets a value in it"
             raise ConfigError(key, plain[key], problem=f"this is a section; {hint}")
+    tracking = plain.get("tracking", {})
+    if isinstance(tracking.get("uri"), str):
+        plain["tracking"] = tracking | {"uri": put_away(tracking["uri"])}
     return validated(Settings, plain)
 
 
@@ -87,6 +94,27 @@ def compose_settings(overrides: Sequence[str]) -> Settings:
         return read_settings(compose("config", list(overrides)))
 
 
+def hide_passwords(words: Sequence[str]) -> list[str]:
+    """A command's words without the password of `tracking.uri`, which is put away: Hydra keeps them with each run,
+    launchers pass them on, and we print them."""
+    return [_hide_password(word) if word.lstrip("+").startswith("tracking") else word for word in words]
+
+
+def _hide_password(word: str) -> str:
+    try:
+        override = OverridesParser.create().parse_override(word)
+        value = None if override.is_sweep_override() else override.value()
+    except (OverrideParseException, HydraException):  # an error that Hydra is about to make, and we to show
+        return word
+    if isinstance(value, dict):
+        value = value.get("uri")
+    if not isinstance(value, str) or put_away(value) == value:
+        return without_passwords(word)
+    if value in word:
+        return word.replace(value, without_password(value))
+    return f"{override.key_or_group}={json.dumps(without_password(value), ensure_ascii=False)}"
+
+
 def register_resolvers() -> None:
     """`${identity:}` is a run's identity, which names its folder; `${basename:FOLDER}` is a folder's own name;
     `${softening:}` is the temperature that softens the teacher's answers, 1 where a loss has none."""
@@ -112,9 +140,12 @@ def explain(error: BaseException) -> str:
     if isinstance(error, MissingConfigException):
         return _unknown_option(error, first)
     if isinstance(error, OverrideParseException):
+        key, equals, value = str(error.override).partition("=")
+        shown = without_password(value.strip("'\""))  # all of it: this password may have spaces
+        reason = f" ({first})" if shown in value else ""  # which has parts of the value
         return (
-            f"{error.override}: cannot be parsed; expected key=value, lists as key=[1,2], text with special characters "
-            f"in quotes, 'key=\"value\"' ({first})"
+            f"{key}{equals}{value if shown in value else shown}: cannot be parsed; expected key=value, lists as "
+            f"key=[1,2], text with special characters in quotes, 'key=\"value\"'{reason}"
         )
     if isinstance(error, ConfigCompositionException | OmegaConfBaseException):
         return _bad_config(str(error).strip())
