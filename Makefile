@@ -30,6 +30,10 @@ LISTEN = --host "$(or $(HOST),127.0.0.1)" --port "$(PORT)" \
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION ?= false
 # It would turn off the host check, whatever the command line says.
 unexport MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE
+# make prints its commands, but not with an address that may have a password.
+ifneq (,$(findstring ://,$(ARGS)$(MLFLOW_TRACKING_URI)))
+.SILENT:
+endif
 DEMO := dataset=digits tracking.experiment=demo train.epochs=15
 
 .DEFAULT_GOAL := help

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -23,6 +24,7 @@ from kdpipe.assembly.parts import Parts, build_parts, check_components
 from kdpipe.assembly.preparation import Prepared, cache_folder, prepare
 from kdpipe.assembly.run_networks import with_networks_of_runs
 from kdpipe.assembly.run_tags import run_tags
+from kdpipe.assembly.stores import reach_store
 from kdpipe.evaluation.costs import BATCH, cost
 from kdpipe.evaluation.exam import Exam, caveats, examine, write_exam
 from kdpipe.evaluation.inference import evaluate
@@ -34,16 +36,17 @@ from kdpipe.runs.commands import compare_command, export_command
 from kdpipe.runs.journal import CHECKPOINTS, NOT_CREATED, Journal, is_unfinished, rows_since, sync_command
 from kdpipe.runs.moved_store import ARTIFACTS
 from kdpipe.runs.names import CONFIG, PEER_WEIGHTS
-from kdpipe.runs.store_address import PATIENCE, store_uri, wait_for_store
 from kdpipe.settings.addresses import WEIGHTS, epoch_file
 from kdpipe.settings.composition import (
     CONF,
     Invocation,
     added_configs,
+    hide_passwords,
     left_out_keys,
     read_settings,
     register_resolvers,
 )
+from kdpipe.settings.credentials import how_to_fill_in, without_passwords
 from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.hydra_errors import explain
 from kdpipe.settings.overrides import names_as_typed
@@ -78,8 +81,7 @@ def run(settings: Settings, folder: Path, invocation: Invocation) -> float:
     """
     check_components(settings)
     hardware = use_hardware(settings)
-    uri = store_uri(settings.tracking.uri, Path(settings.output_dir))
-    wait_for_store(uri, PATIENCE if settings.sweep.job else 0)
+    uri = reach_store(settings)
     build_data(settings.dataset)
 
     from kdpipe.tracking import Tracker  # imports mlflow, which takes seconds: after what can fail sooner
@@ -212,7 +214,7 @@ def _find_unfinished(settings: Settings, parts: Parts, folder: Path) -> tuple[st
     if journal and not journal.matches(parts.tags):
         if not journal.delivered:
             raise ValueError(
-                f"{folder} has a run of another teacher or other images that {journal.store} does not have completely; "
+                f"{folder} has a run of another teacher or other images that {journal.uri} does not have completely; "
                 f"{sync_command(folder)} delivers it, train.resume=never drops it"
             )
         journal = None
@@ -301,6 +303,8 @@ def _show_result(
     log.info("in MLflow (make ui): %s", tracker.link(run_id))
     log.info("to export it: %s", export_command(settings, run_id))
     log.info("to compare all runs: %s", compare_command(settings))
+    if note := how_to_fill_in(settings.tracking.uri or ""):
+        log.info("in these commands, %s", note)
 
 
 def job(config: DictConfig) -> float:
@@ -340,6 +344,7 @@ def job(config: DictConfig) -> float:
 def _run_composed(config: DictConfig) -> float:
     """Where Hydra ends and the settings begin."""
     own = HydraConfig.get()
+    _hide_kept_passwords(own)
     if own.job.chdir:  # Hydra has gone to the run's folder: a relative path would be another one in each run of a sweep
         os.chdir(own.runtime.cwd)
         log.info("hydra.job.chdir has no effect: paths start in the folder of the command")
@@ -355,6 +360,16 @@ def _identity(*, _root_: DictConfig) -> str:
     """`${identity:}`, a run's identity, which names its folder."""
     invocation = Invocation.of(_root_.hydra)
     return with_networks_of_runs(read_settings(_root_, invocation), invocation).identity
+
+
+def _hide_kept_passwords(own: HydraConf) -> None:
+    """Hide passwords in the configs that Hydra has just written to the run's folder. `hide_passwords` has done so for
+    the command; here it is about `tracking.uri` in a config file."""
+    if own.output_subdir:
+        for file in (Path(own.runtime.output_dir) / own.output_subdir).glob("*.yaml"):
+            kept = file.read_text()
+            if (hidden := without_passwords(kept)) != kept:
+                write_atomically(file, hidden.encode())
 
 
 def _details_to_file_only() -> None:
@@ -382,6 +397,7 @@ def cli() -> None:
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes its errors on to us instead of printing them
     try:
+        sys.argv[1:] = hide_passwords(sys.argv[1:])
         _refuse_pickled_config(sys.argv[1:])
         sys.argv[1:] = _as_meant(sys.argv[1:])
         for file in added_configs(sys.argv[1:]):
@@ -428,7 +444,9 @@ def _how_to_continue(where: str) -> str:
     if "sweep.rerun=true" in arguments:
         return "with sweep.rerun=true the same command begins all runs anew"
     launcher = ["torchrun", "…", "-m"] if distributed.is_torchelastic_launched() else ["python", "-m"]
-    return f"this continues {where}: {' '.join(launcher)} {shlex.join(['kdpipe', *arguments])}"
+    command = f"{' '.join(launcher)} {shlex.join(['kdpipe', *arguments])}"
+    note = how_to_fill_in(command)
+    return f"this continues {where}: {command}{f' ({note})' if note else ''}"
 
 
 def _fail(error: Exception) -> NoReturn:

@@ -10,6 +10,7 @@ from kdpipe.runs.command_line import folder
 from kdpipe.runs.journal import undelivered
 from kdpipe.runs.moved_store import ARTIFACTS, correct_artifacts
 from kdpipe.runs.sqlite_address import STORE, sqlite_uri
+from kdpipe.settings.credentials import put_away
 from kdpipe.settings.errors import ConfigError
 
 
@@ -37,11 +38,16 @@ def sync(runs: Path) -> tuple[list[str], bool]:
 
 
 def cli() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m kdpipe.sync", description="Deliver to MLflow what it missed while it could not be reached."
     )
     parser.add_argument("--output-dir", default="outputs", type=folder, help="the runs' output_dir (default: outputs)")
-    runs = parser.parse_args().output_dir / "runs"
+    parser.add_argument("--uri", help="address of their store with its password (default: MLFLOW_TRACKING_URI)")
+    arguments = parser.parse_args()
+    runs = arguments.output_dir / "runs"
+    if arguments.uri:
+        put_away(arguments.uri)  # the journals of runs leave the password out
     if not runs.is_dir():
         error = ConfigError("--output-dir", runs.parent, "the output_dir of runs", "this folder has no runs")
         print(f"kdpipe.sync: {error}", file=sys.stderr)

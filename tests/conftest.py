@@ -24,6 +24,7 @@ from helpers import (
     in_a_hurry,
     postgres,
     postgres_programs,
+    restore_later,
 )
 from PIL import Image
 from sklearn.datasets import load_sample_image
@@ -124,8 +125,7 @@ def kdpipe(
     def command(*overrides: str) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["kdpipe", *in_a_hurry(overrides)])
         with pytest.MonkeyPatch.context() as environment:
-            # What the command sets itself must not outlive it.
-            environment.setenv("HYDRA_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR", "0"))
+            restore_later(environment)
             status = exit_status(main.cli)
         captured = capsys.readouterr()
         return Outcome(status, captured.out, captured.err)
@@ -169,7 +169,9 @@ def command(
         module = importlib.import_module(f"kdpipe.{name}.__main__" if name == "export" else f"kdpipe.{name}")
         monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
         capsys.readouterr()
-        status = exit_status(module.cli)
+        with pytest.MonkeyPatch.context() as environment:
+            restore_later(environment)
+            status = exit_status(module.cli)
         captured = capsys.readouterr()
         return Outcome(status, captured.out, captured.err)
 

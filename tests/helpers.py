@@ -13,8 +13,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
+import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -49,6 +53,15 @@ def in_a_hurry(overrides: Sequence[str]) -> list[str]:
     """A command's overrides, without pictures and timing unless it asks for them."""
     asked = {word.partition("=")[0] for word in overrides}
     return [*overrides, *(word for word in IN_A_HURRY if word.partition("=")[0] not in asked)]
+
+
+def restore_later(environment: pytest.MonkeyPatch) -> None:
+    """Let what commands set for the processes that they start not outlive this."""
+    for name in ("HYDRA_FULL_ERROR", "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        value = os.environ.get(name)
+        environment.setenv(name, value or "")
+        if value is None:
+            environment.delenv(name)
 
 
 @dataclass
@@ -184,6 +197,34 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+class Forwarding(BaseHTTPRequestHandler):
+    """Forwards requests to the server `behind`."""
+
+    protocol_version = "HTTP/1.1"
+    behind: str
+
+    def do_GET(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        headers = {"Content-Type": self.headers.get("Content-Type", "application/json")}
+        request = Request(self.behind + self.path, body or None, headers, method=self.command)
+        try:
+            with urlopen(request) as answer:
+                self.answer(answer.status, answer.read())
+        except HTTPError as error:
+            self.answer(error.code, error.read())
+
+    do_POST = do_PUT = do_PATCH = do_GET  # noqa: N815
+
+    def answer(self, status: int, content: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 def fit_for_test(

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdpipe.assembly.building import build
+from kdpipe.assembly.stores import reach_store
 from kdpipe.models.weights import metadata_in
 from kdpipe.runs.names import CONFIG, PEER_WEIGHTS
-from kdpipe.runs.store_address import PATIENCE, store_uri, wait_for_store
 from kdpipe.settings.addresses import file_and_part, names_weights, run_and_file
 from kdpipe.settings.composition import Invocation, stated_of_network
 from kdpipe.settings.errors import ConfigError, as_typed
@@ -40,8 +40,7 @@ def with_networks_of_runs(settings: Settings, invocation: Invocation, say: bool 
     """
 
     def store() -> "RunStore":
-        uri = store_uri(settings.tracking.uri, Path(settings.output_dir))
-        wait_for_store(uri, PATIENCE if settings.sweep.job else 0)
+        uri = reach_store(settings)
         from kdpipe.tracking import RunStore  # imports mlflow, which takes seconds
 
         return RunStore(uri)

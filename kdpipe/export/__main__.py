@@ -111,14 +111,18 @@ def _register(exported: "Export", arguments: argparse.Namespace, store: "RunStor
     """Add the ONNX model to MLflow's registry, and return what to print."""
     import numpy as np
 
+    from kdpipe.export.writers import write_answering
     from kdpipe.tracking.registry import register
 
     name, run = INT8 if arguments.register_int8 else ONNX, exported.sources.run
     if name not in exported.files:
         raise ValueError(f"{_refusals(exported)}; so nothing is registered")
-    file, alias, example = arguments.out / name, arguments.alias or ALIAS, np.zeros((2, *run.image_shape), np.uint8)
+    alias, example = arguments.alias or ALIAS, np.zeros((2, *run.image_shape), np.uint8)
     tags = exported.registry_tags(name)
-    return register(store, run.record.id, arguments.register, alias, file, tags, example).summary()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / name
+        write_answering(arguments.out / name, file)
+        return register(store, run.record.id, arguments.register, alias, file, tags, example).summary()
 
 
 def _refusals(exported: "Export") -> str:

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from safetensors.torch import save_file
@@ -55,6 +56,43 @@ def write_onnx(program: ExportedProgram, file: Path, metadata: dict[str, str]) -
     for part in (graph, *graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output):
         del part.metadata_props[:]
         part.ClearField("doc_string")
+    save_onnx(model, file, metadata)
+
+
+def write_answering(exported: Path, file: Path) -> None:
+    """An exported ONNX file that answers in words and probabilities too, from the names and the temperature in its
+    metadata: outputs `class` [batch] (text), `probabilities` [batch, classes], `logits` [batch, classes] and
+    `class_names` [classes], the order of both. It is ONNX alone, so whoever serves it runs no code of ours."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    model = onnx.load(exported)
+    graph, metadata = model.graph, {entry.key: entry.value for entry in model.metadata_props}
+    names = json.loads(metadata["class_names"])
+    temperature = np.array(float(metadata.get("temperature", 1)), np.float32)
+    graph.initializer.extend(
+        [
+            numpy_helper.from_array(np.array(names, object), "answer.names"),
+            numpy_helper.from_array(temperature, "answer.temperature"),
+        ]
+    )
+    graph.node.extend(
+        [
+            helper.make_node("Div", ["logits", "answer.temperature"], ["answer.scaled"]),
+            helper.make_node("Softmax", ["answer.scaled"], ["probabilities"], axis=1),
+            helper.make_node("ArgMax", ["logits"], ["answer.likeliest"], axis=1, keepdims=0),
+            helper.make_node("Gather", ["answer.names", "answer.likeliest"], ["class"], axis=0),
+            helper.make_node("Identity", ["answer.names"], ["class_names"]),
+        ]
+    )
+    words, numbers, size = TensorProto.STRING, TensorProto.FLOAT, len(names)
+    graph.output.extend(
+        [
+            helper.make_tensor_value_info("class", words, ["batch"]),
+            helper.make_tensor_value_info("probabilities", numbers, ["batch", size]),
+            helper.make_tensor_value_info("class_names", words, [size]),
+        ]
+    )
     save_onnx(model, file, metadata)
 
 

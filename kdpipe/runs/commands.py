@@ -2,7 +2,6 @@
 
 import shlex
 
-from kdpipe.runs.store_address import without_password
 from kdpipe.settings.composition import Invocation
 from kdpipe.settings.schema import EnsembleSettings, Settings
 
@@ -21,7 +20,7 @@ def export_command(settings: Settings, run_id: str) -> str:
 
 def _store_flags(settings: Settings) -> list[str]:
     """What tells a command on finished runs where they are."""
-    flags = ["--uri", without_password(settings.tracking.uri)] if settings.tracking.uri else []
+    flags = ["--uri", settings.tracking.uri] if settings.tracking.uri else []
     return flags + (["--output-dir", settings.output_dir] if settings.output_dir != "outputs" else [])
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self, get_origin, get_type_hints
 
 from kdpipe.runs.sqlite_address import STORE, sqlite_file, sqlite_uri
-from kdpipe.runs.store_address import without_password
+from kdpipe.settings.credentials import without_password
 from kdpipe.system.files import append_atomically, write_atomically
 
 log = logging.getLogger("kdpipe")
@@ -38,7 +38,7 @@ class Journal:
     """The state of the run in a folder, as in tracking.json.
 
     Attributes:
-        uri: of the store.
+        uri: of the store, without its password.
         run_id: of the run there; NOT_CREATED until the store has answered.
         tags: those that identify the run.
         status: RUNNING, FINISHED, KILLED or FAILED.
@@ -64,10 +64,8 @@ class Journal:
     times: list[int] = field(default_factory=list)
     delivered: bool = False
 
-    @property
-    def store(self) -> str:
-        """The store's URI without its password."""
-        return without_password(self.uri)
+    def __post_init__(self) -> None:
+        self.uri = without_password(self.uri)
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:

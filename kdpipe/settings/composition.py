@@ -1,5 +1,6 @@
 """From a command line to typed settings: the only code below the command line that knows Hydra's configs."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +9,12 @@ from typing import Any, Self
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.conf import HydraConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from kdpipe.settings.components import check_targets
+from kdpipe.settings.credentials import put_away, without_password, without_passwords
 from kdpipe.settings.errors import ConfigError, suggestion
 from kdpipe.settings.identity import flatten, temperature_of
 from kdpipe.settings.overrides import leave_out, left_out, names_as_typed, read_numbers, restore_names
@@ -48,6 +52,9 @@ def read_settings(config: DictConfig, invocation: "Invocation") -> Settings:
         if not isinstance(plain.get(key, {}), dict):
             hint = "model@teacher=… chooses the teacher" if key == "teacher" else f"{key}.<key>=… sets a value in it"
             raise ConfigError(key, plain[key], problem=f"this is a section; {hint}")
+    tracking = plain.get("tracking", {})
+    if isinstance(tracking.get("uri"), str):
+        plain["tracking"] = tracking | {"uri": put_away(tracking["uri"])}
     return validated(Settings, plain)
 
 
@@ -119,6 +126,27 @@ def compose_settings(overrides: Sequence[str]) -> Settings:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("config", [names_as_typed(word) for word in overrides], return_hydra_config=True)
         return read_settings(config, Invocation.of(config.hydra))
+
+
+def hide_passwords(words: Sequence[str]) -> list[str]:
+    """A command's words without the password of `tracking.uri`, which is put away: Hydra keeps them with each run,
+    launchers pass them on, and we print them."""
+    return [_hide_password(word) if word.lstrip("+").startswith("tracking") else word for word in words]
+
+
+def _hide_password(word: str) -> str:
+    try:
+        override = OverridesParser.create().parse_override(word)
+        value = None if override.is_sweep_override() else override.value()
+    except HydraException:  # an error that Hydra is about to make, and we to show
+        return word
+    if isinstance(value, dict):
+        value = value.get("uri")
+    if not isinstance(value, str) or put_away(value) == value:
+        return without_passwords(word)
+    if value in word:
+        return word.replace(value, without_password(value))
+    return f"{override.key_or_group}={json.dumps(without_password(value), ensure_ascii=False)}"
 
 
 def register_resolvers() -> None:

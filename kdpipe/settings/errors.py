@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from enum import Enum
 from typing import Self
 
+from kdpipe.settings.credentials import without_passwords
+
 
 class _Missing(Enum):  # a member stays itself when an error is pickled, on its way from a worker
     MISSING = "missing"
@@ -104,8 +106,8 @@ def folded(word: str) -> str:
 
 
 def flat(error: object, limit: int | None = None) -> str:
-    """The text of an error, or any text, on one line."""
-    text = " ".join(str(error).split())[:limit]
+    """The text of an error, or any text, on one line and without passwords."""
+    text = " ".join(without_passwords(str(error)).split())[:limit]
     return text or (type(error).__name__ if isinstance(error, BaseException) else "")
 
 

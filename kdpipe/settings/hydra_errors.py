@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kdpipe.settings.components import accepted_arguments
 from kdpipe.settings.composition import CONF, GROUPS, keys_of_options, options_with
+from kdpipe.settings.credentials import without_password
 from kdpipe.settings.errors import ConfigError, as_typed, first_line, flat, folded, one_line, one_of, suggestion
 from kdpipe.settings.identity import flatten
 from kdpipe.settings.overrides import TEXT_KEYS
@@ -40,9 +41,12 @@ def explain(error: BaseException, arguments: Sequence[str] | None = None) -> str
         return _unknown_option(error, arguments)
     if isinstance(error, OverrideParseException):
         expected = "key=value without spaces around =" if "=" not in error.override.strip("=") else "key=value"
+        key, equals, value = str(error.override).partition("=")
+        shown = without_password(value.strip("'\""))  # all of it: this password may have spaces
+        reason = f" ({first_line(error, None)})" if shown in value else ""  # which has parts of the value
         return (
-            f"{error.override}: cannot be parsed; expected {expected}, lists as key=[1,2], text with special "
-            f"characters in quotes, 'key=\"value\"' ({first_line(error, None)})"
+            f"{key}{equals}{value if shown in value else shown}: cannot be parsed; expected {expected}, lists as "
+            f"key=[1,2], text with special characters in quotes, 'key=\"value\"'{reason}"
         )
     if isinstance(error, HYDRA_ERRORS):
         return _bad_override(error, arguments, in_sweep)

@@ -18,12 +18,13 @@ from kdpipe.assembly.datasets import build_data, check_selection
 from kdpipe.assembly.devices import check_device
 from kdpipe.assembly.networks import build_model
 from kdpipe.assembly.parts import check_components
+from kdpipe.assembly.stores import reach_store
 from kdpipe.assembly.teachers import KnownTeachers
 from kdpipe.runs.claim import ClaimedError, locked, wait_until_free, worker_pid
 from kdpipe.runs.commands import compare_command
 from kdpipe.runs.journal import is_unfinished
 from kdpipe.runs.moved_store import ARTIFACTS
-from kdpipe.runs.store_address import PATIENCE, check_uri, store_uri, wait_for_store
+from kdpipe.runs.store_address import PATIENCE
 from kdpipe.settings.composition import left_out_keys
 from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.hydra_errors import explain
@@ -118,8 +119,7 @@ def run_sweep(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
     if runs_here(drafts[0][0].invocation.launcher):
         for settings in every:
             check_device(settings)
-    uri = store_uri(first.tracking.uri, Path(first.output_dir))
-    check_uri(uri)
+    uri = reach_store(first)
 
     from kdpipe.tracking import Tracker
 
@@ -205,7 +205,7 @@ def train_missing(sweep: Sweep, planned: Sequence[PlannedRun]) -> dict[str, str]
     failed: dict[str, str] = {}
     while missing:
         reasons, undecided = launch(sweep, missing)
-        wait_for_store(sweep.tracker.uri, PATIENCE)
+        sweep.tracker.wait(PATIENCE)
         for run in missing:  # a process that was killed leaves its run open
             with suppress(TimeoutError, FileNotFoundError), locked(run.folder):
                 sweep.tracker.recover(run.folder)
@@ -345,8 +345,8 @@ def summarise(sweep: Sweep) -> None:
     tags["mlflow.note.content"] = comparison_table.to_markdown(comparisons)
     # Several data sets or budgets have no one best cell.
     metrics = frames.best_metrics(comparisons[0]) if len(comparisons) == 1 else {}
-    sweep.tracker.attach(sweep.parent, files, tags, metrics)
     print(f"\n{table}\n", flush=True)
+    sweep.tracker.attach(sweep.parent, files, tags, metrics)
     log.info("in MLflow (make ui):")
     log.info("  summary and pictures: %s", sweep.tracker.link(sweep.parent))
     log.info("  the runs as charts: %s", sweep.tracker.charts_link(sweep.id))

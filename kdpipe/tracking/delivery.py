@@ -10,7 +10,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric
+from mlflow.entities import Experiment, Metric
 from mlflow.exceptions import MlflowException
 
 from kdpipe.runs.journal import (
@@ -28,7 +28,8 @@ from kdpipe.runs.journal import (
     sync_command,
 )
 from kdpipe.runs.sqlite_address import sqlite_file
-from kdpipe.runs.store_address import check_uri, describe_error
+from kdpipe.runs.store_address import describe_error, in_store, store_uri
+from kdpipe.tracking.server import check_store, signed_in
 
 log = logging.getLogger("kdpipe")
 
@@ -92,10 +93,14 @@ class ActiveRun:
         if status == FINISHED:
             self._journal.released = len(self.rows)
         self._journal.end(status, reason)
-        if not self._delivery.finish(FINISH_TIMEOUT if status == FINISHED else STOP_TIMEOUT):
+        if self._delivery.finish(FINISH_TIMEOUT if status == FINISHED else STOP_TIMEOUT):
+            return
+        if deleted := self._delivery.deleted:
+            log.warning("%s has all of this run: %s", self.folder, deleted)
+        else:
             log.warning(
                 "%s does not have all of this run%s; %s does, and this command delivers it: %s",
-                self._journal.store,
+                self._journal.uri,
                 self._delivery.refusal_reason(),
                 self.folder,
                 sync_command(self.folder),
@@ -123,6 +128,7 @@ class Delivery:
         self._pending = False
         self._failures = 0
         self._refusal: Exception | None = None
+        self.deleted = ""  # what became of a run that is deleted, which the store may get back
         threading.Thread(target=self._run, name="kdpipe-delivery", daemon=True).start()
 
     def wake(self) -> None:
@@ -181,22 +187,25 @@ class Delivery:
                     if self._stage not in (_Stage.OPEN, _Stage.CLOSING):
                         return
             except Exception as error:  # of MLflow, SQLAlchemy, drivers, requests
-                if is_permanent(error):
+                self.deleted = deletion(self._client, self._journal) if is_permanent(error) else ""
+                if is_permanent(error) and not self.deleted:
                     self._refusal = error
                     self._move(_Stage.REFUSED)
                     return
-                if not is_down:
+                if self.deleted and not is_down:
+                    log.warning("training continues, though its %s", self.deleted)
+                elif not is_down:
                     log.warning(
                         "%s is not taking metrics (%s): training continues, and they are delivered later",
-                        self._journal.store,
+                        self._journal.uri,
                         describe_error(error),
                     )
                 is_down = True
                 self._pause(stage)
                 continue
             if is_down:
-                log.info("%s is back, and has what it missed", self._journal.store)
-            is_down = False
+                log.info("%s is back, and has what it missed", self._journal.uri)
+            is_down, self.deleted = False, ""
             with self._changed:
                 self._failures = 0
                 if stage is self._stage is _Stage.CLOSING:
@@ -298,6 +307,32 @@ def is_permanent(error: Exception) -> bool:
     return isinstance(error, MlflowException) and error.error_code in PERMANENT_ERRORS
 
 
+def deletion(client: MlflowClient, journal: Journal) -> str:
+    """What became of a run that was deleted in the store, and how to get it back; "" where it was not."""
+    try:
+        run = client.get_run(journal.run_id).info
+        if run.lifecycle_stage != "deleted":
+            return ""
+        back = restore_command(journal.uri, client.get_experiment(run.experiment_id), journal.run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            return ""
+        return f"run {journal.run_id} no longer exists in {journal.uri}; its command makes a new run of what is here"
+    return (
+        f"run {journal.run_id} was deleted in {journal.uri}; {back} brings it back, then "
+        f"{sync_command(journal.folder)} delivers the rest; without that, its command makes a new run of what is here"
+    )
+
+
+def restore_command(uri: str, experiment: Experiment, run_id: str = "") -> str:
+    """The command that brings back a deleted experiment with its runs, or one of these. It may be run in a shell where
+    MLFLOW_TRACKING_URI is another store."""
+    restore = f"runs restore --run-id {run_id}"
+    if experiment.lifecycle_stage == "deleted":
+        restore = f"experiments restore -x {experiment.experiment_id}"
+    return in_store(uri, f"mlflow {restore}")
+
+
 class Recovery:
     """Delivers what dead or disconnected processes left behind. A store that did not answer is not asked again.
 
@@ -321,32 +356,44 @@ class Recovery:
         if journal.status == RUNNING:
             journal.end(KILLED, "its process is gone")
             log.info("run %s: its process is gone, so it is marked KILLED", journal.run_id or folder.name)
-        uri = journal.uri
+        if journal.uri in self._clients:
+            return self._deliver(journal, self._clients[journal.uri])
+        if journal.uri not in self._problems:
+            try:
+                with signed_in(_existing(journal.uri)) as address:
+                    return self._deliver(journal, MlflowClient(tracking_uri=address))
+            except ValueError as error:
+                self._problems[journal.uri] = describe_error(error)
+        return f"{journal.uri} does not take this run's data ({self._problems[journal.uri]})"
+
+    def _deliver(self, journal: Journal, client: MlflowClient) -> str:
         try:
-            if uri not in self._problems and uri not in self._clients:
-                _check_exists(uri)
-                self._clients[uri] = MlflowClient(tracking_uri=uri)
-            if uri not in self._problems:
-                if journal.run_id == NOT_CREATED:
-                    created = runs_with_token(self._clients[uri], journal.tags[CREATION_TOKEN])
-                    journal.run_id = next(iter(created), NOT_CREATED)
-                if journal.run_id != NOT_CREATED:
-                    rows = read_rows(folder)[: journal.released]
-                    for _ in send(self._clients[uri], journal, rows, Known(), closing=True):
-                        pass
-                journal.mark_delivered()
-                return ""
+            if journal.run_id == NOT_CREATED:
+                created = runs_with_token(client, journal.tags[CREATION_TOKEN])
+                journal.run_id = next(iter(created), NOT_CREATED)
+            if journal.run_id != NOT_CREATED:
+                rows = read_rows(journal.folder)[: journal.released]
+                for _ in send(client, journal, rows, Known(), closing=True):
+                    pass
+            journal.mark_delivered()
+            return ""
         except Exception as error:  # as in `Delivery`
-            if is_permanent(error):  # such as a deleted run: the folder keeps its data, and may continue as a new run
+            if is_permanent(error):
+                if deleted := deletion(client, journal):
+                    return deleted
                 journal.delivered = True
                 journal.write()
-                return f"{journal.store} refuses this run's data for good ({describe_error(error)})"
-            self._problems[uri] = describe_error(error)
-        return f"{journal.store} does not take this run's data ({self._problems[uri]})"
+                return f"{journal.uri} refuses this run's data for good ({describe_error(error)})"
+            self._clients.pop(journal.uri, None)
+            self._problems[journal.uri] = describe_error(error)
+            return f"{journal.uri} does not take this run's data ({self._problems[journal.uri]})"
 
 
-def _check_exists(uri: str) -> None:
-    """Raise ValueError for a store that does not answer, or a missing sqlite file: MLflow would create a new one."""
-    check_uri(uri)
+def _existing(uri: str) -> str:
+    """The whole URI of a store that answers. Raises ValueError for another one, and for a missing sqlite file: MLflow
+    would create a new one."""
+    uri = store_uri(uri, Path())
+    check_store(uri)
     if (file := sqlite_file(uri)) and not file.is_file():
         raise ValueError("no such file")
+    return uri

@@ -1,7 +1,6 @@
 """MLflow's model registry: exported ONNX files under a name, with signature and alias."""
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from importlib.metadata import version as installed
 from pathlib import Path
 from shlex import quote
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 from mlflow.exceptions import MlflowException
@@ -16,15 +16,15 @@ from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 from numpy.typing import NDArray
 
-from kdpipe.runs.store_address import describe_error, without_password
+from kdpipe.runs.store_address import describe_error, in_store
 from kdpipe.settings.errors import ConfigError
 from kdpipe.system.silence import quiet
 from kdpipe.tracking.run_store import RunStore
 
 FOLDER = "exported"  # among the run's artifacts
 DESCRIPTION = (
-    "Raw uint8 images in, logits out, one for each class in the order of the tag class_names (also in the ONNX file's "
-    "metadata); probabilities are softmax(logits / temperature), with the temperature in a tag of that name."
+    "Raw uint8 images in. Out: the likeliest class of each, the probabilities of all classes, softmax(logits / "
+    "temperature) with the temperature in a tag of that name, their logits, and class_names, the order of both."
 )
 NOT_FOUND, EXISTS = "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS"  # error codes of MLflow
 
@@ -36,17 +36,20 @@ class Registered:
     name: str
     version: str
     alias: str
-    uri: str  # of the store
+    uri: str  # of the store, without its password
     image_shape: tuple[int, ...]
 
     def summary(self) -> str:
         """For a terminal, with a command that predicts."""
         shape = ", ".join(map(str, self.image_shape))
+        model = quote(f"models:/{self.name}@{self.alias}")
+        predict = f"mlflow models predict -m {model} --env-manager local -i input.json -o answers.json"
+        serve = f"mlflow models serve -m {model} --env-manager local"
         return "\n".join(
             [
                 f"registered: {self.name} version {self.version}, alias {self.alias}",
-                f"to predict: MLFLOW_TRACKING_URI={quote(without_password(self.uri))} mlflow models predict "
-                f"-m {quote(f'models:/{self.name}@{self.alias}')} --env-manager local -i input.json -o logits.json",
+                f"to predict: {in_store(self.uri, predict)}",
+                f"to serve: {in_store(self.uri, serve)}",
                 f'where input.json is {{"inputs": {{"images": IMAGES}}}}, IMAGES nested lists [batch, {shape}] of '
                 "numbers from 0 to 255",
             ]
@@ -104,7 +107,7 @@ def register(
     except Exception as error:  # also of requests and artifact stores
         problem = f"{store.name} did not take the model ({describe_error(error)})"
         raise ConfigError("--register", name, problem=problem) from error
-    return Registered(name, str(version.version), alias, store.uri, example.shape[1:])
+    return Registered(name, str(version.version), alias, store.name, example.shape[1:])
 
 
 def save_model(file: Path, folder: Path, example: NDArray[np.uint8]) -> None:
@@ -113,10 +116,9 @@ def save_model(file: Path, folder: Path, example: NDArray[np.uint8]) -> None:
     import onnx
 
     model = onnx.load(file, load_external_data=False)
-    classes = len(json.loads({entry.key: entry.value for entry in model.metadata_props}["class_names"]))
     signature = ModelSignature(
         Schema([TensorSpec(example.dtype, (-1, *example.shape[1:]), "images")]),
-        Schema([TensorSpec(np.dtype(np.float32), (-1, classes), "logits")]),
+        Schema([_specification(output) for output in model.graph.output]),
     )
     with quiet():
         mlflow.onnx.save_model(
@@ -126,3 +128,13 @@ def save_model(file: Path, folder: Path, example: NDArray[np.uint8]) -> None:
             pip_requirements=[f"{name}=={installed(name)}" for name in ("mlflow", "onnx", "onnxruntime", "numpy")],
             save_as_external_data=False,
         )
+
+
+def _specification(output: Any) -> TensorSpec:
+    """The output of an ONNX model in MLflow's terms; a size with a name, such as batch, is any."""
+    import onnx
+
+    kind = output.type.tensor_type
+    is_text = kind.elem_type == onnx.TensorProto.STRING
+    dtype = np.dtype(str) if is_text else onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+    return TensorSpec(dtype, tuple(-1 if size.dim_param else size.dim_value for size in kind.shape.dim), output.name)

@@ -17,9 +17,11 @@ from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 
 from kdpipe.runs.journal import FINISHED, now
 from kdpipe.runs.names import ONE_THREAD, TIMED_ON
-from kdpipe.runs.store_address import describe_error, server_address, uri_error, without_password
+from kdpipe.runs.store_address import describe_error, is_server, uri_error
 from kdpipe.settings.addresses import epoch_file
+from kdpipe.settings.credentials import without_password
 from kdpipe.settings.errors import ConfigError, first_line
+from kdpipe.tracking.server import check_store, sign_in, wait_for_store
 from kdpipe.tracking.sqlite import store_lock
 
 T = TypeVar("T")
@@ -52,6 +54,7 @@ class RunStore:
 
     Attributes:
         name: the URI without its password.
+        uri: as MLflow's client takes it, from `server.sign_in`.
 
     Raises:
         ConfigError: the store cannot be opened.
@@ -65,17 +68,25 @@ class RunStore:
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         # MLflow remembers where a run's artifacts are by its id alone, which a copied store shares.
         _artifact_repos_cache.clear()
-        self.uri, self.name = uri, without_password(uri)
+        self.name, self._given_uri = without_password(uri), uri
+        check_store(uri)
+        self.uri = sign_in(uri)
         try:
             with store_lock(uri):
                 self.client = self._opened()
         except Exception as error:  # of MLflow, SQLAlchemy, drivers, requests
+            if isinstance(error, ConfigError):
+                raise
             raise uri_error(uri, f"this store cannot be opened ({describe_error(error)})") from error
 
     def _opened(self) -> mlflow.MlflowClient:
         client = mlflow.MlflowClient(tracking_uri=self.uri)
         client.search_experiments(max_results=1)  # it may not be a store
         return client
+
+    def wait(self, seconds: float) -> None:
+        """Wait for the store to answer, if it went down."""
+        wait_for_store(self._given_uri, seconds)
 
     def attach(
         self, run_id: str, files: Mapping[str, bytes], tags: Mapping[str, str], metrics: Mapping[str, float]
@@ -183,9 +194,7 @@ class RunStore:
     @property
     def ui(self) -> str:
         """URL of the UI: the server's, or of the one that `make ui` starts."""
-        if not self.uri.startswith("http"):
-            return "http://127.0.0.1:5000"
-        return server_address(self.uri)  # the browser asks for name and password
+        return self.uri if is_server(self.uri) else "http://127.0.0.1:5000"  # the browser asks for name and password
 
 
 def record_of(run: mlflow.entities.Run) -> RunRecord:

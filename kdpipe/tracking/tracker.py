@@ -16,6 +16,7 @@ import mlflow
 from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Param
 from mlflow.exceptions import MlflowException
 from mlflow.store.entities import PagedList
+from sqlalchemy import create_engine, text
 
 from kdpipe.runs.claim import ClaimedError, claim, is_local, locked
 from kdpipe.runs.journal import (
@@ -33,14 +34,25 @@ from kdpipe.runs.journal import (
 )
 from kdpipe.runs.moved_store import correct_artifacts
 from kdpipe.runs.sqlite_address import sqlite_file, write_problem
+from kdpipe.runs.store_address import describe_error, is_server
 from kdpipe.settings.addresses import WEIGHTS
 from kdpipe.settings.errors import ConfigError, flat
 from kdpipe.system.interruption import postponed
-from kdpipe.tracking.delivery import STOP_TIMEOUT, ActiveRun, Recovery, delete_duplicates, new_token
+from kdpipe.tracking.delivery import (
+    STOP_TIMEOUT,
+    ActiveRun,
+    Recovery,
+    delete_duplicates,
+    deletion,
+    new_token,
+    restore_command,
+)
 from kdpipe.tracking.run_store import PAGE, UNKNOWN_RUN, RunRecord, RunStore, pages, record_of
+from kdpipe.tracking.server import NAME
 from kdpipe.tracking.sqlite import set_aside_half_made, store_lock
 
 MAX_PARAM_LENGTH = 6000  # MLflow's own limit
+DEFAULT = "0"  # id of the experiment that every store has
 IS_FINISHED = "attributes.status = 'FINISHED'"
 
 log = logging.getLogger("kdpipe")
@@ -69,11 +81,10 @@ class Tracker(RunStore):
             names = ", ".join(known.name for known in self._experiments())
             raise ConfigError("tracking.experiment", experiment, f"one of {names}", f"not found in {self.name}")
         if found.lifecycle_stage == "deleted":
-            restore = f"mlflow experiments restore -x {found.experiment_id}"
-            problem = f"this experiment was deleted; {restore} brings it back"
+            problem = f"this experiment was deleted; {restore_command(self.name, found)} brings it back"
             raise ConfigError("tracking.experiment", experiment, problem=problem)
         self.experiment_id: str = found.experiment_id
-        self._recovery = Recovery({uri: self.client})
+        self._recovery = Recovery({self.name: self.client})
 
     def _opened(self) -> mlflow.MlflowClient:
         correct_artifacts(self.uri, self._artifacts)
@@ -82,12 +93,43 @@ class Tracker(RunStore):
         set_aside_half_made(self.uri)
         if (file := sqlite_file(self.uri)) and (problem := write_problem(file)):
             raise ValueError(problem)
-        client = mlflow.MlflowClient(tracking_uri=self.uri)
-        if client.get_experiment_by_name(self.experiment) is None:
-            location = self._artifacts.resolve().as_uri() if sqlite_file(self.uri) else None
-            with suppress(MlflowException):  # another process has created it meanwhile, on a server
+        with self._permitted():
+            return self._created(mlflow.MlflowClient(tracking_uri=self.uri))
+
+    @contextmanager
+    def _permitted(self) -> Iterator[None]:
+        """Say what it is about where a server does not permit something."""
+        try:
+            yield
+        except MlflowException as error:
+            if error.error_code != "PERMISSION_DENIED":
+                raise
+            who = os.environ.get(NAME, "this user")
+            problem = f"{who} has no permission in {self.name} ({describe_error(error)})"
+            raise ConfigError("tracking.experiment", self.experiment, problem=problem) from error
+
+    def _created(self, client: mlflow.MlflowClient) -> mlflow.MlflowClient:
+        """A client of a store that has the experiment."""
+        location = None if is_server(self.uri) else self._artifacts.resolve().as_uri()
+        found = client.get_experiment_by_name(self.experiment)
+        if found is None:
+            try:
                 client.create_experiment(self.experiment, artifact_location=location)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process has created it, on a server
+                    raise
+        elif location and found.experiment_id == DEFAULT and found.artifact_location.endswith(f"/mlruns/{DEFAULT}"):
+            self._move_default(found.artifact_location, location)
         return client
+
+    def _move_default(self, before: str, location: str) -> None:
+        """Put the artifacts of the experiment Default where those of others are. MLflow creates it with the database,
+        for a folder in the one where that happens to be, and has no function to change that."""
+        engine = create_engine(self.uri)
+        with engine.begin() as database:
+            move = "UPDATE experiments SET artifact_location = :location WHERE artifact_location = :before"
+            database.execute(text(move), {"location": location, "before": before})
+        engine.dispose()
 
     @contextmanager
     def run(
@@ -107,18 +149,18 @@ class Tracker(RunStore):
             history: the rows to keep of it.
             seconds: that were spent on it.
         """
-        known = run_id if run_id and self._can_resume(run_id) else NOT_CREATED
+        known = run_id if run_id and self._is_active(run_id) else NOT_CREATED
         before, rows = Journal.read(folder), list(history)
-        if before and before.uri != self.uri and not before.delivered:
+        if before and before.uri != self.name and not before.delivered:
             left = before.run_id or folder.name
-            log.warning("run %s continues in %s; %s will not have the rest of it", left, self.name, before.store)
+            log.warning("run %s continues in %s; %s will not have the rest of it", left, self.name, before.uri)
         tokened = {**tags, CREATION_TOKEN: self._token(before, known)}
         times = before.times[: len(rows)] if before and before.run_id == run_id else []
         times += [now()] * (len(rows) - len(times))
         run = journal = None
         try:
             with postponed():  # the folder has to know each run that is created in the store
-                opened = Journal(folder, self.uri, known, tokened, seconds=seconds, times=times)
+                opened = Journal(folder, self.name, known, tokened, seconds=seconds, times=times)
                 if known == NOT_CREATED:
                     opened.write()  # with the token, by which a run is found if this process is killed now
                     self._create(opened, name, tokened)
@@ -153,8 +195,10 @@ class Tracker(RunStore):
                 if is_local(folder):
                     self.recover(folder)
 
-    def _can_resume(self, run_id: str) -> bool:
-        """Whether the experiment has this run."""
+    def _is_active(self, run_id: str | None) -> bool:
+        """Whether the experiment has this run, and it is not deleted."""
+        if not run_id:
+            return False
         try:
             info = self.client.get_run(run_id).info
         except MlflowException as error:
@@ -185,7 +229,7 @@ class Tracker(RunStore):
             with store_lock(self.uri):  # two processes may run the same sweep
                 found = self.find_sweep(sweep_id)
                 token = {CREATION_TOKEN: new_token(self.experiment_id)}
-                journal = Journal(folder, self.uri, found.id if found else NOT_CREATED, token)
+                journal = Journal(folder, self.name, found.id if found else NOT_CREATED, token)
                 if is_first:
                     journal.write()
                 if found:
@@ -208,6 +252,8 @@ class Tracker(RunStore):
                     self.client.set_tag(journal.run_id, "kdpipe.reason", journal.reason)
 
                 journal.delivered = finishes_within(STOP_TIMEOUT, close)
+                if isinstance(error, MlflowException) and (deleted := deletion(self.client, journal)):
+                    raise ValueError(f"the sweep's {deleted}") from error
                 raise
             finally:
                 if is_first and (journal.status == FINISHED or journal.delivered):
@@ -220,19 +266,20 @@ class Tracker(RunStore):
             sweeps = tags.get("kdpipe.sweep", "").split()
             if sweep_id not in sweeps:
                 self.client.set_tag(run.id, "kdpipe.sweep", " ".join([*sweeps, sweep_id]))
-            if "mlflow.parentRunId" not in tags:
+            if not self._is_active(tags.get("mlflow.parentRunId")):
                 self.client.set_tag(run.id, "mlflow.parentRunId", parent_id)
 
     def _token(self, before: Journal | None, run_id: str) -> str:
         """The CREATION_TOKEN of a run: that of the earlier journal, if it is about this run or about one that the store
         may still create."""
-        is_same = before is not None and (before.uri, before.run_id) == (self.uri, run_id)
+        is_same = before is not None and (before.uri, before.run_id) == (self.name, run_id)
         token = before.tags.get(CREATION_TOKEN, "") if before and is_same else ""
         return token if token.startswith(f"{self.experiment_id}/") else new_token(self.experiment_id)
 
     def _create(self, journal: Journal, name: str, tags: Mapping[str, str]) -> None:
         """Create the run of a journal, whose CREATION_TOKEN is among the tags."""
-        run = self.client.create_run(self.experiment_id, run_name=name, tags={**_origin(), **git_tags(), **tags})
+        with self._permitted():
+            run = self.client.create_run(self.experiment_id, run_name=name, tags={**_origin(), **git_tags(), **tags})
         journal.run_id = run.info.run_id
         delete_duplicates(self.client, journal)
 

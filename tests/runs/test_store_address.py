@@ -9,7 +9,8 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from kdpipe.runs.store_address import check_uri, describe_error, server_address, without_password, without_passwords
+from kdpipe.runs.store_address import check_uri, describe_error
+from kdpipe.settings.credentials import server_address, without_password, without_passwords
 
 PRINTABLE = st.characters(exclude_categories=["C", "Z"])
 HOST_PARTS = st.sampled_from(["host", "host:5000", "10.0.0.1:80", "[::1]:5000", "a.b-c.example"])
@@ -107,7 +108,7 @@ def test_an_error_is_cut_only_after_its_passwords_are_hidden() -> None:
 
 def test_nothing_slow_is_imported_to_show_a_uri() -> None:
     code = (
-        "import sys, kdpipe.runs.store_address as store; store.without_password('postgresql://a:b@c/d'); "
+        "import sys, kdpipe.runs.store_address as store; store.in_store('postgresql://a:b@c/d', ''); "
         "assert not {'mlflow', 'sqlalchemy'} & {*sys.modules}"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

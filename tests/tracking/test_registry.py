@@ -2,14 +2,18 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
-from helpers import Outcome, Taught, assert_refused
+from helpers import Outcome, Taught, assert_refused, free_port
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
@@ -63,6 +67,52 @@ def test_mlflow_predicts_with_a_registered_model(taught: Taught, command: Callab
     expected = open_onnx(Path("files/model.onnx")).forward(images)
     answers = predicted(taught.uri, "models:/answering@candidate", {"inputs": {"images": images.tolist()}})
     np.testing.assert_allclose(answers, expected, rtol=1e-4, atol=1e-5)
+
+
+@contextmanager
+def served(uri: str, model: str) -> Iterator[str]:
+    """The address of `mlflow models serve`."""
+    port = free_port()
+    words = [sys.executable, "-m", "mlflow", "models", "serve", "-m", model, "--env-manager", "local"]
+    words += ["--host", "127.0.0.1", "--port", str(port)]
+    with Path("log").open("w") as log:
+        programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # as in an activated environment
+        environment = {**os.environ, "MLFLOW_TRACKING_URI": uri, "PATH": programs}
+        process = subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urlopen(f"http://127.0.0.1:{port}/ping", timeout=1).close()
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline, Path("log").read_text()
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/invocations"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+def test_a_served_model_answers_class_names_and_calibrated_probabilities(taught: Taught, command: Callable) -> None:
+    made = command("export", taught.student, "--out", "files", "--register", "named", *QUICK)
+    assert "mlflow models serve -m models:/named@candidate --env-manager local" in made.output
+    version = MlflowClient(taught.uri).get_model_version_by_alias("named", "candidate")
+    images = np.random.default_rng(0).integers(0, 256, (3, 1, 8, 8)).astype(np.uint8)
+    exported = open_onnx(Path("files/model.onnx"))
+    expected = exported.probabilities(images)  # at the temperature that the run fitted on its validation images
+    assert float(version.tags["temperature"]) not in (0, 1)
+    assert version.source.startswith(f"runs:/{taught.student}/")  # logged with the run, which serves as well
+    for model in ("models:/named@candidate", version.source):
+        with served(taught.uri, model) as address:
+            body = json.dumps({"inputs": {"images": images.tolist()}}).encode()
+            with urlopen(Request(address, body, {"Content-Type": "application/json"}), timeout=60) as answer:
+                answers = json.load(answer)["predictions"]
+        np.testing.assert_allclose(answers["logits"], exported.forward(images), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(answers["probabilities"], expected, rtol=1e-4, atol=1e-5)
+        assert answers["class_names"] == list(exported.class_names)
+        assert answers["class"] == [exported.class_names[likeliest] for likeliest in expected.argmax(axis=1)]
 
 
 @pytest.mark.faults

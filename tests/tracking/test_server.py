@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from helpers import free_port, postgres, postgres_programs
 
-from kdpipe.runs.store_address import check_uri
+from kdpipe.tracking.server import check_store
 
 ROOT = Path(__file__).parents[2]
 ELSEWHERE = ["evil.example", "10.evil.example", "192.168.evil.example", "localhost.evil.example", ""]
@@ -100,18 +100,18 @@ def test_a_server_for_many_machines_answers_to_its_names(tmp_path: Path) -> None
             assert listening_addresses(port) == ["00000000"]
         assert f"tracking.uri=http://{own[0].lower()}:{port}" in (tmp_path / "log").read_text()
 
-        check_uri(f"http://LOCALHOST:{port}/")
-        check_uri(f"http://user:password@localhost:{port}")
+        check_store(f"http://LOCALHOST:{port}/")
+        check_store(f"http://user:password@localhost:{port}")
         if sys.platform == "linux":  # where all of 127.0.0.0/8 is this machine
             with pytest.raises(ValueError, match=r"refuses to be called 127\.0\.0\.9; .* ALLOWED_HOSTS=127\.0\.0\.9$"):
-                check_uri(f"http://127.0.0.9:{port}")
+                check_store(f"http://127.0.0.9:{port}")
 
         with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
             database.execute("ALTER TABLE experiments RENAME TO lost")
         with pytest.raises(
             ValueError, match=r"the server there answers 5\d\d, its database may be down: .*no such table"
         ):
-            check_uri(f"http://localhost:{port}")
+            check_store(f"http://localhost:{port}")
 
 
 @pytest.mark.faults
@@ -121,23 +121,26 @@ def test_a_server_whose_database_hangs_or_is_down_is_refused_within_seconds(tmp_
         pytest.skip("PostgreSQL is not installed (apt install postgresql)")
     with postgres(programs) as (database, process), serving(tmp_path, "server", f"DATABASE={database}") as port:
         uri = f"http://localhost:{port}"
-        check_uri(uri)
-        check_uri(database)
-        with stopped(process), refused(r"no tracking server answers there \(timed out\); start it and its database"):
-            check_uri(uri)
-        check_uri(uri)
+        check_store(uri)
+        check_store(database)
+        with (
+            stopped(process),
+            refused(r"no tracking server answers there \(Read timed out.*\); start it"),
+        ):
+            check_store(uri)
+        check_store(uri)
         os.kill(process, signal.SIGQUIT)
         while is_listening(database):
             time.sleep(0.05)
         with refused("answers 503, its database may be down: .*psycopg"):
-            check_uri(uri)
+            check_store(uri)
         with refused(r"no database answers at 127\.0\.0\.1:\d+ \("):
-            check_uri(database)
+            check_store(database)
 
 
 def is_listening(database: str) -> bool:
     try:
-        check_uri(database)
+        check_store(database)
     except ValueError:
         return False
     return True

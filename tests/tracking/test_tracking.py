@@ -1,7 +1,10 @@
 """MLflow, with real stores: sqlite files and a server."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -10,19 +13,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
 from threading import Thread
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import pytest
-from helpers import KEPT, free_port
+import sqlalchemy
+from helpers import KEPT, Forwarding, free_port
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from kdpipe.runs.journal import CREATION_TOKEN, NOT_CREATED, Journal
+from kdpipe.runs.journal import CREATION_TOKEN, NOT_CREATED, Journal, read_rows
 from kdpipe.runs.names import TIMED_ON
 from kdpipe.runs.store_address import check_uri, store_uri
-from kdpipe.tracking import Tracker
+from kdpipe.tracking import ActiveRun, Recovery, Tracker
 from kdpipe.tracking.delivery import new_token
+from kdpipe.tracking.server import check_store
 
 STUDENT = ["dataset=digits", "experiment=student", "train.epochs=1", "train.threads=1"]
 
@@ -64,7 +67,7 @@ def test_a_server_that_accepts_a_connection_and_never_answers_is_refused_within_
         silent.listen()
         started = time.monotonic()
         with pytest.raises(ValueError, match="no tracking server answers"):
-            check_uri(f"http://127.0.0.1:{silent.getsockname()[1]}")
+            check_store(f"http://127.0.0.1:{silent.getsockname()[1]}")
         assert time.monotonic() - started < 10
 
 
@@ -75,7 +78,8 @@ def answering() -> Iterator[Callable[[int, str], str]]:
 
     def start(status: int, text: str) -> str:
         class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
                 self.send_response(status)
                 self.end_headers()
                 self.wfile.write(text.encode())
@@ -93,16 +97,25 @@ def answering() -> Iterator[Callable[[int, str], str]]:
 def test_a_server_with_an_internal_error_is_refused_in_one_line(answering: Callable[[int, str], str]) -> None:
     uri = answering(503, '{"message": "(psycopg.OperationalError)\n connection refused"}\n')
     with pytest.raises(ValueError) as refused:
-        check_uri(uri)
+        check_store(uri)
     problem = 'answers 503, its database may be down: {"message": "(psycopg.OperationalError) connection refused"}'
     assert str(refused.value) == f"tracking.uri={uri}: the server there {problem}"
 
 
-@pytest.mark.parametrize("status", [200, 401, 403, 404])  # who may do what is for MLflow to say
-def test_a_server_that_requires_a_password_or_lacks_experiment_0_is_accepted(
-    answering: Callable[[int, str], str], status: int
+@pytest.mark.parametrize(
+    ("status", "problem"),
+    [
+        (401, r"does not accept this name and password \(no\); MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+        (403, r"does not permit this user to read its experiments \(no\)"),
+        (404, r"is no MLflow server \(404"),
+    ],
+)
+def test_a_server_that_refuses_is_told_from_one_that_is_down(
+    answering: Callable[[int, str], str], status: int, problem: str
 ) -> None:
-    check_uri(answering(status, "Permission denied"))
+    with pytest.raises(ValueError, match=problem):
+        check_store(answering(status, "no"))
+    check_store(answering(200, "{}"))
 
 
 @pytest.mark.parametrize("uri", ["http://me:s3cret@127.0.0.1:1", "postgresql://me:s3cret@127.0.0.1:1/db"])
@@ -118,7 +131,7 @@ def test_a_server_that_does_not_speak_http_is_refused() -> None:
         uri = f"http://127.0.0.1:{listening.getsockname()[1]}"
         Thread(target=lambda: listening.accept()[0].sendall(b"\0\1\2\n"), daemon=True).start()
         with pytest.raises(ValueError, match="no tracking server answers there"):
-            check_uri(uri)
+            check_store(uri)
 
 
 @pytest.mark.parametrize("database", ["postgresql", "postgresql+psycopg", "mysql+pymysql", "mssql+pyodbc"])
@@ -185,52 +198,27 @@ def test_metrics_are_in_the_folder_before_they_are_sent(empty_store: Path, tmp_p
     assert tracker.client.get_run(run.id).data.metrics == {"train/loss": 1.25}
 
 
-class Lossy(BaseHTTPRequestHandler):
-    """Forwards requests to a server, and hangs up instead of answering the first one that creates a run."""
+class Lossy(Forwarding):
+    """Hangs up instead of answering the first request that creates a run."""
 
-    protocol_version = "HTTP/1.1"
-    server: "LossyServer"
-
-    def do_GET(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        headers = {"Content-Type": self.headers.get("Content-Type", "application/json")}
-        request = Request(self.server.behind + self.path, body or None, headers, method=self.command)
-        try:
-            with urlopen(request) as answer:
-                status, content = answer.status, answer.read()
-        except HTTPError as error:
-            status, content = error.code, error.read()
-        if self.path.endswith("/runs/create") and not self.server.lost:
-            self.server.lost = True
-            self.close_connection = True
-            return
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    do_POST = do_PATCH = do_GET  # noqa: N815
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-class LossyServer(ThreadingHTTPServer):
     lost = False
 
-    def __init__(self, behind: str) -> None:
-        super().__init__(("127.0.0.1", 0), Lossy)
-        self.behind = behind
+    def answer(self, status: int, content: bytes) -> None:
+        if self.path.endswith("/runs/create") and not Lossy.lost:
+            Lossy.lost = self.close_connection = True
+        else:
+            super().answer(status, content)
 
 
 def test_a_run_whose_creation_was_not_answered_exists_once(server: str, tmp_path: Path) -> None:
-    with LossyServer(server) as lossy:
+    Lossy.lost, Lossy.behind = False, server
+    with ThreadingHTTPServer(("127.0.0.1", 0), Lossy) as lossy:
         Thread(target=lossy.serve_forever, daemon=True).start()
         tracker = Tracker(f"http://127.0.0.1:{lossy.server_port}", "once", tmp_path)
         with tracker.run("a run", tmp_path, {"seed": 0}, {}) as run:
             pass
         lossy.shutdown()
-    assert lossy.lost
+    assert Lossy.lost
     (found,) = runs_of(Tracker(server, "once", tmp_path))
     assert (found.info.run_id, found.info.status) == (run.id, "FINISHED")
 
@@ -358,8 +346,117 @@ def test_a_teacher_is_found_across_pages_of_experiments(
     assert found.id == run.id
 
 
-def test_a_deleted_experiment_is_refused(empty_store: Path, tmp_path: Path) -> None:
-    tracker = Tracker(f"sqlite:///{empty_store}", "deleted", tmp_path)
+def shell(command: str) -> None:
+    """Run a command as a user pastes it, in a shell where MLflow's store is another one."""
+    command = command.replace(" mlflow ", f" {sys.executable} -m mlflow ")
+    environment = os.environ | {"MLFLOW_TRACKING_URI": "sqlite:///another.db"}
+    subprocess.run(command, shell=True, check=True, capture_output=True, env=environment)
+
+
+def test_a_deleted_experiment_is_refused_with_the_command_that_restores_it(empty_store: Path, tmp_path: Path) -> None:
+    uri = f"sqlite:///{empty_store}"
+    tracker = Tracker(uri, "deleted", tmp_path)
     tracker.client.delete_experiment(tracker.experiment_id)
-    with pytest.raises(ValueError, match=r"tracking\.experiment=deleted: this experiment was deleted"):
-        Tracker(f"sqlite:///{empty_store}", "deleted", tmp_path)
+    with pytest.raises(ValueError, match=r"tracking\.experiment=deleted: this experiment was deleted; ") as error:
+        Tracker(uri, "deleted", tmp_path)
+    restore = str(error.value).partition("deleted; ")[2].removesuffix(" brings it back")
+    assert restore == f"MLFLOW_TRACKING_URI={uri} mlflow experiments restore -x {tracker.experiment_id}"
+    shell(restore)
+    assert Tracker(uri, "deleted", tmp_path).experiment_id == tracker.experiment_id
+
+
+def test_a_sweep_whose_run_was_deleted_gets_its_children_back(empty_store: Path, tmp_path: Path) -> None:
+    tracker = Tracker(f"sqlite:///{empty_store}", "sweeps", tmp_path)
+    parents = []
+    with tracker.run("a run", tmp_path, {}, {"kdpipe.identity": "1"}):
+        pass
+    (record,) = tracker.finished_runs()
+    for _ in range(2):
+        with tracker.sweep("abc", "a sweep", {}, tmp_path / "runs") as parent:
+            tracker.adopt(record, "abc", parent)
+        parents.append(parent)
+        assert tracker.client.get_run(record.id).data.tags["mlflow.parentRunId"] == parent
+        tracker.client.delete_run(parent)
+    assert parents[0] != parents[1]
+
+
+def test_a_sweep_whose_run_is_deleted_while_it_runs_says_so(empty_store: Path, tmp_path: Path) -> None:
+    tracker = Tracker(f"sqlite:///{empty_store}", "sweeps", tmp_path)
+    said = r"the sweep's run \w+ was deleted in sqlite.*mlflow runs restore --run-id"
+    with pytest.raises(ValueError, match=said), tracker.sweep("abc", "a sweep", {}, tmp_path / "runs") as parent:
+        tracker.client.delete_run(parent)
+        tracker.attach(parent, {}, {"tag": "value"}, {})
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "database"])
+def test_files_of_the_experiment_default_are_with_those_of_others(
+    kind: str, empty_store: Path, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    uri = database if kind == "database" else f"sqlite:///{empty_store}"
+    client = MlflowClient(uri)
+    client.search_experiments()  # makes a new database
+    engine = sqlalchemy.create_engine(uri)
+
+    def place_default(where: str) -> None:
+        with engine.begin() as connection:
+            change = sqlalchemy.text("UPDATE experiments SET artifact_location = :where WHERE experiment_id = 0")
+            connection.execute(change, {"where": where})
+
+    place_default(str(tmp_path / "mlruns/0"))  # as MLflow does in a new database, in the folder of that moment
+    tracker = Tracker(uri, "Default", tmp_path / "outputs/mlartifacts")
+    (tmp_path / "weights").write_text("weights")
+    with tracker.run("a run", tmp_path, {}, {}) as run:
+        run.save(tmp_path / "weights")
+    assert (tmp_path / "outputs/mlartifacts" / run.id / "artifacts/weights").exists()
+    assert not (tmp_path / "mlruns").exists()
+
+    place_default("mlflow-artifacts:/0")  # of a server, which uses the database, too
+    Tracker(uri, "Default", tmp_path / "elsewhere")
+    assert client.get_experiment("0").artifact_location == "mlflow-artifacts:/0"
+    engine.dispose()
+
+
+def test_a_run_that_is_deleted_while_it_trains_loses_nothing(
+    empty_store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "outputs/runs/0123"
+    folder.mkdir(parents=True)
+    tracker = Tracker(f"sqlite:///{empty_store}", "deleted", tmp_path)
+    with tracker.run("a run", folder, {}, {}) as run:
+        delete_once_it_has_metrics(tracker, run)
+        run.log({"train/loss": 1.0}, step=2)
+        run.commit()
+        while "training continues, though its run" not in caplog.text:
+            time.sleep(0.01)
+        run.log({"train/loss": 0.5}, step=3)
+    tracker.recover(folder)  # as every command does
+    restore, sync = caplog.messages[-1].partition("; ")[2].split(" brings it back, then ")
+    assert sync.startswith(f"python -m kdpipe.sync --output-dir {tmp_path / 'outputs'} delivers the rest")
+    shell(restore)
+    assert Recovery().recover(folder) == ""
+    found = tracker.client.get_run(run.id)
+    assert (found.info.status, found.data.metrics) == ("FINISHED", {"train/loss": 0.5})
+
+
+def test_a_run_that_is_gone_for_good_goes_on_as_a_new_one(
+    empty_store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = Tracker(f"sqlite:///{empty_store}", "gone", tmp_path)
+    with tracker.run("a run", tmp_path, {}, {}) as run:
+        delete_once_it_has_metrics(tracker, run)
+        tracker.client._tracking_client.store._hard_delete_run(run.id)  # as `mlflow gc` does
+        run.log({"train/loss": 1.0}, step=2)
+    assert "no longer exists" in caplog.messages[-1] and "its command makes a new run" in caplog.messages[-1]
+    with tracker.run("a run", tmp_path, {}, {}, run_id=run.id, history=read_rows(tmp_path)) as again:
+        pass
+    assert again.id != run.id
+    assert tracker.client.get_run(again.id).data.metrics == {"train/loss": 1.0}
+
+
+def delete_once_it_has_metrics(tracker: Tracker, run: ActiveRun) -> None:
+    run.log({"train/loss": 2.0}, step=1)
+    run.commit()
+    while not tracker.client.get_run(run.id).data.metrics:
+        time.sleep(0.01)
+    tracker.client.delete_run(run.id)
