@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kdpipe.data.dataset import ImageDataset
-from kdpipe.data.decode import decoded_source, files_below, image_file
+from kdpipe.data.decode import decoded_source, image_file
+from kdpipe.data.folders import LeftOut, files_below
 from kdpipe.settings.errors import ConfigError
 
 log = logging.getLogger("kdpipe")
@@ -64,7 +65,9 @@ def with_unlabelled(data: ImageDataset, root: str, on_bad_image: str, cache_dir:
         problem = f"the images with labels are {width}×{height}×{channels}"
         raise ConfigError("unlabelled_root", root, "a data set of square RGB images", problem)
     try:
-        files = [image_file(path, top, label=0) for path in files_below(top)]
+        left_out = LeftOut("dataset.unlabelled_root", top)
+        files = [image_file(path, top, label=0) for path in files_below(top, left_out)]
+        left_out.report()
         if not files:
             problem = "no file in this folder" if top.is_dir() else "no such folder"
             raise ConfigError("root", problem=problem, expected="a folder with images")
