@@ -130,12 +130,14 @@ def decoded_source(
     meta = json.loads((entry / META).read_text())
     if bad := meta["bad"]:
         log.warning("dataset.on_bad_image=skip: %d of %d files are not readable images, left out", len(bad), len(files))
+    kept = [file for file in files if file.name not in bad]
     return Source(
         images=mapped_array(entry / "images.npy"),
         labels=torch.from_numpy(np.load(entry / "labels.npy")),
         class_names=class_names,
-        given=_given_splits([file for file in files if file.name not in bad]),
+        given=_given_splits(kept),
         fingerprint=meta["fingerprint"],
+        names=[file.name for file in kept],
     )
 
 
