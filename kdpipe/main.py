@@ -279,7 +279,7 @@ def _write_results(settings: Settings, parts: Parts, exam: Exam, folder: Path) -
     class_names = parts.data.class_names
     save_weights(parts.model.network, folder / WEIGHTS, class_names)
     files = [folder / WEIGHTS, *write_exam(exam, parts.data, folder, settings.evaluation.pictures)]
-    for caveat in caveats(exam, class_names):
+    for caveat in caveats(exam, class_names, parts.data.duplicates):
         log.warning(caveat)
     if parts.teacher and parts.teacher.learns:
         files.append(folder / PEER_WEIGHTS)

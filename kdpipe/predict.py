@@ -37,7 +37,7 @@ def predict_images(arguments: argparse.Namespace) -> str:
     Raises:
         ValueError: there is no such network, or some files are not images (printed after the table of the others).
     """
-    from kdpipe.settings.values import PositiveInt
+    from kdpipe.settings.values import PositiveInt, composed
 
     check_flags(arguments, top=PositiveInt)
 
@@ -49,7 +49,7 @@ def predict_images(arguments: argparse.Namespace) -> str:
         open_predictor(address, lambda: RunStore(existing_store(arguments)), arguments.trust)
         for address in filter(None, (arguments.network, arguments.teacher))
     ]
-    if len({network.class_names for network in networks}) > 1:
+    if len({composed(network.class_names) for network in networks}) > 1:
         classes = ", ".join(networks[1].class_names[:10])
         print(printable(f"{NAME}: --teacher {arguments.teacher} has other classes: {classes}"), file=sys.stderr)
     rows: list[list[str]] = []

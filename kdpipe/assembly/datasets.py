@@ -45,6 +45,8 @@ def _read(described: str) -> ImageDataset:
     _, channels, height, width = data.images.shape
     classes = ", ".join(data.class_names[:10]) + (", …" if data.num_classes > 10 else "")
     log.info("%d classes (%s); images of %d×%d×%d: %s", data.num_classes, classes, width, height, channels, sizes)
+    for duplicates in data.duplicates:
+        log.warning("data set %s: %s", settings.name, duplicates)
     return data
 
 

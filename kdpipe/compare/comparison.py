@@ -12,6 +12,7 @@ from kdpipe.compare.cells import Cell, Controls, Key
 from kdpipe.compare.disagreement import Disagreement
 from kdpipe.compare.published import Published, published_for, published_notes, teacher_note
 from kdpipe.compare.statistics import CANNOT_TELL, Interval, interval, verdict
+from kdpipe.runs.names import DUPLICATES
 from kdpipe.settings.addresses import run_and_file
 from kdpipe.settings.identity import UNLABELLED, other_split
 from kdpipe.tracking import RunRecord
@@ -170,6 +171,8 @@ def _notes(
     elif len(decisive.cell.teacher_runs) > 1 and "teacher.members" not in decisive.cell.first.params:
         covered = "the seeds of the whole chain (first weights, order of images), not"
     notes.append(f"the interval covers {covered} the sample of test images")
+    if duplicates := decisive.cell.first.tags.get(DUPLICATES):
+        notes.append(duplicates)
     leaks = (_leak(source, best.cell, get_run) for source in best.cell.teacher_runs)
     notes += list(filter(None, leaks))[:1]
     seed, run = best_run(decisive.cell)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, Self
 
@@ -9,6 +10,7 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from kdpipe.data.duplicates import Comparable, Duplicates, duplicates_of
 from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.values import SplitSeed, TestShare, TrainShare, ValidationShare, check_shares, checked
 
@@ -23,12 +25,15 @@ class Source:
     class_names: tuple[str, ...]
     given: dict[str, Tensor] = field(default_factory=dict)  # "validation" and "test", if any, as positions int64 [n]
     fingerprint: str = ""  # 16 hex digits that identify all of the above; computed by default
+    names: Sequence[str] = ()  # of the images' files, for messages
 
     def __post_init__(self) -> None:
         _check_tensor("images", self.images, torch.uint8, 4)
         _check_tensor("labels", self.labels, torch.int64, 1, below=len(self.class_names))
         if len(self.labels) != len(self.images):
             raise ValueError(f"data source: {len(self.labels)} labels for {len(self.images)} images")
+        if self.names and len(self.names) != len(self.images):
+            raise ValueError(f"data source: {len(self.names)} names for {len(self.images)} images")
         for name, positions in self.given.items():
             if name not in ("validation", "test"):
                 raise ValueError(f"data source: it brings a split {name!r}; expected validation or test")
@@ -107,6 +112,8 @@ class ImageDataset:
     splits: dict[str, Tensor]  # positions, int64 [n]
     fingerprint: str
     unlabelled: str = ""  # fingerprint of the training images that have no label (−1); "" without such images
+    names: Sequence[str] = ()  # of the images' files, for messages; without those that have no label
+    duplicates: tuple[Duplicates, ...] = ()  # images of the test and validation splits that are also in another
 
     @property
     def num_classes(self) -> int:
@@ -157,16 +164,15 @@ def split(
         outside[positions] = False
     train, splits = outside.nonzero().squeeze(1), dict(given)
     whole = len(train)
+    # Of as many parts are these images, and as many images of each class are needed.
+    parts = 1 + bool(test_fraction and "test" not in given) + bool(val_fraction and "validation" not in given)
+    parts += train_fraction < 1
 
     def divide(key: str, fraction: float, count: int) -> tuple[Tensor, Tensor]:
-        """The training images that stay, and `count` that go; both sorted, each class in both by its share."""
-        classes = source.labels[train].numpy()
         try:
-            stay, go = train_test_split(train.numpy(), test_size=count, stratify=classes, random_state=split_seed)
+            return _divide(source.labels, train, count, split_seed)
         except ValueError as error:
-            problem = f"{count} of {len(train)} images leave a part without some of the {len(set(classes))} classes"
-            raise ConfigError(key, fraction, "another share, or more images", problem) from error
-        return torch.from_numpy(stay).sort().values, torch.from_numpy(go).sort().values
+            raise _indivisible(key, fraction, count, source, train, parts) from error
 
     if test_fraction and "test" not in given:
         train, splits["test"] = divide("test_fraction", test_fraction, round(test_fraction * whole))
@@ -175,7 +181,45 @@ def split(
     if train_fraction < 1:
         train, _ = divide("train_fraction", train_fraction, len(train) - round(train_fraction * len(train)))
     splits["train"] = train
-    return ImageDataset(name, source.images, source.labels, source.class_names, splits, source.fingerprint)
+    return ImageDataset(
+        name,
+        source.images,
+        source.labels,
+        source.class_names,
+        splits,
+        source.fingerprint,
+        names=source.names,
+        duplicates=_find_duplicates(source, splits),
+    )
+
+
+def _divide(labels: Tensor, positions: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The positions that stay, and `count` that go; both sorted, each class in both by its share. Raises ValueError
+    where that is not possible."""
+    classes = labels[positions].numpy()
+    stay, go = train_test_split(positions.numpy(), test_size=count, stratify=classes, random_state=seed)
+    return torch.from_numpy(stay).sort().values, torch.from_numpy(go).sort().values
+
+
+def _indivisible(key: str, fraction: float, count: int, source: Source, positions: Tensor, parts: int) -> ConfigError:
+    """The error for positions that cannot be divided; it names the classes that no share would divide."""
+    left = source.labels[positions].bincount(minlength=len(source.class_names)).tolist()
+    problem = f"{count} of {len(positions)} images leave a part without some of the {sum(map(bool, left))} classes"
+    single = [name for name, number in zip(source.class_names, left, strict=True) if number == 1]
+    if not single:
+        return ConfigError(key, fraction, "another share, or more images", problem)
+    named = ", ".join(single[:3]) + (f" and {len(single) - 3} more" if len(single) > 3 else "")
+    problem += f", and no share works: of {named} one image is left to divide"
+    return ConfigError(key, fraction, f"at least {parts} images of each class, one for each part", problem)
+
+
+def _find_duplicates(source: Source, splits: Mapping[str, Tensor]) -> tuple[Duplicates, ...]:
+    found, images = [], Comparable(source.images)
+    for one, other in (("test", "train"), ("validation", "train"), ("test", "validation")):
+        if one in splits and other in splits and (pairs := images.twins(splits[one], images, splits[other])):
+            among = "training" if other == "train" else other
+            found.append(duplicates_of(one, among, pairs, len(splits[one]), source.names, source.names))
+    return tuple(found)
 
 
 def subsample(positions: Tensor, count: int) -> Tensor:

@@ -5,8 +5,9 @@ import io
 import json
 import logging
 import os
+import stat
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kdpipe.data.dataset import Source
+from kdpipe.data.pixels import as_rgb
 from kdpipe.settings.errors import ConfigError, flat
 from kdpipe.system.disk_cache import META, ensure_entry, mapped_array, new_array, read_meta
 from kdpipe.system.progress import progress
@@ -34,7 +36,7 @@ OnBadImage = Literal["stop", "skip"]
 PHOTO_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "MPO")
 MAX_PIXELS = 64_000_000  # 192 MB decoded, in each thread; nearly all cameras and phones stay below
 MAX_BYTES = 256_000_000  # of a file; MAX_PIXELS take 192 MB uncompressed
-LAYOUT = 1  # of the files in a cache entry; another number is another entry
+LAYOUT = 2  # of a cache entry and how images are decoded; another number is another entry
 QUEUED = 1024  # files that wait to be decoded, at most
 
 
@@ -50,12 +52,22 @@ class ImageFile:
 
 
 def image_file(path: str, root: Path, label: int, split: str | None = None) -> ImageFile:
-    """An `ImageFile` for a file on disk, below `root`."""
-    status = os.stat(path)  # noqa: PTH116 - there are many files, and making a Path takes longer than its status
+    """An `ImageFile` for a file on disk, below `root`; reading what is no file, such as a link that leads nowhere,
+    raises ValueError."""
+    try:
+        status = os.stat(path)  # noqa: PTH116 - there are many files, and making a Path takes longer than its status
+    except OSError:
+        status = Path(path).lstat()
     # Not the time of modification alone: programs that unpack archives set it.
     stamp = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
     name = path.removeprefix(f"{root}{os.sep}").replace(os.sep, "/")
-    return ImageFile(name, label, stamp, partial(read_file, Path(path)), split)
+    read = read_file if stat.S_ISREG(status.st_mode) else _refuse
+    return ImageFile(name, label, stamp, partial(read, Path(path)), split)
+
+
+def _refuse(path: Path) -> bytes:
+    """What reading something else than a file comes to; reading a pipe would take for ever."""
+    raise ValueError(f"a link to {path.readlink()}, which does not exist" if path.is_symlink() else "not a file")
 
 
 def read_file(path: Path) -> bytes:
@@ -66,19 +78,20 @@ def read_file(path: Path) -> bytes:
 
 
 def read_image(content: bytes) -> Image.Image:
-    """The pixels of an image file as RGB; of several frames the first. Raises ValueError for what is not a readable
-    image, or would take too much memory."""
+    """The pixels of an image file as RGB (see `as_rgb`); of several frames the first. Raises ValueError for what is not
+    a readable image, or would take too much memory."""
     Image.init()
     # Pillow warns from 89 million pixels on; we refuse such images below. For the whole process, because
     # catch_warnings is not thread-safe.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    warnings.filterwarnings("ignore", message="Corrupt EXIF data")  # such an image is read as it lies
     formats = [name for name in PHOTO_FORMATS if name in Image.OPEN]
     try:
         with Image.open(io.BytesIO(content), formats=formats) as image:
             if image.width * image.height > MAX_PIXELS:
                 limit = f"{MAX_PIXELS / 1e6:g} million"
                 raise ValueError(f"{image.width}×{image.height} pixels; expected at most {limit}")
-            return _rgb(image)
+            return as_rgb(image)
     except UnidentifiedImageError as error:
         raise ValueError("unknown image format" if content else "empty") from error
     except MemoryError:
@@ -117,12 +130,14 @@ def decoded_source(
     meta = json.loads((entry / META).read_text())
     if bad := meta["bad"]:
         log.warning("dataset.on_bad_image=skip: %d of %d files are not readable images, left out", len(bad), len(files))
+    kept = [file for file in files if file.name not in bad]
     return Source(
         images=mapped_array(entry / "images.npy"),
         labels=torch.from_numpy(np.load(entry / "labels.npy")),
         class_names=class_names,
-        given=_given_splits([file for file in files if file.name not in bad]),
+        given=_given_splits(kept),
         fingerprint=meta["fingerprint"],
+        names=[file.name for file in kept],
     )
 
 
@@ -149,8 +164,9 @@ def _decode(
     good = [position for position, file in enumerate(files) if file.name not in bad]
     kept = [files[position] for position in good]
     labels = np.array([file.label for file in kept], dtype=np.int64)
+    trained = {file.label for file in kept if file.split is None}
     for label, class_name in enumerate(class_names):
-        if label not in labels:
+        if label not in trained:
             raise ConfigError("root", expected="at least one", problem=f"class {class_name} has no readable image")
     if lost := {file.split for file in files} - {file.split for file in kept}:
         problem = f"the {lost.pop() or 'train'} folder has no readable image"
@@ -204,12 +220,6 @@ def _about(shape: tuple[int, ...]) -> str:
     return f"{number:,} images, {width}×{height}"
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # which Pillow would clip to 8 bits
-        return Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
-
-
 def _first_size(files: Sequence[ImageFile]) -> tuple[int, int]:
     """The (width, height) of the first readable image, which all others must share."""
     for file in files:
@@ -235,30 +245,3 @@ def _is_complete(files: Sequence[ImageFile], num_classes: int, entry: Path) -> b
         and sum(file.name not in bad for file in files) == len(images) == len(labels) > 0
         and 0 <= int(labels.min()) <= int(labels.max()) < num_classes
     )
-
-
-def files_below(root: Path) -> list[str]:
-    """The files below `root`, sorted, without hidden ones and those that operating systems leave behind. Raises
-    ConfigError for a link to a folder that was read already (such links can make endlessly many files), and for a name
-    that is not valid text."""
-    if not root.is_dir():
-        return []
-    found = sorted(_paths_below(root, set()), key=lambda path: path.split(os.sep))  # noqa: PTH206 - for speed
-    if wrong := [path for path in found if path.encode(errors="ignore").decode() != path]:
-        raise ConfigError("root", expected="file names in UTF-8", problem=f"{wrong[0]!a} is not")
-    return found
-
-
-def _paths_below(folder: Path | str, seen: set[str]) -> Iterator[str]:
-    real = os.path.realpath(folder)
-    if real in seen:
-        raise ConfigError("root", problem=f"{folder} is a link to a folder that was read already, {real}; remove it")
-    seen.add(real)
-    with os.scandir(folder) as found:  # tells files from folders without asking the file system again
-        for item in found:
-            if item.name.startswith(".") or item.name in ("Thumbs.db", "desktop.ini"):
-                continue
-            if item.is_dir():
-                yield from _paths_below(item.path, seen)
-            elif item.is_file():
-                yield item.path

@@ -8,7 +8,8 @@ from pathlib import Path, PureWindowsPath
 from threading import Lock
 
 from kdpipe.data.dataset import Source
-from kdpipe.data.decode import MAX_BYTES, ImageFile, ImageSize, OnBadImage, decoded_source, files_below, image_file
+from kdpipe.data.decode import MAX_BYTES, ImageFile, ImageSize, OnBadImage, decoded_source, image_file
+from kdpipe.data.folders import LeftOut, files_below, folder_content, split_named
 from kdpipe.settings.errors import ConfigError, flat
 from kdpipe.settings.values import checked
 
@@ -19,7 +20,8 @@ NAME = re.compile(r"(?:.*/)?(cat|dog)\.\d+\.jpg")
 
 @checked
 def dogs_vs_cats(root: str, image_size: ImageSize, on_bad_image: OnBadImage, cache_dir: str) -> Source:
-    """Photos as uint8 [N, 3, image_size, image_size]; classes cat and dog, no splits of its own.
+    """Photos as uint8 [N, 3, image_size, image_size]; classes cat and dog, no splits of its own but those that have
+    folders of such files beside `train` (`validation/cats/cat.2000.jpg`).
 
     Args:
         root: a folder with `train/cat.0.jpg` … (or these files themselves), a folder with Kaggle's `train.zip` or
@@ -29,9 +31,7 @@ def dogs_vs_cats(root: str, image_size: ImageSize, on_bad_image: OnBadImage, cac
     archives = [path] if path.is_file() else [path / "train.zip", path / "dogs-vs-cats.zip"]
     files: list[ImageFile] = []
     if path.is_dir():
-        folder = path / "train" if (path / "train").is_dir() else path
-        named = [(file, NAME.fullmatch(Path(file).name)) for file in files_below(folder)]
-        files = [image_file(file, path, CLASS_NAMES.index(match[1])) for file, match in named if match]
+        files = _files_below(path)
     for archive in archives:
         if not files and archive.is_file():
             files = _files_in(archive, root)
@@ -41,6 +41,34 @@ def dogs_vs_cats(root: str, image_size: ImageSize, on_bad_image: OnBadImage, cac
         raise ConfigError("root", root, kaggle, problem)
     files.sort(key=lambda file: file.name)
     return decoded_source(files, CLASS_NAMES, image_size, on_bad_image, cache_dir)
+
+
+def _files_below(top: Path) -> list[ImageFile]:
+    left_out = LeftOut("dataset.root", top)
+    folders, others = folder_content(top, left_out)
+    splits = {Path(folder): split_named(Path(folder).name) for folder in folders}
+    read = [folder for folder, split in splits.items() if split] if "train" in splits.values() else [top]
+    if read != [top]:
+        left_out.add(*(folder for folder in splits if folder not in read), *others)
+    files = []
+    for folder in read:
+        found = files_below(folder, left_out)
+        named = [(file, match) for file in found if (match := NAME.fullmatch(Path(file).name))]
+        if named:
+            left_out.add(*set(found).difference(file for file, _ in named))
+        else:
+            left_out.add(folder, note="no file is called cat.N.jpg or dog.N.jpg")
+        for file, match in named:
+            split = _split_of(str(Path(file).relative_to(top)))
+            files.append(image_file(file, top, CLASS_NAMES.index(match[1]), split))
+    left_out.report()
+    return files
+
+
+def _split_of(name: str) -> str | None:
+    """The split of a file by the outermost of its folders that is one; None for training images."""
+    split = next(filter(None, map(split_named, Path(name).parts[:-1])), "train")
+    return None if split == "train" else "test" if split == "evaluation" else split
 
 
 def _files_in(path: Path, root: str) -> list[ImageFile]:
@@ -61,7 +89,13 @@ def _files_in(path: Path, root: str) -> list[ImageFile]:
             return _content(archive, member, MAX_BYTES)
 
     return [
-        ImageFile(info.filename, CLASS_NAMES.index(match[1]), (info.CRC, *stamp), partial(read, info))
+        ImageFile(
+            info.filename,
+            CLASS_NAMES.index(match[1]),
+            (info.CRC, *stamp),
+            partial(read, info),
+            _split_of(info.filename),
+        )
         for info in archive.infolist()
         if (match := NAME.fullmatch(info.filename)) and "__MACOSX" not in info.filename
     ]

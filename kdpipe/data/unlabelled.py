@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from kdpipe.data.dataset import ImageDataset
-from kdpipe.data.decode import decoded_source, files_below, image_file
+from kdpipe.data.decode import decoded_source, image_file
+from kdpipe.data.duplicates import Comparable, duplicates_of, examples_of
+from kdpipe.data.folders import LeftOut, files_below
 from kdpipe.settings.errors import ConfigError
 
 log = logging.getLogger("kdpipe")
@@ -41,19 +43,6 @@ class Concatenated:
         return type(self)(self.first.to(device), self.second.to(device))
 
 
-def _count_duplicates(images: Tensor, positions: Tensor, others: Tensor) -> int:
-    """How many of the others [m, C, H, W] are, pixel by pixel, among the images [n, C, H, W] at these positions."""
-    middle = images.shape[2] // 2  # one row tells most images apart, so that little of a memory-mapped array is read
-    places: dict[bytes, list[int]] = {}
-    for place, row in zip(positions.tolist(), images[:, :, middle][positions].numpy(), strict=True):
-        places.setdefault(row.tobytes(), []).append(place)
-    rows = others[:, :, middle].contiguous().numpy()
-    return sum(
-        any(torch.equal(images[place], other) for place in places.get(row.tobytes(), ()))
-        for row, other in zip(rows, others, strict=True)
-    )
-
-
 def with_unlabelled(data: ImageDataset, root: str, on_bad_image: str, cache_dir: str) -> ImageDataset:
     """The data set with all images below `root` among its training images: after the others, decoded to their size,
     with the label −1. Raises ConfigError if there are none, or if the data set's images are not square or not RGB."""
@@ -64,7 +53,9 @@ def with_unlabelled(data: ImageDataset, root: str, on_bad_image: str, cache_dir:
         problem = f"the images with labels are {width}×{height}×{channels}"
         raise ConfigError("unlabelled_root", root, "a data set of square RGB images", problem)
     try:
-        files = [image_file(path, top, label=0) for path in files_below(top)]
+        left_out = LeftOut("dataset.unlabelled_root", top)
+        files = [image_file(path, top, label=0) for path in files_below(top, left_out)]
+        left_out.report()
         if not files:
             problem = "no file in this folder" if top.is_dir() else "no such folder"
             raise ConfigError("root", problem=problem, expected="a folder with images")
@@ -73,12 +64,20 @@ def with_unlabelled(data: ImageDataset, root: str, on_bad_image: str, cache_dir:
         if error.key != "root":
             raise
         raise ConfigError("unlabelled_root", root, error.expected, error.problem) from error
-    held_out = torch.cat([positions for name, positions in data.splits.items() if name != "train"])
-    if duplicates := _count_duplicates(images, held_out, source.images):
+    everything, held_out = torch.arange(len(source.images)), {**data.splits}
+    del held_out["train"]
+    known, more = Comparable(images), Comparable(source.images)
+    if pairs := more.twins(everything, known, torch.cat(list(held_out.values()))):
         message = (
-            "dataset.unlabelled_root=%s: %d of its %d images are also validation or test images, which biases results"
+            "dataset.unlabelled_root=%s: %d of its %d images are also validation or test images, which biases results "
+            "(%s)"
         )
-        log.warning(message, root, duplicates, len(source.images))
+        log.warning(message, root, len(pairs), len(everything), examples_of(pairs, source.names, data.names))
+    duplicates = [
+        duplicates_of(name, "unlabelled", pairs, len(positions), data.names, source.names)
+        for name, positions in held_out.items()
+        if (pairs := known.twins(positions, more, everything))
+    ]
     new = torch.arange(len(data.labels), len(data.labels) + len(source.labels))
     return replace(
         data,
@@ -86,4 +85,5 @@ def with_unlabelled(data: ImageDataset, root: str, on_bad_image: str, cache_dir:
         labels=torch.cat([data.labels, torch.full_like(source.labels, -1)]),
         splits=data.splits | {"train": torch.cat([data.splits["train"], new])},
         unlabelled=source.fingerprint,
+        duplicates=(*data.duplicates, *duplicates),
     )

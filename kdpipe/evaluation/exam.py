@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdpipe.data import ImageDataset
+from kdpipe.data.duplicates import Duplicates
 from kdpipe.evaluation.inference import logits_of
 from kdpipe.evaluation.metrics import (
     classification_metrics,
@@ -100,8 +102,9 @@ def write_exam(exam: Exam, data: ImageDataset, folder: Path, with_figures: bool)
     return [folder / name for name in contents]
 
 
-def caveats(exam: Exam, class_names: Sequence[str]) -> list[str]:
-    """What an accuracy hides: the same prediction for all images, classes without test images."""
+def caveats(exam: Exam, class_names: Sequence[str], duplicates: Sequence[Duplicates] = ()) -> list[str]:
+    """What an accuracy hides: the same prediction for all images, classes without test images, images that are also in
+    another split."""
     found = []
     for network, logits in (("the trained network", exam.student), ("its teacher", exam.teacher)):
         predicted = set() if logits is None else set(logits.argmax(dim=1).tolist())
@@ -110,7 +113,18 @@ def caveats(exam: Exam, class_names: Sequence[str]) -> list[str]:
     present = set(exam.labels.tolist())
     if missing := [name for label, name in enumerate(class_names) if label not in present]:
         found.append(f"no test images of {', '.join(missing)}: the metrics say nothing about them")
-    return found
+    return [*found, *(f"{one}: {_without(one, exam)}" for one in duplicates)]
+
+
+def _without(duplicates: Duplicates, exam: Exam) -> str:
+    """The accuracy on the test images that are in no other split, in words."""
+    if duplicates.split != "test":
+        return "accuracies on them are too good to choose by"
+    new = ~torch.isin(exam.positions, duplicates.positions)
+    if not new.any():
+        return "the metrics say nothing about new images"
+    accuracy = classification_metrics(exam.student[new], exam.labels[new])["accuracy"]
+    return f"the accuracy on the others is {100 * accuracy:.2f} %"
 
 
 def prediction_frame(exam: Exam, class_names: Sequence[str]) -> pd.DataFrame:

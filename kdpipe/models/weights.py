@@ -16,6 +16,7 @@ from torch import nn
 
 from kdpipe.models.found_states import COUNTERS, State, choose_state, load_tensors, shorten, under_names_of
 from kdpipe.settings.errors import ConfigError, first_line, flat
+from kdpipe.settings.values import composed
 from kdpipe.system.files import write_atomically
 
 log = logging.getLogger("kdpipe")
@@ -128,8 +129,9 @@ def load_state(key: str, source: str, network: nn.Module, state: State, name: st
 
 
 def check_class_names(key: str, source: str, trained: Sequence[str] | None, expected: Sequence[str]) -> None:
-    """Raise ConfigError if weights were trained on classes other than those of the data set."""
-    if trained is not None and list(trained) != list(expected):
+    """Raise ConfigError if weights were trained on classes other than those of the data set. Two forms of Unicode are
+    one name."""
+    if trained is not None and composed(trained) != composed(expected):
         problem = f"trained on {len(trained)} classes ({shorten(trained)})"
         raise ConfigError(key, source, f"the data set's {len(expected)} ({shorten(expected)})", problem)
 

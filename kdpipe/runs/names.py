@@ -9,6 +9,7 @@ CONFUSION, RELIABILITY, DIFFERING = "confusion.png", "reliability.png", "differi
 # Tags of a run.
 IMAGE_SHAPE = "kdpipe.image_shape"  # of its stored images, such as 3x32x32
 UNLABELLED_IMAGES = "kdpipe.unlabelled_images"  # how many it was trained on
+DUPLICATES = "kdpipe.duplicates"  # images of the test and validation splits that are also in another, in words
 TIMED_ON = "kdpipe.timed_on"  # the hardware of its latencies
 # Of metrics.
 ONE_THREAD = "_1_thread"  # suffix of latencies on one CPU thread

@@ -2,7 +2,8 @@
 
 import inspect
 import types
-from collections.abc import Callable, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -27,6 +28,11 @@ MAX_SEED = 2**32 - 1  # of NumPy
 SplitSeed = Annotated[int, Field(ge=0, le=MAX_SEED, description=f"a whole number from 0 to {MAX_SEED}")]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+def composed(names: Iterable[str]) -> tuple[str, ...]:
+    """Names in Unicode's composed form (NFC), in which they are compared: macOS writes é as e with an accent (NFD)."""
+    return tuple(unicodedata.normalize("NFC", name) for name in names)
 
 
 def check_shares(validation: float, test: float | None) -> None:

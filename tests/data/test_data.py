@@ -177,7 +177,6 @@ def test_a_source_without_test_images_needs_a_test_fraction():
 @pytest.mark.parametrize(
     ("sizes", "changes", "setting"),
     [
-        ((50, 1), {}, "test_fraction=0.1: 5 of 51 images"),
         ((5, 5), {"test_fraction": 0.01}, "test_fraction=0.01: 0 of 10 images"),
         ((30, 30, 30), {"val_fraction": 0.02}, "val_fraction=0.02: 2 of 81 images"),
         ((50, 50), {"train_fraction": 0.01}, "train_fraction=0.01: 69 of 70 images"),
@@ -188,6 +187,36 @@ def test_too_few_images_for_a_fraction_are_an_error_that_names_it(sizes, changes
         divided(points(*sizes), **changes)
     assert str(error.value).startswith(setting)
     assert str(error.value).endswith("; expected another share, or more images")
+
+
+@pytest.mark.parametrize(
+    ("fractions", "key"),
+    [
+        ((1, 0, 0.25), "test_fraction=0.25"),
+        ((1, 0.2, None), "val_fraction=0.2"),
+        ((0.5, 0, None), "train_fraction=0.5"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("single", "named"), [(1, "of ant one"), (2, "of ant, bee one"), (5, "of ant, bee, eel and 2 more one")]
+)
+def test_a_class_of_one_image_is_named_whichever_split_is_drawn(fractions, key, single, named):
+    labels = torch.tensor([0] * 20 + [1] * 20 + list(range(2, 2 + single)) + [0, 1])
+    given = {} if fractions[2] else {"test": torch.tensor([len(labels) - 2, len(labels) - 1])}
+    images = torch.zeros(len(labels), 1, 1, 1, dtype=torch.uint8)
+    source = Source(images, labels, ("cat", "dog", "ant", "bee", "eel", "fox", "gnu")[: 2 + single], given)
+    with pytest.raises(ConfigError) as error:
+        split(source, "zoo", *fractions, split_seed=0)
+    assert str(error.value).startswith(f"{key}: ")
+    assert f", and no share works: {named} image is left to divide; expected at least 2 images" in str(error.value)
+
+
+def test_a_class_needs_as_many_images_as_there_are_parts():
+    source = Source(torch.zeros(22, 1, 1, 1, dtype=torch.uint8), torch.tensor([0] * 20 + [1] * 2), ("cat", "ant"))
+    with pytest.raises(
+        ConfigError, match=r"^val_fraction=0\.3: .* of ant one image .* at least 3 images of each class"
+    ):
+        split(source, "zoo", train_fraction=1, val_fraction=0.3, test_fraction=0.5, split_seed=0)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import os
 import pickle
 import tarfile
+import unicodedata
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -367,6 +368,13 @@ def test_one_tensor_too_many_is_noticed(tmp_path: Path) -> None:
 def test_an_empty_state_dict_is_refused(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "weights.pt")
     assert "missing, such as conv1.weight" in refusal(tmp_path / "weights.pt")
+
+
+def test_class_names_may_be_in_another_form_of_unicode() -> None:
+    mac = [unicodedata.normalize("NFD", name) for name in ("bébé", "dog")]
+    check_class_names("teacher.weights", "teacher.safetensors", mac, ("bébé", "dog"))
+    with pytest.raises(ValueError, match="trained on 2 classes"):
+        check_class_names("teacher.weights", "teacher.safetensors", mac, ("bebe", "dog"))
 
 
 @pytest.mark.parametrize(
