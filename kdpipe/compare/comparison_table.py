@@ -28,11 +28,15 @@ class Picture(NamedTuple):
 
 
 def with_interval(value: Interval | None, sign: str = "") -> str:
-    """In points: 52.31 [51.40, 53.22], without brackets if there is no interval."""
-    if value is None:
-        return "–"
-    mean, low, high = (f"{100 * number:{sign}.2f}" for number in (value.mean, *value.ends))
-    return mean if value.low is None else f"{mean} [{low}, {high}]"
+    """In points: 52.31 [51.40, 53.22]; 52.31 for one seed, 52.31 [no spread] for seeds that are all equal."""
+    return "–" if value is None else _bracketed(value, f"{sign}.2f")
+
+
+def _bracketed(value: Interval, form: str, unit: str = "") -> str:
+    mean, low, high = (f"{100 * number:{form}}" for number in (value.mean, *value.ends))
+    if value.low is None:
+        return f"{mean}{unit} [no spread]" if value.has_no_spread else f"{mean}{unit}"
+    return f"{mean}{unit} [{low}, {high}]"
 
 
 def row_texts(comparison: Comparison) -> list[dict[str, str]]:
@@ -96,17 +100,11 @@ def disagreement_sentence(comparison: Comparison) -> list[str]:
         return []
     seeds = len(decisive.cell.runs)
     some = f" (on {disagreement.gained.number} of {seeds} seeds)" if disagreement.gained.number < seeds else ""
-    gained, lost = (_percent(value) for value in (disagreement.gained, disagreement.lost))
+    gained, lost = (_bracketed(value, ".1f", " %") for value in (disagreement.gained, disagreement.lost))
     return [
         f"of the test images the distilled student gets {gained} right that the student alone got wrong, "
         f"and {lost} the other way round{some}"
     ]
-
-
-def _percent(value: Interval) -> str:
-    """8.1 % [7.2, 9.0], without brackets if there is no interval."""
-    text, (low, high) = f"{100 * value.mean:.1f} %", value.ends
-    return text if value.low is None else f"{text} [{100 * max(low, 0):.1f}, {100 * min(high, 1):.1f}]"
 
 
 def to_html(title: str, comparisons: Sequence[Comparison], pictures: Sequence[Mapping[str, Picture]]) -> str:
