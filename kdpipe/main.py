@@ -299,6 +299,7 @@ def _show_result(
         log.info(line)
     log.info("weights, config, metrics: %s", os.path.relpath(folder))
     log.info("in MLflow (make ui): %s", tracker.link(run_id))
+    log.info("all runs there: %s", tracker.table_link())
     log.info("to export it: %s", export_command(settings, run_id))
     log.info("to compare all runs: %s", compare_command(settings))
 

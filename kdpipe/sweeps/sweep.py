@@ -342,6 +342,7 @@ def summarise(sweep: Sweep) -> None:
     print(f"\n{table}\n", flush=True)
     log.info("in MLflow (make ui):")
     log.info("  summary and pictures: %s", sweep.tracker.link(sweep.parent))
+    log.info("  the runs in a table: %s", sweep.tracker.table_link(sweep.id))
     log.info("  the runs as charts: %s", sweep.tracker.charts_link(sweep.id))
     log.info("  the runs compared: %s", sweep.tracker.compare_link([run.id for run in sweep.finished.values()]))
     log.info("this table again: %s --sweep %s", compare_command(sweep.settings), sweep.id)

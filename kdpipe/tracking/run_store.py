@@ -13,7 +13,7 @@ from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from kdpipe.runs.journal import FINISHED, now
-from kdpipe.runs.names import ONE_THREAD, TIMED_ON
+from kdpipe.runs.names import CHARTED, ONE_THREAD, TIMED_ON
 from kdpipe.runs.store_address import describe_error, server_address, uri_error, without_password
 from kdpipe.settings.addresses import epoch_file
 from kdpipe.settings.errors import ConfigError, first_line
@@ -168,7 +168,7 @@ class RunStore:
 
 def record_of(run: mlflow.entities.Run) -> RunRecord:
     ended = (run.info.end_time or 0) / 1000
-    metrics = dict(run.data.metrics)
+    metrics = {name: value for name, value in run.data.metrics.items() if name not in CHARTED.values()}
     if not run.data.tags.get(TIMED_ON, "cpu").startswith("cpu"):  # these are from an earlier timing on a CPU
         metrics = {name: value for name, value in metrics.items() if not name.endswith(ONE_THREAD)}
     return RunRecord(

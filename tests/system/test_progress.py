@@ -76,7 +76,7 @@ def test_a_job_that_cannot_report_goes_on(
     (tmp_path / "1.jsonl").write_text('{"text": "on a full{"text": "[12:00:00] %s: ends", "share": null}\n')
     with watch([tmp_path / "1.jsonl"], NAMES[:1], [2]):
         train(tmp_path / "1.jsonl", 50)
-    assert [line.partition(": ")[2] for line in shown(capsys.readouterr().out)][0] == "starts"
+    assert shown(capsys.readouterr().out)[0] == "[1/1] a0_s0: starts"
 
 
 def test_a_job_leaves_the_log_as_it_was(tmp_path: Path) -> None:
