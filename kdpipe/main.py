@@ -42,6 +42,7 @@ from kdpipe.system.files import write_atomically
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.interruption import Interrupted, InterruptedJobError
 from kdpipe.system.progress import IS_OVER, duration, report, report_file
+from kdpipe.system.tables import terminal_width
 from kdpipe.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
 from kdpipe.training.loop import Hooks, fit, with_prefix
 from kdpipe.training.precomputed import logits_of_test_images
@@ -295,7 +296,8 @@ def _show_result(
 ) -> None:
     """The end of a run: its result, and where to look next."""
     names = {"model": settings.model.name, "teacher": settings.teacher.name}
-    for line in [*result_table(metrics).splitlines(), *cost_table(metrics, names).splitlines()]:
+    width = terminal_width() - len("[00:00:00] ")  # which stands before each line of the log
+    for line in [*result_table(metrics, width).splitlines(), *cost_table(metrics, names, width).splitlines()]:
         log.info(line)
     log.info("weights, config, metrics: %s", os.path.relpath(folder))
     log.info("in MLflow (make ui): %s", tracker.link(run_id))

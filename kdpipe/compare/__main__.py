@@ -4,8 +4,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from kdpipe.runs.command_line import add_store_arguments, existing_store, run_command
+from kdpipe.runs.command_line import (
+    add_store_arguments,
+    add_wide_argument,
+    existing_store,
+    run_command,
+    table_width,
+)
 from kdpipe.settings.errors import ConfigError
+from kdpipe.system.tables import UNLIMITED
 
 
 def _parse(words: list[str] | None) -> argparse.Namespace:
@@ -21,6 +28,7 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
     formats = ("table", "csv", "json", "html")
     parser.add_argument("--format", choices=formats, default="table", help="default: %(default)s")
     parser.add_argument("--out", metavar="DIR", type=Path, help="write to this folder, with plots, instead of printing")
+    add_wide_argument(parser)
     add_store_arguments(parser)
     return parser.parse_args(words)
 
@@ -59,7 +67,8 @@ def run_comparison(words: list[str] | None = None) -> str:
             title = f"sweep {arguments.sweep}" if arguments.sweep else arguments.experiment
             text = comparison_table.to_html(title, comparisons, pictures)
         case _:
-            text = "\n\n".join(map(comparison_table.to_text, comparisons))
+            width = UNLIMITED if arguments.out else table_width(arguments)  # a file has all
+            text = "\n\n".join(comparison_table.to_text(comparison, width) for comparison in comparisons)
     if not arguments.out:
         return text
     suffix = arguments.format.replace("table", "txt")

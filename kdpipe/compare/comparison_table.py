@@ -11,13 +11,16 @@ from jinja2 import Environment, PackageLoader
 from kdpipe.compare.comparison import Comparison
 from kdpipe.compare.frames import displayed_rows
 from kdpipe.compare.statistics import Interval
-from kdpipe.compare.student_summary import summarize_student
+from kdpipe.compare.student_summary import StudentSummary, summarize_student
 from kdpipe.system.tables import markdown_table, text_table
 
 PUBLISHED = ("published", "difference")  # shown if any row has a published accuracy
 WHERE = "where rows differ"
 RIGHT = ("seeds", "epochs", "val %", "test %", "gain", *PUBLISHED, "MB", "seconds")
 COLUMNS = ("network", "data set", "stage", "loss", *RIGHT, WHERE)
+# Left out on a narrow terminal, the first one first.
+OPTIONAL = ("seconds", "MB", "epochs", "data set", "val %", "network", "seeds", WHERE)
+SHORT_WORDS = {"alpha ": "α ", "temperature ": "T ", "weight ": "w ", "CrossEntropy": "CE"}
 
 
 class Picture(NamedTuple):
@@ -74,15 +77,25 @@ def _table(rows: Sequence[Mapping[str, str]], left_out: Sequence[str]) -> tuple[
     return columns, [[texts[column] for column in columns] for texts in rows], left
 
 
-def to_text(comparison: Comparison) -> str:
-    """For a terminal: the rows, the student's summary, the verdict and its notes."""
+def to_text(comparison: Comparison, width: int | None = None) -> str:
+    """For a terminal: the rows, the student's summary, the verdict and its notes.
+
+    Args:
+        width: of the tables' lines (default: the terminal's).
+    """
     rows = row_texts(comparison)
-    lines = [text_table(*_table(rows, () if any(texts[WHERE] for texts in rows) else (WHERE,)))]
+    table = _table(rows, () if any(texts[WHERE] for texts in rows) else (WHERE,))
+    lines = [text_table(*table, width=width, optional=OPTIONAL, short=SHORT_WORDS)]
     if summary := summarize_student(comparison):
-        lines += ["", student_title(comparison), text_table(summary.headings, summary.rows)]
+        lines += ["", student_title(comparison), _summary_table(summary, width)]
         lines += [*(f"  {note}" for note in summary.notes), *disagreement_sentence(comparison), ""]
     lines += [f"verdict: {comparison.verdict}", *(f"  · {note}" for note in comparison.notes)]
     return "\n".join(lines)
+
+
+def _summary_table(summary: StudentSummary, width: int | None) -> str:
+    optional = ("loss", "smaller than teacher", "images/s", "MFLOPs", "GFLOPs", "ECE %", "MB")
+    return text_table(summary.headings, summary.rows, width=width, optional=optional)
 
 
 def student_title(comparison: Comparison) -> str:

@@ -41,6 +41,7 @@ from kdpipe.sweeps.grid import (
 )
 from kdpipe.system.interruption import forward_signals
 from kdpipe.system.progress import report_file, watch
+from kdpipe.system.tables import UNLIMITED
 
 if TYPE_CHECKING:
     from kdpipe.tracking import RunRecord, Tracker
@@ -327,9 +328,12 @@ def summarise(sweep: Sweep) -> None:
 
     comparisons = [with_disagreement(found, sweep.tracker) for found in compare_sweep(sweep.tracker, sweep.id)]
     pictures = [draw_pictures(comparison, sweep.tracker) for comparison in comparisons]
-    table = "\n\n".join(map(comparison_table.to_text, comparisons))
+    table, whole = (
+        "\n\n".join(comparison_table.to_text(comparison, width) for comparison in comparisons)
+        for width in (None, UNLIMITED)
+    )
     files = {
-        "comparison.txt": table.encode(),
+        "comparison.txt": whole.encode(),
         "comparison.csv": frames.to_csv(comparisons).encode(),
         "comparison.html": comparison_table.to_html(f"sweep {sweep.id}", comparisons, pictures).encode(),
         **comparison_table.picture_files(pictures),

@@ -892,3 +892,19 @@ def test_rows_list_the_settings_in_which_they_differ() -> None:
     cells = make_cells([record("student", 0, 0.8, optimizer__lr=rate) for rate in ("0.001", "0.01")])
     assert differences(cells) == ["optimizer.lr=0.001", "optimizer.lr=0.01"]
     assert differences(cells[:1]) == [""]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_no_line_of_its_tables_breaks(width: int) -> None:
+    runs = measured()
+    slow = [record("distill", seed, 0.8 + seed / 100, 0.8 + seed / 50, optimizer__lr="0.003") for seed in range(3)]
+    two = [record("distill", seed, 0.8 + seed / 99, 0.8 + seed / 50, **ATTENTION) for seed in range(3)]
+    for several in ([runs], [runs, slow, two], [grid(seeds=5)]):
+        comparison = compare_cells(make_cells([run for some in several for run in some]), teacher_run)
+        lines = comparison_table.to_text(comparison, width).partition("verdict:")[0].splitlines()
+        tables = [line for line in lines if not line.startswith(("  loss and", "  ms for", "of the test"))]
+        assert max(map(len, tables)) <= width
+        text = "\n".join(lines)
+        assert "gain" in text and "test %" in text and ("← best" in text or "← verdict" in text)
+        whole = comparison_table.to_text(comparison, 1000)
+        assert "seconds" in whole and "smaller than teacher" in whole and "left out" not in whole
