@@ -85,7 +85,9 @@ def to_text(comparison: Comparison, width: int | None = None) -> str:
     """
     rows = row_texts(comparison)
     table = _table(rows, () if any(texts[WHERE] for texts in rows) else (WHERE,))
-    lines = [text_table(*table, width=width, optional=OPTIONAL, short=SHORT_WORDS)]
+    # Next to a published accuracy the difference from it counts more than the gain.
+    optional = (*OPTIONAL, "gain", PUBLISHED[0]) if PUBLISHED[0] in table[0] else OPTIONAL
+    lines = [text_table(*table, width=width, optional=optional, short=SHORT_WORDS)]
     if summary := summarize_student(comparison):
         lines += ["", student_title(comparison), _summary_table(summary, width)]
         lines += [*(f"  {note}" for note in summary.notes), *disagreement_sentence(comparison), ""]

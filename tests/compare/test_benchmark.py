@@ -242,6 +242,13 @@ def test_difference_has_the_interval_over_seeds(runs: list[RunRecord]) -> None:
     assert [line["difference"].split(" ")[0] for line in texts] == ["+0.67", "+0.14", "+0.27"]
 
 
+def test_the_difference_is_there_on_a_narrow_terminal_too(runs: list[RunRecord]) -> None:
+    _, comparison = compared(runs)
+    table = comparison_table.to_text(comparison, 80).partition("\n\n")[0].splitlines()
+    assert max(map(len, table)) <= 80
+    assert "difference" in table[0]
+
+
 def test_published_accuracies_leave_verdict_and_other_columns_alone(runs: list[RunRecord]) -> None:
     without, comparison = compared(runs)
     assert comparison.verdict == without.verdict
