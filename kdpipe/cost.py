@@ -4,7 +4,14 @@ import argparse
 import os
 from typing import Annotated
 
-from kdpipe.runs.command_line import add_store_arguments, check_flags, existing_store, run_command
+from kdpipe.runs.command_line import (
+    add_store_arguments,
+    add_wide_argument,
+    check_flags,
+    existing_store,
+    run_command,
+    table_width,
+)
 from kdpipe.runs.names import IMAGE_SHAPE, TIMED_ON
 
 
@@ -17,6 +24,7 @@ def cost_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=20, help="of timing, without the warm-up (default: 20)")
     parser.add_argument("--threads", type=int, help="CPU threads, as well as one (default: PyTorch's choice)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: %(default)s)")
+    add_wide_argument(parser)
     add_store_arguments(parser)
     return parser.parse_args(words)
 
@@ -64,7 +72,8 @@ def measure_cost(arguments: argparse.Namespace) -> str:
         store.log_metrics(finished.record.id, found, int(finished.record.params["train.epochs"]))
         store.set_tag(finished.record.id, TIMED_ON, where)
         logged = f"logged to run {finished.record.id}"
-    lines = [cost_table(found, {"model": finished.name, "teacher": teacher[1] if teacher else ""}), *notes]
+    names = {"model": finished.name, "teacher": teacher[1] if teacher else ""}
+    lines = [cost_table(found, names, table_width(arguments)), *notes]
     if IMAGE_SHAPE not in finished.record.tags:
         shape = "×".join(map(str, finished.image_shape))
         lines.append(f"the run does not store the shape of its images: measured with its network's input size, {shape}")

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import hydra
 from hydra.conf import HydraConf
@@ -57,6 +57,8 @@ from kdpipe.system.files import write_atomically
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.interruption import Interrupted, InterruptedJobError
 from kdpipe.system.optional import optional
+from kdpipe.system.progress import IS_OVER, duration, report, report_file
+from kdpipe.system.tables import terminal_width
 from kdpipe.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
 from kdpipe.training.loop import Hooks, fit, with_prefix
 from kdpipe.training.precomputed import logits_of_test_images
@@ -65,19 +67,26 @@ from kdpipe.training.teacher_check import warn_once
 if TYPE_CHECKING:
     from kdpipe.tracking import ActiveRun, RunRecord, Tracker
 
-log = logging.getLogger("kdpipe")
+log, sweep_log = logging.getLogger("kdpipe"), logging.getLogger("kdpipe.sweep")
 # conf/hydra/launcher/ has the plugins' own names on purpose: hydra/launcher=joblib is what people write.
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 
 
-def run(settings: Settings, folder: Path, invocation: Invocation) -> float:
+class Objective(NamedTuple):
+    """What a search looks at: accuracy on the validation images, or on the test images where there are none."""
+
+    accuracy: float
+    images: str  # "validation" or "test"
+
+    def __str__(self) -> str:
+        return f"{self.images} accuracy {100 * self.accuracy:.2f} %"
+
+
+def run(settings: Settings, folder: Path, invocation: Invocation) -> Objective:
     """One run: settings → loss → data → teacher → model → optimizer → fit → exam → cost → return.
 
     Args:
         folder: of the run.
-
-    Returns:
-        The objective of a search: accuracy on the validation images, or on the test images where there are none.
     """
     check_components(settings)
     hardware = use_hardware(settings)
@@ -114,7 +123,7 @@ def _find_finished(
     return found
 
 
-def _lead(settings: Settings, parts: Parts, tracker: "Tracker", folder: Path, hardware: Hardware) -> float:
+def _lead(settings: Settings, parts: Parts, tracker: "Tracker", folder: Path, hardware: Hardware) -> Objective:
     """Learn, in a run of MLflow."""
     unfinished, start = _find_unfinished(settings, parts, folder)
     tags = run_tags(settings, parts, hardware)
@@ -131,7 +140,8 @@ def _lead(settings: Settings, parts: Parts, tracker: "Tracker", folder: Path, ha
 
         def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
             current.log(metrics, step=epoch)
-            log.info(epoch_line(epoch, settings.train.epochs, metrics))
+            share = min(epoch / settings.train.epochs, 0.99)  # the exam follows
+            log.info(epoch_line(epoch, settings.train.epochs, metrics), extra={"share": share})
             if epoch in (settings.train.keep_epochs or ()):
                 save_weights(parts.model.network, folder / epoch_file(epoch), parts.data.class_names)
                 current.save(folder / epoch_file(epoch))
@@ -145,7 +155,9 @@ def _lead(settings: Settings, parts: Parts, tracker: "Tracker", folder: Path, ha
     return _objective(metrics)
 
 
-def _follow(settings: Settings, invocation: Invocation, folder: Path, tracker: "Tracker", hardware: Hardware) -> float:
+def _follow(
+    settings: Settings, invocation: Invocation, folder: Path, tracker: "Tracker", hardware: Hardware
+) -> Objective:
     """Learn as one of several processes."""
     parts = build_parts(settings, invocation, tracker, {})
     if finished := _find_finished(settings, folder, parts, tracker, hardware):
@@ -287,8 +299,9 @@ def _write_results(settings: Settings, parts: Parts, exam: Exam, folder: Path) -
     return files
 
 
-def _objective(metrics: Mapping[str, float]) -> float:
-    return metrics.get("selected/accuracy", metrics["test/accuracy"])
+def _objective(metrics: Mapping[str, float]) -> Objective:
+    validation = metrics.get("selected/accuracy")
+    return Objective(metrics["test/accuracy"], "test") if validation is None else Objective(validation, "validation")
 
 
 def _show_result(
@@ -296,11 +309,13 @@ def _show_result(
 ) -> None:
     """The end of a run: its result, and where to look next."""
     names = {"model": settings.model.name, "teacher": settings.teacher.name}
+    width = terminal_width() - len("[00:00:00] ")  # which stands before each line of the log
     with optional("the table of results"):
-        for line in [*result_table(metrics).splitlines(), *cost_table(metrics, names).splitlines()]:
+        for line in [*result_table(metrics, width).splitlines(), *cost_table(metrics, names, width).splitlines()]:
             log.info(line)
     log.info("weights, config, metrics: %s", os.path.relpath(folder))
     log.info("in MLflow (make ui): %s", tracker.link(run_id))
+    log.info("all runs there: %s", tracker.table_link())
     log.info("to export it: %s", export_command(settings, run_id))
     log.info("to compare all runs: %s", compare_command(settings))
     if note := how_to_fill_in(settings.tracking.uri or ""):
@@ -308,7 +323,8 @@ def _show_result(
 
 
 def job(config: DictConfig) -> float:
-    """`run`, with its error as one line; in a sweep each run is one line, and the others continue after an error."""
+    """`run`, with its error as one line; in a sweep, where the others continue after an error, a line for its start and
+    one for its end."""
     interruption.handle_signals(worker=True)  # where `cli` has not
     logging.raiseExceptions = False  # a log file on a full disk is no reason for tracebacks
     if HydraConfig.get().mode != RunMode.MULTIRUN:
@@ -316,15 +332,19 @@ def job(config: DictConfig) -> float:
             return _run_composed(config)
         except Exception as error:  # before Hydra logs it in its own way
             _fail(error)
-    sweep_log = logging.getLogger("kdpipe.sweep")
-    place = "run"
-    if details := config.sweep.job:  # else of another sweeper than ours
-        _details_to_file_only()
-        place = f"[{details.number}/{details.of}] {details.name}"
+    if not (details := config.sweep.job):  # of another sweeper than ours
+        return _run_of_sweep(config)
+    folder = Path(str(config.output_dir)) / "runs" / details.reports
+    with report(report_file(folder, details.number), sweep_log.name):
+        return _run_of_sweep(config)
+
+
+def _run_of_sweep(config: DictConfig) -> float:
     started = time.monotonic()
+    sweep_log.info("starts")
     try:
         interruption.raise_if_interrupted()
-        accuracy = _run_composed(config)
+        objective = _run_objective(config)
     except Interrupted as stopped:
         if queue_again := interruption.previous_handler(stopped.number):
             queue_again(stopped.number, None)  # submitit's, in a job of Slurm
@@ -332,16 +352,20 @@ def job(config: DictConfig) -> float:
             raise InterruptedJobError(f"interrupted by {stopped}") from None
         raise
     except ClaimedError as error:
-        sweep_log.info("%s: left alone, %s", place, error)
+        sweep_log.info("left alone, %s", error, extra=IS_OVER)
         raise
     except Exception as error:
-        sweep_log.error("%s failed: %s", place, explain(error))
+        sweep_log.error("failed, %s", explain(error), extra=IS_OVER)
         raise
-    sweep_log.info("%s: %.2f %% in %.0f s", place, 100 * accuracy, time.monotonic() - started)
-    return accuracy
+    sweep_log.info("%s in %s", objective, duration(time.monotonic() - started), extra=IS_OVER)
+    return objective.accuracy
 
 
 def _run_composed(config: DictConfig) -> float:
+    return _run_objective(config).accuracy
+
+
+def _run_objective(config: DictConfig) -> Objective:
     """Where Hydra ends and the settings begin."""
     own = HydraConfig.get()
     _hide_kept_passwords(own)
@@ -370,13 +394,6 @@ def _hide_kept_passwords(own: HydraConf) -> None:
             kept = file.read_text()
             if (hidden := without_passwords(kept)) != kept:
                 write_atomically(file, hidden.encode())
-
-
-def _details_to_file_only() -> None:
-    """Leave the details of a run to the log in its folder."""
-    for handler in logging.getLogger().handlers:
-        if not isinstance(handler, logging.FileHandler):
-            handler.addFilter(lambda record: record.name != "kdpipe" or record.levelno > logging.INFO)
 
 
 # At import, and not in `cli`: the workers of a sweep import this module to call `job`, and compose before that.

@@ -7,7 +7,15 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdpipe.runs.command_line import add_store_arguments, check_flags, existing_store, printable, run_command
+from kdpipe.runs.command_line import (
+    add_store_arguments,
+    add_wide_argument,
+    check_flags,
+    existing_store,
+    printable,
+    run_command,
+    table_width,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +35,7 @@ def predict_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--teacher", metavar="FILE_OR_RUN", help="another network, whose predictions are shown as well")
     parser.add_argument("--top", metavar="K", type=int, default=1, help="show the K likeliest classes (default: 1)")
     parser.add_argument("--trust", action="store_true", help="load .pt2 files, which can run code hidden in them")
+    add_wide_argument(parser)
     add_store_arguments(parser)
     return parser.parse_args(words)
 
@@ -58,7 +67,7 @@ def predict_images(arguments: argparse.Namespace) -> str:
         rows += _prediction_rows(networks, arguments.images[first : first + CHUNK], arguments.top, unreadable)
     for name, reason in unreadable.items():
         print(printable(f"{NAME}: {name}: {reason}"), file=sys.stderr)
-    table = prediction_table(rows) if rows else ""
+    table = prediction_table(rows, table_width(arguments)) if rows else ""
     if not unreadable:
         return table
     print(table, end="\n" if table else "", flush=True)
@@ -116,11 +125,11 @@ def load_image(file: Path, shapes: Sequence[tuple[int, int, int]]) -> "list[NDAr
     return views
 
 
-def prediction_table(rows: Sequence[Sequence[str]]) -> str:
+def prediction_table(rows: Sequence[Sequence[str]], width: int | None = None) -> str:
     from kdpipe.system.tables import text_table
 
     headings = ("image", "answer", "probability", "teacher's", "probability")[: len(rows[0])]
-    return text_table(headings, [[printable(text) for text in row] for row in rows], left=(0, 1, 3))
+    return text_table(headings, [[printable(text) for text in row] for row in rows], left=(0, 1, 3), width=width)
 
 
 def cli() -> None:

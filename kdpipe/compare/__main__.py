@@ -3,8 +3,16 @@
 import argparse
 import sys
 
-from kdpipe.runs.command_line import add_store_arguments, existing_store, folder, run_command
+from kdpipe.runs.command_line import (
+    add_store_arguments,
+    add_wide_argument,
+    existing_store,
+    folder,
+    run_command,
+    table_width,
+)
 from kdpipe.settings.errors import ConfigError
+from kdpipe.system.tables import UNLIMITED
 
 
 def _parse(words: list[str] | None) -> argparse.Namespace:
@@ -22,6 +30,7 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", metavar="DIR", type=folder, help="write to this folder, with plots, instead of printing"
     )
+    add_wide_argument(parser)
     add_store_arguments(parser)
     return parser.parse_args(words)
 
@@ -60,7 +69,8 @@ def run_comparison(words: list[str] | None = None) -> str:
             title = f"sweep {arguments.sweep}" if arguments.sweep else arguments.experiment
             text = comparison_table.to_html(title, comparisons, pictures)
         case _:
-            text = "\n\n".join(map(comparison_table.to_text, comparisons))
+            width = UNLIMITED if arguments.out else table_width(arguments)  # a file has all
+            text = "\n\n".join(comparison_table.to_text(comparison, width) for comparison in comparisons)
     if not arguments.out:
         return text
     suffix = arguments.format.replace("table", "txt")

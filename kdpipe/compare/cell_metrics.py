@@ -1,7 +1,7 @@
 """The metrics of a cell, aggregated over its runs: means, and medians of times."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from statistics import fmean, median
 
 from kdpipe.compare.cells import Cell, Key
@@ -34,27 +34,30 @@ def timed_on(cells: Iterable[Cell]) -> str:
 
 
 def average(cell: Cell, metric: str) -> float | None:
-    """The mean over a cell's runs; for times the median, robust to a busy machine, over the runs timed on the most
-    common hardware."""
+    """The mean over a cell's runs."""
     values = cell.values(metric)
-    if not metric.partition("/")[2].startswith(TIMES):
-        return fmean(values.values()) if values else None
-    where = timed_on([cell])
-    times = [value for seed, value in values.items() if cell.runs[seed].tags.get(TIMED_ON, "") == where]
-    return median(times) if times else None
+    return fmean(values.values()) if values else None
 
 
-def averages(cell: Cell) -> dict[str, float]:
-    """All metrics that the cell has."""
-    return {metric: value for metric in METRICS if (value := average(cell, metric)) is not None}
+def averages(cell: Cell, timings: "Timings") -> dict[str, float]:
+    """All metrics that the cell has: means over its runs, and the times of its networks."""
+    found = {
+        metric: timings.of(cell.first, metric) if _is_time(metric) else average(cell, metric) for metric in METRICS
+    }
+    return {metric: value for metric, value in found.items() if value is not None}
 
 
-def threads_of(cells: Iterable[Cell], where: str) -> str:
-    """The suffix of the times to report: one thread if networks were timed that way on this hardware (on a GPU they are
-    not)."""
-    runs = [run for cell in cells for run in cell.runs.values() if run.tags.get(TIMED_ON, "") == where]
-    on_one = where.startswith("cpu") and any(f"model/latency_ms{ONE_THREAD}" in run.metrics for run in runs)
-    return ONE_THREAD if on_one else ""
+def _is_time(metric: str) -> bool:
+    return metric.partition("/")[2].startswith(TIMES)
+
+
+def _measured(run: RunRecord, metric: str) -> tuple[object, ...]:
+    """What a metric of time measures, whichever run did: its name without the network's place, and the network; for
+    `speedup/…` the two networks."""
+    group, _, name = metric.partition("/")
+    if group == "speedup":
+        return name, _architecture(run, "model"), _architecture(run, "teacher")
+    return name, _architecture(run, group)
 
 
 def _architecture(run: RunRecord, group: str) -> Key:
@@ -65,22 +68,34 @@ def _architecture(run: RunRecord, group: str) -> Key:
     return frozenset({**settings, "dataset": run.params.get("dataset.name", "")}.items())
 
 
-class Latencies:
-    """The latency of each network for one image, in ms. A network is as fast whatever it has learned, so this is the
-    median over all runs of some cells that timed it on the same hardware."""
+class Timings:
+    """How fast each network is: one figure, wherever it is shown. A network is as fast whatever it has learned, so this
+    is the median over all runs of some cells that timed it on the same hardware. Runs that timed it alternating with
+    its teacher or student come first: only these compare the two.
 
-    def __init__(self, cells: Sequence[Cell], where: str) -> None:
-        metric = f"latency_ms{threads_of(cells, where)}"
-        self._found: dict[Key, dict[int, list[float]]] = {}  # by network and rank
-        for cell in cells:
-            # A teacher's own run ranks last: its students' runs timed it alternating with them.
-            for group, rank in (("model", 2 if cell.stage == "teacher" else 0), ("teacher", 1)):
-                for run in cell.runs.values():
-                    if f"{group}/{metric}" in run.metrics and run.tags.get(TIMED_ON, "") == where:
-                        ranks = self._found.setdefault(_architecture(run, group), {})
-                        ranks.setdefault(rank, []).append(run.metrics[f"{group}/{metric}"])
+    Args:
+        where: the hardware; times on others are left out.
 
-    def of(self, run: RunRecord, group: str = "model") -> float | None:
-        """The latency of the network that a run trained, or of its teacher; None if it was not timed."""
-        ranks = self._found.get(_architecture(run, group))
+    Attributes:
+        threads: the suffix of the metrics to show: one thread if networks were timed that way (on a GPU they are not).
+    """
+
+    def __init__(self, cells: Iterable[Cell], where: str) -> None:
+        self.where = where
+        runs = [run for cell in cells for run in cell.runs.values() if run.tags.get(TIMED_ON, "") == where]
+        on_one = any(f"model/latency_ms{ONE_THREAD}" in run.metrics for run in runs)
+        self.threads = ONE_THREAD if where.startswith("cpu") and on_one else ""
+        self._found: dict[tuple[object, ...], dict[int, list[float]]] = {}  # by metric and networks, then by rank
+        for run in runs:
+            for metric in (metric for metric in METRICS if metric in run.metrics and _is_time(metric)):
+                together = metric.replace("model/", "teacher/") in run.metrics
+                # A teacher's own run comes last: its students do not take their time from there.
+                rank = 0 if together else 2 if run.tags["kdpipe.stage"] == "teacher" else 1
+                ranks = self._found.setdefault(_measured(run, metric), {})
+                ranks.setdefault(rank, []).append(run.metrics[metric])
+
+    def of(self, run: RunRecord, metric: str) -> float | None:
+        """A time of the network that a run trained (`model/…`), of its teacher (`teacher/…`), or how many times faster
+        the one is than the other (`speedup/…`); None if it was not timed."""
+        ranks = self._found.get(_measured(run, metric))
         return median(ranks[min(ranks)]) if ranks else None

@@ -8,10 +8,11 @@ from functools import cached_property
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from kdpipe.compare.cell_metrics import Timings, timed_on
 from kdpipe.compare.cells import Cell, Controls, Key
 from kdpipe.compare.disagreement import Disagreement
 from kdpipe.compare.published import Published, published_for, published_notes, teacher_note
-from kdpipe.compare.statistics import CANNOT_TELL, Interval, interval, verdict
+from kdpipe.compare.statistics import CANNOT_TELL, Interval, interval, share_interval, verdict
 from kdpipe.runs.names import DUPLICATES
 from kdpipe.settings.addresses import run_and_file
 from kdpipe.settings.identity import UNLABELLED, other_split
@@ -64,6 +65,21 @@ class Comparison:
     def decisive(self) -> ComparisonRow | None:
         """The distilled student that the verdict is about: the best one, on the confirmation seeds if there are any."""
         return self.confirmed or self.best
+
+    @cached_property
+    def timings(self) -> Timings:
+        """The times of the networks on the decisive student's hardware: those on others are not comparable."""
+        return self._timings_on(timed_on([self.decisive.cell] if self.decisive else [row.cell for row in self.rows]))
+
+    def timings_for(self, cell: Cell) -> Timings:
+        """The times on that hardware, or if the cell's network was not timed there, on its own."""
+        known = self.timings.of(cell.first, f"model/latency_ms{self.timings.threads}")
+        return self.timings if known is not None else self._timings_on(timed_on([cell]))
+
+    def _timings_on(self, where: str) -> Timings:
+        rows = [row for row in (*self.rows, self.confirmed) if row]
+        cells = {id(cell): cell for row in rows for cell in (row.cell, row.control) if cell}
+        return Timings(cells.values(), where)
 
     @property
     def frame(self) -> "pd.DataFrame":
@@ -121,7 +137,7 @@ def make_row(cell: Cell, students_alone: Controls) -> ComparisonRow:
         mine, alone = cell.values(metric), control.values(metric)
         return interval([mine[seed] - alone[seed] for seed in mine if seed in alone])
 
-    validation, test = (interval(list(cell.values(metric).values())) for metric in (VALIDATION, TEST))
+    validation, test = (share_interval(list(cell.values(metric).values())) for metric in (VALIDATION, TEST))
     return ComparisonRow(cell, control, validation, test, gain(VALIDATION), gain(TEST))
 
 

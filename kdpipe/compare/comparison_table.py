@@ -11,13 +11,16 @@ from jinja2 import Environment, PackageLoader
 from kdpipe.compare.comparison import Comparison
 from kdpipe.compare.frames import displayed_rows
 from kdpipe.compare.statistics import Interval
-from kdpipe.compare.student_summary import summarize_student
+from kdpipe.compare.student_summary import StudentSummary, summarize_student
 from kdpipe.system.tables import markdown_table, text_table
 
 PUBLISHED = ("published", "difference")  # shown if any row has a published accuracy
 WHERE = "where rows differ"
 RIGHT = ("seeds", "epochs", "val %", "test %", "gain", *PUBLISHED, "MB", "seconds")
 COLUMNS = ("network", "data set", "stage", "loss", *RIGHT, WHERE)
+# Left out on a narrow terminal, the first one first.
+OPTIONAL = ("seconds", "MB", "epochs", "data set", "val %", "network", "seeds", WHERE)
+SHORT_WORDS = {"alpha ": "α ", "temperature ": "T ", "weight ": "w ", "CrossEntropy": "CE"}
 
 
 class Picture(NamedTuple):
@@ -28,11 +31,15 @@ class Picture(NamedTuple):
 
 
 def with_interval(value: Interval | None, sign: str = "") -> str:
-    """In points: 52.31 [51.40, 53.22], without brackets if there is no interval."""
-    if value is None:
-        return "–"
-    mean, low, high = (f"{100 * number:{sign}.2f}" for number in (value.mean, *value.ends))
-    return mean if value.low is None else f"{mean} [{low}, {high}]"
+    """In points: 52.31 [51.40, 53.22]; 52.31 for one seed, 52.31 [no spread] for seeds that are all equal."""
+    return "–" if value is None else _bracketed(value, f"{sign}.2f")
+
+
+def _bracketed(value: Interval, form: str, unit: str = "") -> str:
+    mean, low, high = (f"{100 * number:{form}}" for number in (value.mean, *value.ends))
+    if value.low is None:
+        return f"{mean}{unit} [no spread]" if value.has_no_spread else f"{mean}{unit}"
+    return f"{mean}{unit} [{low}, {high}]"
 
 
 def row_texts(comparison: Comparison) -> list[dict[str, str]]:
@@ -70,15 +77,27 @@ def _table(rows: Sequence[Mapping[str, str]], left_out: Sequence[str]) -> tuple[
     return columns, [[texts[column] for column in columns] for texts in rows], left
 
 
-def to_text(comparison: Comparison) -> str:
-    """For a terminal: the rows, the student's summary, the verdict and its notes."""
+def to_text(comparison: Comparison, width: int | None = None) -> str:
+    """For a terminal: the rows, the student's summary, the verdict and its notes.
+
+    Args:
+        width: of the tables' lines (default: the terminal's).
+    """
     rows = row_texts(comparison)
-    lines = [text_table(*_table(rows, () if any(texts[WHERE] for texts in rows) else (WHERE,)))]
+    table = _table(rows, () if any(texts[WHERE] for texts in rows) else (WHERE,))
+    # Next to a published accuracy the difference from it counts more than the gain.
+    optional = (*OPTIONAL, "gain", PUBLISHED[0]) if PUBLISHED[0] in table[0] else OPTIONAL
+    lines = [text_table(*table, width=width, optional=optional, short=SHORT_WORDS)]
     if summary := summarize_student(comparison):
-        lines += ["", student_title(comparison), text_table(summary.headings, summary.rows)]
+        lines += ["", student_title(comparison), _summary_table(summary, width)]
         lines += [*(f"  {note}" for note in summary.notes), *disagreement_sentence(comparison), ""]
     lines += [f"verdict: {comparison.verdict}", *(f"  · {note}" for note in comparison.notes)]
     return "\n".join(lines)
+
+
+def _summary_table(summary: StudentSummary, width: int | None) -> str:
+    optional = ("loss", "smaller than teacher", "images/s", "MFLOPs", "GFLOPs", "ECE %", "MB")
+    return text_table(summary.headings, summary.rows, width=width, optional=optional)
 
 
 def student_title(comparison: Comparison) -> str:
@@ -96,17 +115,11 @@ def disagreement_sentence(comparison: Comparison) -> list[str]:
         return []
     seeds = len(decisive.cell.runs)
     some = f" (on {disagreement.gained.number} of {seeds} seeds)" if disagreement.gained.number < seeds else ""
-    gained, lost = (_percent(value) for value in (disagreement.gained, disagreement.lost))
+    gained, lost = (_bracketed(value, ".1f", " %") for value in (disagreement.gained, disagreement.lost))
     return [
         f"of the test images the distilled student gets {gained} right that the student alone got wrong, "
         f"and {lost} the other way round{some}"
     ]
-
-
-def _percent(value: Interval) -> str:
-    """8.1 % [7.2, 9.0], without brackets if there is no interval."""
-    text, (low, high) = f"{100 * value.mean:.1f} %", value.ends
-    return text if value.low is None else f"{text} [{100 * max(low, 0):.1f}, {100 * min(high, 1):.1f}]"
 
 
 def to_html(title: str, comparisons: Sequence[Comparison], pictures: Sequence[Mapping[str, Picture]]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
 
-from kdpipe.compare.statistics import Interval, interval
+from kdpipe.compare.statistics import Interval, share_interval
 
 Correct = dict[tuple[str, str], bool]  # whether the prediction is right, by the test image's position and label
 
@@ -35,6 +35,7 @@ def find_disagreement(pairs: Iterable[tuple[Correct, Correct]]) -> Disagreement 
     """Compare the distilled student with the student alone, one pair per seed. Pairs on different images are left out;
     None if no pair remains."""
     pairs = [(distilled, alone) for distilled, alone in pairs if distilled and distilled.keys() == alone.keys()]
-    gained = interval([fmean(right > alone[image] for image, right in distilled.items()) for distilled, alone in pairs])
-    lost = interval([fmean(right < alone[image] for image, right in distilled.items()) for distilled, alone in pairs])
+    gains = [fmean(right > alone[image] for image, right in distilled.items()) for distilled, alone in pairs]
+    losses = [fmean(right < alone[image] for image, right in distilled.items()) for distilled, alone in pairs]
+    gained, lost = share_interval(gains), share_interval(losses)
     return Disagreement(gained, lost) if gained and lost else None

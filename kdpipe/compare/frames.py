@@ -7,7 +7,7 @@ from statistics import fmean
 
 import pandas as pd
 
-from kdpipe.compare.cell_metrics import averages, threads_of, timed_on
+from kdpipe.compare.cell_metrics import Timings, averages
 from kdpipe.compare.cells import differences
 from kdpipe.compare.comparison import Comparison, ComparisonRow, best_run
 from kdpipe.compare.published import Published
@@ -65,10 +65,10 @@ def best_metrics(comparison: Comparison) -> dict[str, float]:
     best, decisive = comparison.best, comparison.decisive
     if best is None or decisive is None:
         return {}
-    record = _record(decisive) | _bounds("validation_accuracy", best.validation)
+    record = _record(decisive, comparison.timings) | _bounds("validation_accuracy", best.validation)
     if found := comparison.disagreement:
         record |= {"gained_images": found.gained.mean, "lost_images": found.lost.mean}
-    threads = threads_of([decisive.cell], timed_on([decisive.cell]))
+    threads = comparison.timings.threads
     sources = {
         **{"val_accuracy": "validation_accuracy", "test_accuracy": "test_accuracy"},
         **{"gain": "test_gain", "gain_low": "test_gain_low", "gain_high": "test_gain_high"},
@@ -84,15 +84,17 @@ def best_metrics(comparison: Comparison) -> dict[str, float]:
 
 def _records(comparison: Comparison) -> list[Record]:
     return [
-        _record(*shown) | (_published(shown[0].published) if comparison.published else {})
-        for shown in displayed_rows(comparison)
+        _record(row, comparison.timings_for(row.cell), *texts)
+        | (_published(row.published) if comparison.published else {})
+        for row, *texts in displayed_rows(comparison)
     ]
 
 
-def _record(row: ComparisonRow, remark: str = "", difference: str = "") -> Record:
+def _record(row: ComparisonRow, timings: Timings, remark: str = "", difference: str = "") -> Record:
     """A row's values; a metric that was not measured has no key."""
     params, runs = row.cell.first.params, row.cell.runs
-    hardware = timed_on([row.cell])
+    measured = averages(row.cell, timings)
+    is_timed = any("latency" in metric for metric in measured)
     return {
         "model": params["model.name"],
         "dataset": params["dataset.name"],
@@ -110,8 +112,8 @@ def _record(row: ComparisonRow, remark: str = "", difference: str = "") -> Recor
         **_bounds("test_accuracy", row.test),
         **_bounds("validation_gain", row.validation_gain),
         **_bounds("test_gain", row.gain),
-        **averages(row.cell),
-        **({"timed_on": hardware} if hardware else {}),
+        **measured,
+        **({"timed_on": timings.where} if is_timed and timings.where else {}),
     }
 
 

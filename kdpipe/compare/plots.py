@@ -21,11 +21,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from kdpipe.compare.cell_metrics import Latencies, average, threads_of, timed_on
+from kdpipe.compare.cell_metrics import average
 from kdpipe.compare.cells import Cell, differences
 from kdpipe.compare.comparison import Comparison, uses_final_weights
-from kdpipe.compare.frames import displayed_rows
-from kdpipe.compare.statistics import Interval, interval, signed
+from kdpipe.compare.statistics import Interval, share_interval, signed
 from kdpipe.compare.student_summary import students_of
 
 ALONE, DISTILLED, TEACHER, FRONT = "#D55E00", "#0072B2", "#555555", "#999999"
@@ -75,7 +74,8 @@ def heatmap(comparison: Comparison) -> Figure | None:
         axis.set_title(f"on {images}", fontsize=11)
     axes[0].set_ylabel("alpha")
     figure.colorbar(image, ax=list(axes)).set_label("gain over the student alone, points")
-    figure.suptitle("mean gain ± half of the 95 % interval;  ∘ the interval includes 0;  frame: best cell", fontsize=10)
+    explained = "mean gain ± half of the 95 % interval (?: one seed, or equal seeds)"
+    figure.suptitle(f"{explained};  ∘ the interval includes 0;  frame: best cell", fontsize=10)
     return figure
 
 
@@ -85,7 +85,7 @@ def _panel(axis: Axes, gains: Mapping[Place, Interval | None], limit: float, cho
         row, column = grid.index.get_loc(place[0]), grid.columns.get_loc(place[1])
         text = "–"
         if gain:
-            spread = "" if gain.low is None else f" ± {100 * gain.half_width:.1f}"
+            spread = " ± ?" if gain.low is None else f" ± {100 * gain.half_width:.1f}"
             text = f"{signed(gain.mean)}{spread}{' ∘' if gain.includes_zero else ''}"
         axis.text(column, row, text, ha="center", va="center", fontsize=10)
         if place == chosen:
@@ -100,6 +100,7 @@ def _panel(axis: Axes, gains: Mapping[Place, Interval | None], limit: float, cho
 def curves(named: Mapping[str, Curves]) -> Figure | None:
     """Validation accuracy by epoch of "student alone" and "student distilled", the mean over seeds with its 95 %
     interval. None for fewer than two epochs."""
+    drawn: list[Interval] = []
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axis = figure.subplots()
     for name, runs in named.items():
@@ -107,17 +108,20 @@ def curves(named: Mapping[str, Curves]) -> Figure | None:
         accuracies = pd.DataFrame({seed: dict(run) for seed, run in runs.items()}).dropna().sort_index()
         if len(accuracies) < 2:
             continue
-        means = [mean for values in accuracies.to_numpy().tolist() if (mean := interval(values))]
+        means = [mean for values in accuracies.to_numpy().tolist() if (mean := share_interval(values))]
+        drawn += means
         seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
-        middle, (low, high) = [100 * mean.mean for mean in means], 100 * np.transpose([mean.ends for mean in means])
+        middle = np.array([100 * mean.mean for mean in means])
+        below, above = 100 * np.transpose([mean.arms for mean in means])
         axis.plot(accuracies.index, middle, color=color, linestyle=style, label=f"{name}, {seeds}")
-        axis.fill_between(accuracies.index, low, high, color=color, alpha=0.2, linewidth=0)
+        axis.fill_between(accuracies.index, middle - below, middle + above, color=color, alpha=0.2, linewidth=0)
     if not axis.lines:
         return None
     axis.set_xlabel("epoch")
     axis.set_ylabel("validation accuracy, %")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set_title("mean over seeds, 95 % interval shaded", fontsize=10)
+    axis.set_ylim(*(100 * limit for limit in _limits(drawn)))
+    axis.set_title("mean over seeds, 95 % interval shaded (none: one seed, or equal seeds)", fontsize=10)
     axis.legend(loc="lower right", frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     return figure
@@ -145,17 +149,18 @@ def points_of(comparison: Comparison) -> list[Point]:
         of_the_verdict = {cell.key: cell for cell in (alone, distilled) if cell}
         cells = [of_the_verdict.pop(cell.key, cell) for cell in cells] + list(of_the_verdict.values())
         taught_by = distilled.teacher_runs if uses_final_weights(distilled) else []
-    latencies = Latencies(cells, _hardware(comparison))
+    timings = comparison.timings
+    latency = f"latency_ms{timings.threads}"
     points = []
     for cell, name in zip(cells, _names(cells), strict=True):
-        if accuracy := interval(list(cell.values("test/accuracy").values())):
-            costs = _costs(average(cell, "model/size_mb"), latencies.of(cell.first))
+        if accuracy := share_interval(list(cell.values("test/accuracy").values())):
+            costs = _costs(average(cell, "model/size_mb"), timings.of(cell.first, f"model/{latency}"))
             is_decisive = decisive is not None and cell.key == decisive.cell.key
             points.append(Point(name, cell.stage, costs, accuracy, is_decisive))
     has_teacher = any(not cell.run_ids.isdisjoint(taught_by) for cell in cells)
     if decisive and decisive.cell.teacher_run and comparison.teacher_accuracy is not None and not has_teacher:
         run = decisive.cell.first
-        costs = _costs(average(decisive.cell, "teacher/size_mb"), latencies.of(run, "teacher"))
+        costs = _costs(average(decisive.cell, "teacher/size_mb"), timings.of(run, f"teacher/{latency}"))
         accuracy = Interval(comparison.teacher_accuracy, None, None, 1)
         points.append(Point(f"{run.params.get('teacher.name', '')} teacher", "teacher", costs, accuracy))
     return sorted(points, key=lambda point: -point.accuracy.mean)
@@ -174,13 +179,6 @@ def _names(cells: Sequence[Cell]) -> list[str]:
         else cell.title
         for cell, difference in zip(cells, differences(cells), strict=True)
     ]
-
-
-def _hardware(comparison: Comparison) -> str:
-    """The hardware of the latencies shown, that of the decisive student: those of others are not comparable."""
-    decisive = comparison.decisive
-    cells = [decisive.cell] if decisive else [row.cell for row in comparison.rows]
-    return timed_on(cells)
 
 
 def front_of(places: Sequence[tuple[float, float]]) -> list[int]:
@@ -210,9 +208,9 @@ def pareto(comparison: Comparison) -> Figure | None:
         _scatter(axis, panel, shown, is_numbered, width=WIDTH / len(panels))
     axes[0].set_ylabel("test accuracy, %")
     if LATENCY in panels:
-        where = _hardware(comparison)
-        one = ", one thread" if threads_of([row.cell for row, *_ in displayed_rows(comparison)], where) else ""
-        timed = f"\ntimed on {where}" if where else ""
+        timings = comparison.timings
+        one = ", one thread" if timings.threads else ""
+        timed = f"\ntimed on {timings.where}" if timings.where else ""
         axes[-1].set_xlabel(f"latency, ms (one image{one}; log scale){timed}")
     if SIZE in panels:
         axes[0].set_xlabel("size, MB (log scale)")
@@ -229,11 +227,11 @@ def _limits(accuracies: Sequence[Interval]) -> tuple[float, float]:
     most = max(max(means) - min(means), 0.02)
     low, high = max(min(lows), min(means) - most, 0), min(max(highs), max(means) + most, 1)
     margin = 0.08 * (high - low) or 0.01
-    return low - margin, high + margin
+    return max(low - margin, -0.03), min(high + margin, 1.03)  # a point at 100 % is drawn whole
 
 
 def pareto_caption(comparison: Comparison) -> str:
-    where = _hardware(comparison)
+    where = comparison.timings.where
     timed = f"; one image at a time, timed on {where}" if where else ""
     return (
         "Test accuracy against size and latency, means with 95 % intervals over seeds; networks below the line are "
@@ -255,7 +253,7 @@ def _legend(points: Sequence[Point], is_numbered: bool) -> list[Line2D]:
     return [
         *(Line2D([], [], label=label, linestyle="none", markersize=9, **_marker(point)) for label, point in entries),
         Line2D([], [], color=FRONT, label="Pareto front: best for its size or latency"),
-        Line2D([], [], linestyle="none", label="bars: 95 % intervals; side by side: equal size or latency"),
+        Line2D([], [], linestyle="none", label="bars: 95 % intervals (none: one seed, or equal seeds)"),
     ]
 
 
@@ -315,7 +313,7 @@ def _draw_points(axis: Axes, points: Mapping[int, Point], places: Mapping[int, f
             [places[number] for number in group],
             [100 * point.accuracy.mean for point in group.values()],
             # NaN, which is not drawn, for a point without an interval.
-            yerr=[100 * point.accuracy.half_width for point in group.values()] if has_bars else None,
+            yerr=100 * np.transpose([point.accuracy.arms for point in group.values()]) if has_bars else None,
             **marker,
             markersize=diameter if marker["marker"] == "o" else 0.88 * diameter,
             capsize=3,

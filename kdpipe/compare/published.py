@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from kdpipe.compare.cells import Cell
-from kdpipe.compare.statistics import Interval, interval
+from kdpipe.compare.statistics import Interval, share_interval, shifted
 from kdpipe.settings.composition import compose_settings
 from kdpipe.settings.identity import effective, what_matters
 
@@ -47,7 +47,8 @@ def published_for(cell: Cell) -> Published | None:
     if line is None or not f"{package}.".startswith("kdpipe.losses."):
         return None
     accuracy = float(line["accuracy"]) / 100
-    difference = interval([value - accuracy for value in cell.values("test/accuracy").values()])
+    mine = share_interval(list(cell.values("test/accuracy").values()))
+    difference = shifted(mine, accuracy) if mine else None
     return Published(accuracy, line["epoch"], line["source"], difference, tuple(_deviations(cell, line["overrides"])))
 
 

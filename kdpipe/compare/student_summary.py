@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from kdpipe.compare.cell_metrics import average, averages, threads_of, timed_on
+from kdpipe.compare.cell_metrics import average, averages
 from kdpipe.compare.cells import Cell
 from kdpipe.compare.comparison import Comparison, ComparisonRow
 from kdpipe.evaluation.report import BUSY, was_busy
@@ -30,10 +30,10 @@ def summarize_student(comparison: Comparison) -> StudentSummary | None:
     if comparison.decisive is None:
         return None
     alone, distilled = students_of(comparison.decisive)
-    where = timed_on([distilled])
-    threads = threads_of([distilled], where)
+    timings = comparison.timings
+    where, threads = timings.where, timings.threads
     costs = ("size_mb", "flops", f"latency_ms{threads}", "images_per_second")
-    metrics = averages(distilled)
+    metrics = averages(distilled, timings)
     rows: dict[str, list[float | None]] = {}
     if distilled.teacher_run:  # two students that learn from each other have none
         quality = [comparison.teacher_accuracy, metrics.get("teacher/ece"), metrics.get("teacher/loss")]

@@ -19,7 +19,7 @@ def epoch_line(epoch: int, epochs: int, metrics: Mapping[str, float]) -> str:
     return "  ".join([*parts, f"{metrics['train/images_per_second']:,.0f} images/s"])
 
 
-def result_table(metrics: Mapping[str, float]) -> str:
+def result_table(metrics: Mapping[str, float], width: int | None = None) -> str:
     """The results of a finished run."""
 
     def percent(name: str) -> str:
@@ -36,10 +36,10 @@ def result_table(metrics: Mapping[str, float]) -> str:
         "teacher's accuracy": percent("teacher/accuracy"),
         "agrees with it": percent("teacher/agreement") + (where_wrong and f" (where it is wrong: {where_wrong})"),
     }
-    return text_table(("", ""), [(title, text) for title, text in rows.items() if text], left=(0, 1))
+    return text_table(("", ""), [(title, text) for title, text in rows.items() if text], left=(0, 1), width=width)
 
 
-def cost_table(metrics: Mapping[str, float], names: Mapping[str, str]) -> str:
+def cost_table(metrics: Mapping[str, float], names: Mapping[str, str], width: int | None = None) -> str:
     """The cost of a network, next to its teacher's if it has one, and their ratio: for times the median over rounds in
     which both alternate. `names` of the networks are by "model" and "teacher"."""
     networks = [network for network in ("teacher", "model") if f"{network}/params" in metrics]
@@ -67,8 +67,10 @@ def cost_table(metrics: Mapping[str, float], names: Mapping[str, str]) -> str:
             latency.append(f"{metrics[f'speedup/latency{suffix}']:.1f}")
             rate.append(f"{metrics[f'speedup/throughput{suffix}']:.1f}")
         rows += [[f"ms for an image, median (95 %){where}", *latency], [f"images/s, 64 at once{where}", *rate]]
-    headings = ["", *(names[network] for network in networks), *(["times less / faster"] if has_teacher else [])]
-    table = text_table(headings, rows)
+    last = "times less / faster"
+    headings = ["", *(names[network] for network in networks), *([last] if has_teacher else [])]
+    short = {" for an image": "", ", median (95 %)": "", "operations, MFLOP": "MFLOP", "64 at once": "64 at a time"}
+    table = text_table(headings, rows, width=width, optional=[last], short=short)
     return f"{table}\n{BUSY}; python -m kdpipe.cost times again" if was_busy(metrics) else table
 
 

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from kdpipe.export.formats import FORMATS, INT8, ONNX
-from kdpipe.runs.command_line import add_store_arguments, check_flags, existing_store, folder, run_command
+from kdpipe.runs.command_line import (
+    add_store_arguments,
+    add_wide_argument,
+    check_flags,
+    existing_store,
+    folder,
+    run_command,
+    table_width,
+)
 from kdpipe.settings.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,6 +48,7 @@ def export_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--register", metavar="NAME", help="add the ONNX model to MLflow's registry under this name")
     parser.add_argument("--alias", help="for the registered version (default: candidate)")
     parser.add_argument("--register-int8", action="store_true", help="register the int8 model instead of the float one")
+    add_wide_argument(parser)
     add_store_arguments(parser)
     return parser.parse_args(words)
 
@@ -97,7 +106,9 @@ def export(arguments: argparse.Namespace) -> str:
         )
         if not exported.files:
             raise ValueError(_refusals(exported))
-    lines = [text_table(*table_of(exported.measurements)), *exported.notes]
+    optional = ("95 %", "same %", "images/s", "ms, all threads", "difference")
+    lines = [text_table(*table_of(exported.measurements), width=table_width(arguments), optional=optional)]
+    lines += exported.notes
     lines += [f"written: {arguments.out / name}" for name in sorted(exported.files)]
     print("\n".join(lines), flush=True)
     if arguments.register is not None:

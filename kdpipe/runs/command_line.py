@@ -12,6 +12,7 @@ from kdpipe.runs.moved_store import ARTIFACTS, correct_artifacts
 from kdpipe.runs.sqlite_address import sqlite_file
 from kdpipe.runs.store_address import check_uri, store_uri
 from kdpipe.settings.errors import ConfigError, one_line
+from kdpipe.system.tables import UNLIMITED
 
 
 def folder(text: str) -> Path:
@@ -23,6 +24,17 @@ def add_store_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose the MLflow store."""
     parser.add_argument("--uri", help="MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db in --output-dir)")
     parser.add_argument("--output-dir", type=folder, default=Path("outputs"), help="default: %(default)s")
+
+
+def add_wide_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the flag for tables that may be wider than the terminal."""
+    text = "show all columns and digits, even if the lines break (default: what fits into the terminal, or COLUMNS)"
+    parser.add_argument("--wide", action="store_true", help=text)
+
+
+def table_width(arguments: argparse.Namespace) -> int | None:
+    """The width of tables for these arguments; None for that of the terminal."""
+    return UNLIMITED if arguments.wide else None
 
 
 def check_flags(arguments: argparse.Namespace, **types: Any) -> None:

@@ -13,3 +13,6 @@ DUPLICATES = "kdpipe.duplicates"  # images of the test and validation splits tha
 TIMED_ON = "kdpipe.timed_on"  # the hardware of its latencies
 # Of metrics.
 ONE_THREAD = "_1_thread"  # suffix of latencies on one CPU thread
+# MLflow's pages have a section of charts for each prefix, in the order of the alphabet, and one-off numbers would come
+# first. So what is measured in each epoch is there twice: also under a name of the first sections.
+CHARTED = {f"{split}/{what}": f"{what}/{split}" for what in ("accuracy", "loss") for split in ("train", "val", "test")}

@@ -214,7 +214,8 @@ class JobSettings(Section):
         parent: id of the sweep's own run in MLflow.
         name: of this run.
         teacher: the run or file whose weights teach it; "" where none does.
-        number, of: its place among the runs that were missing, counted from 1.
+        number: its place among the runs that were missing, counted from 1.
+        reports: folder among the runs where it reports its progress.
     """
 
     id: str
@@ -222,7 +223,7 @@ class JobSettings(Section):
     name: str
     teacher: str
     number: int
-    of: int
+    reports: str
 
 
 class SweepSettings(Section):

@@ -4,10 +4,11 @@ parent run in MLflow that holds the comparison."""
 import json
 import logging
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -43,6 +44,8 @@ from kdpipe.sweeps.grid import (
 )
 from kdpipe.system.interruption import forward_signals
 from kdpipe.system.optional import optional
+from kdpipe.system.progress import report_file, watch
+from kdpipe.system.tables import UNLIMITED
 
 if TYPE_CHECKING:
     from kdpipe.compare.comparison_table import Picture
@@ -240,7 +243,6 @@ def launch(sweep: Sweep, missing: Sequence[PlannedRun]) -> tuple[dict[str, str],
     # Each job logs its own progress, better than Hydra's launchers do.
     for name in ("hydra._internal.core_plugins.basic_launcher", "hydra_plugins"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    jobs = [[*run.overrides, *_job_overrides(sweep, run, n, len(missing))] for n, run in enumerate(missing, start=1)]
     assert sweep.sweeper.launcher
     launcher = sweep.drafts[0][0].invocation.launcher
 
@@ -248,7 +250,7 @@ def launch(sweep: Sweep, missing: Sequence[PlannedRun]) -> tuple[dict[str, str],
         return [worker for run in missing if (worker := worker_pid(run.folder))]
 
     try:
-        with forward_signals(workers if runs_here(launcher) else list):
+        with _watched(sweep, missing) as jobs, forward_signals(workers if runs_here(launcher) else list):
             results = sweep.sweeper.launcher.launch(jobs, initial_job_idx=0)
     except Exception as error:  # a process was killed, or a cluster lost a job; others may go on
         log.error("a job was lost: %s", explain(error))
@@ -334,9 +336,12 @@ def summarise(sweep: Sweep) -> None:
     pictures: list[dict[str, Picture]] = [{} for _ in comparisons]
     with optional("plots of the comparison"):
         pictures = [draw_pictures(comparison, sweep.tracker) for comparison in comparisons]
-    table = "\n\n".join(map(comparison_table.to_text, comparisons))
+    table, whole = (
+        "\n\n".join(comparison_table.to_text(comparison, width) for comparison in comparisons)
+        for width in (None, UNLIMITED)
+    )
     files = {
-        "comparison.txt": table.encode(),
+        "comparison.txt": whole.encode(),
         "comparison.csv": frames.to_csv(comparisons).encode(),
         "comparison.html": comparison_table.to_html(f"sweep {sweep.id}", comparisons, pictures).encode(),
         **comparison_table.picture_files(pictures),
@@ -349,14 +354,34 @@ def summarise(sweep: Sweep) -> None:
     sweep.tracker.attach(sweep.parent, files, tags, metrics)
     log.info("in MLflow (make ui):")
     log.info("  summary and pictures: %s", sweep.tracker.link(sweep.parent))
+    log.info("  the runs in a table: %s", sweep.tracker.table_link(sweep.id))
     log.info("  the runs as charts: %s", sweep.tracker.charts_link(sweep.id))
     log.info("  the runs compared: %s", sweep.tracker.compare_link([run.id for run in sweep.finished.values()]))
     log.info("this table again: %s --sweep %s", compare_command(sweep.settings), sweep.id)
 
 
-def _job_overrides(sweep: Sweep, run: PlannedRun, number: int, of: int) -> list[str]:
+@contextmanager
+def _watched(sweep: Sweep, missing: Sequence[PlannedRun]) -> Iterator[list[list[str]]]:
+    """The overrides of the jobs, whose progress is shown within the block: a line where one starts and ends, and on a
+    terminal one bar for all."""
+    runs = Path(sweep.settings.output_dir) / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".progress-", dir=runs, ignore_cleanup_errors=True) as folder:
+        numbers = range(1, len(missing) + 1)
+        files = [report_file(Path(folder), number) for number in numbers]
+        sizes = [max(run.settings.train.epochs, 1) for run in missing]
+        with watch(files, [run.name for run in missing], sizes):
+            yield [
+                [*run.overrides, *_job_overrides(sweep, run, number, Path(folder).name)]
+                for number, run in zip(numbers, missing, strict=True)
+            ]
+
+
+def _job_overrides(sweep: Sweep, run: PlannedRun, number: int, reports: str) -> list[str]:
     """What a job has to know of its sweep."""
-    job = JobSettings(id=sweep.id, parent=sweep.parent, name=run.name, teacher=run.teacher, number=number, of=of)
+    job = JobSettings(
+        id=sweep.id, parent=sweep.parent, name=run.name, teacher=run.teacher, number=number, reports=reports
+    )
     values = ",".join(f"{key}:{json.dumps(value, ensure_ascii=False)}" for key, value in job.plain.items())
     return [f"sweep.job={{{values}}}", *(["train.resume=never"] if sweep.rerun else [])]
 

@@ -27,6 +27,7 @@ from kdpipe.runs.journal import (
     read_rows,
     sync_command,
 )
+from kdpipe.runs.names import CHARTED
 from kdpipe.runs.sqlite_address import sqlite_file
 from kdpipe.runs.store_address import describe_error, in_store, store_uri
 from kdpipe.tracking.server import check_store, signed_in
@@ -239,14 +240,15 @@ def send(client: MlflowClient, journal: Journal, rows: list[Row], known: Known, 
         Exception: whatever MLflow raises; part of it may have been sent.
     """
     times = journal.times + [now()] * (len(rows) - len(journal.times))
+    by_epoch = rows[0].keys() if rows and "train/loss" in rows[0] else ()
     if known.rows is None:
         known.rows = count_rows(client, journal.run_id, rows)
     for number in range(known.rows, len(rows)):
         yield
         row = rows[number]
-        metrics = [
-            Metric(name, float(value), times[number], int(row["step"])) for name, value in row.items() if name != "step"
-        ]
+        values = {name: value for name, value in row.items() if name != "step"}
+        values |= {CHARTED[name]: row[name] for name in CHARTED if name in row and name in by_epoch}
+        metrics = [Metric(name, float(value), times[number], int(row["step"])) for name, value in values.items()]
         client.log_batch(journal.run_id, metrics=metrics)
         known.rows = number + 1
     for name in [name for name in journal.files if name not in known.files]:

@@ -16,7 +16,7 @@ from mlflow.store.entities import PagedList
 from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 
 from kdpipe.runs.journal import FINISHED, now
-from kdpipe.runs.names import ONE_THREAD, TIMED_ON
+from kdpipe.runs.names import CHARTED, ONE_THREAD, TIMED_ON
 from kdpipe.runs.store_address import describe_error, is_server, uri_error
 from kdpipe.settings.addresses import epoch_file
 from kdpipe.settings.credentials import without_password
@@ -199,7 +199,7 @@ class RunStore:
 
 def record_of(run: mlflow.entities.Run) -> RunRecord:
     ended = (run.info.end_time or 0) / 1000
-    metrics = dict(run.data.metrics)
+    metrics = {name: value for name, value in run.data.metrics.items() if name not in CHARTED.values()}
     if not run.data.tags.get(TIMED_ON, "cpu").startswith("cpu"):  # these are from an earlier timing on a CPU
         metrics = {name: value for name, value in metrics.items() if not name.endswith(ONE_THREAD)}
     return RunRecord(

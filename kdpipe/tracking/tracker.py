@@ -37,6 +37,7 @@ from kdpipe.runs.sqlite_address import sqlite_file, write_problem
 from kdpipe.runs.store_address import describe_error, is_server
 from kdpipe.settings.addresses import WEIGHTS
 from kdpipe.settings.errors import ConfigError, flat
+from kdpipe.settings.identity import what_matters
 from kdpipe.system.interruption import postponed
 from kdpipe.tracking.delivery import (
     STOP_TIMEOUT,
@@ -53,6 +54,12 @@ from kdpipe.tracking.sqlite import set_aside_half_made, store_lock
 
 MAX_PARAM_LENGTH = 6000  # MLflow's own limit
 DEFAULT = "0"  # id of the experiment that every store has
+MAX_DIFFERENCES, MAX_SHOWN = 3, 20  # settings in the name of a run, and characters of each
+# Of the table of runs that we link to; more would not fit on a screen.
+COLUMNS = (
+    *("metrics.`selected/accuracy`", "metrics.`test/accuracy`", "params.`loss.alpha`", "params.`loss.temperature`"),
+    *("params.`seed`", "params.`model.name`"),
+)
 IS_FINISHED = "attributes.status = 'FINISHED'"
 
 log = logging.getLogger("kdpipe")
@@ -150,6 +157,8 @@ class Tracker(RunStore):
             seconds: that were spent on it.
         """
         known = run_id if run_id and self._is_active(run_id) else NOT_CREATED
+        if known == NOT_CREATED and "kdpipe.sweep" not in tags:  # whose runs are named by its axes
+            name = self._distinct_name(name, params, tags)
         before, rows = Journal.read(folder), list(history)
         if before and before.uri != self.name and not before.delivered:
             left = before.run_id or folder.name
@@ -269,6 +278,25 @@ class Tracker(RunStore):
             if not self._is_active(tags.get("mlflow.parentRunId")):
                 self.client.set_tag(run.id, "mlflow.parentRunId", parent_id)
 
+    def _distinct_name(self, name: str, params: Mapping[str, object], tags: Mapping[str, str]) -> str:
+        """The name of a new run: if the experiment has another run of this name, such as a teacher of the same network
+        at another size, with the settings in which they differ."""
+        if not (quoted := _quoted(f"{name}%")):
+            return name
+        oldest_first = ["attributes.start_time ASC"]
+        query = f"attributes.run_name LIKE {quoted}"
+        found = self.client.search_runs([self.experiment_id], query, max_results=PAGE, order_by=oldest_first)
+        identities = {run.info.run_name: run.data.tags.get("kdpipe.identity") for run in found}
+        first = next((run.data for run in found if run.info.run_name == name), None)
+        if first is None or identities[name] == tags.get("kdpipe.identity"):
+            return name
+        before, mine = what_matters(first.params), what_matters({key: str(value) for key, value in params.items()})
+        keys = [key for key in mine if mine[key] != before.get(key, "None") and key not in ("seed", "model.name")]
+        shown = [f"{key.removeprefix('model.')}={mine[key]}" for key in keys if len(mine[key]) <= MAX_SHOWN]
+        named = " ".join([name, *shown[:MAX_DIFFERENCES]])
+        is_taken = identities.get(named, tags.get("kdpipe.identity")) != tags.get("kdpipe.identity")
+        return f"{named} {tags['kdpipe.identity']}" if is_taken else named
+
     def _token(self, before: Journal | None, run_id: str) -> str:
         """The CREATION_TOKEN of a run: that of the earlier journal, if it is about this run or about one that the store
         may still create."""
@@ -337,16 +365,28 @@ class Tracker(RunStore):
         return [(point.step, point.value) for point in self.client.get_metric_history(run_id, metric)]
 
     def link(self, run_id: str) -> str:
-        """URL of the run's page in the UI."""
-        return f"{self.ui}/#/experiments/{self.experiment_id}/runs/{run_id}"
+        """URL of the run's page in the UI, among the pages for training."""
+        return f"{self.ui}/#/experiments/{self.experiment_id}/runs/{run_id}?workflowType=machine_learning"
+
+    def table_link(self, sweep_id: str = "") -> str:
+        """URL of the table of the experiment's runs, or of a sweep's, with their accuracy, alpha, temperature and seed.
+        MLflow keeps the columns of a shared table in a tag of the experiment."""
+        key = f"kdpipe-{sweep_id}" if sweep_id else "kdpipe"
+        state: dict[str, object] = {"selectedColumns": list(COLUMNS)}
+        if sweep_id:
+            state |= {"searchFilter": _in_sweep(sweep_id), "orderByKey": COLUMNS[0], "orderByAsc": False}
+        with suppress(MlflowException):  # of a server where only others may set it: the table has its own columns then
+            self.client.set_experiment_tag(self.experiment_id, f"mlflow.sharedViewState.{key}", json.dumps(state))
+        query = urlencode({"workflowType": "machine_learning", "viewStateShareKey": key})
+        return f"{self.ui}/#/experiments/{self.experiment_id}/runs?{query}"
 
     def charts_link(self, sweep_id: str) -> str:
         """URL of the charts of a sweep's runs. MLflow's charts leave out nested runs; a filter and an order make the
         list flat."""
         query = {
             "workflowType": "machine_learning",
-            "searchFilter": f"tags.`kdpipe.sweep` LIKE '%{sweep_id}%' AND tags.`kdpipe.identity` != ''",
-            "orderByKey": "metrics.`selected/accuracy`",  # any order but the default
+            "searchFilter": _in_sweep(sweep_id),
+            "orderByKey": COLUMNS[0],  # any order but the default
             "orderByAsc": "false",
             "compareRunsMode": "CHART",
         }
@@ -394,6 +434,11 @@ class Tracker(RunStore):
 def _has_learned(record: RunRecord) -> bool:
     """Whether a run's network has seen images: not where random weights were only evaluated."""
     return record.params["train.epochs"] != "0" or record.params["model.weights"] != "None"
+
+
+def _in_sweep(sweep_id: str) -> str:
+    """MLflow's filter for the runs of a sweep."""
+    return f"tags.`kdpipe.sweep` LIKE '%{sweep_id}%' AND tags.`kdpipe.identity` != ''"
 
 
 def status_after(error: BaseException) -> tuple[str, str]:

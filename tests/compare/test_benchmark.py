@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 from hydra.errors import ConfigCompositionException
-from scipy import stats
 
 from kdpipe.assembly.building import build
 from kdpipe.compare import comparison_table, frames
@@ -18,6 +17,7 @@ from kdpipe.compare.__main__ import cli
 from kdpipe.compare.cells import make_cells
 from kdpipe.compare.comparison import Comparison, compare_cells, with_published
 from kdpipe.compare.published import BEST, LAST, NONE_PUBLISHED, published_for, read_table
+from kdpipe.compare.statistics import share_interval
 from kdpipe.settings.composition import CONF
 from kdpipe.settings.schema import Settings
 from kdpipe.tracking import RunRecord
@@ -234,12 +234,19 @@ def test_difference_has_the_interval_over_seeds(runs: list[RunRecord]) -> None:
     assert teacher and alone and taught
     assert teacher.difference and taught.difference
     assert (teacher.difference.mean, teacher.difference.low) == (pytest.approx(0.7301 - 0.7234), None)
-    accuracies = [0.7100, 0.7050, 0.7130]
-    low, high = stats.t.interval(0.95, 2, loc=sum(accuracies) / 3, scale=stats.sem(accuracies))
-    assert [taught.difference.low, taught.difference.high] == pytest.approx([low - 0.7066, high - 0.7066])
+    of_the_accuracy = share_interval([0.7100, 0.7050, 0.7130])
+    assert of_the_accuracy is not None
+    assert taught.difference.ends == pytest.approx([end - 0.7066 for end in of_the_accuracy.ends])
     texts = comparison_table.row_texts(comparison)
     assert [line["published"] for line in texts] == ["72.34 last epoch", "69.06 last epoch", "70.66 last epoch"]
     assert [line["difference"].split(" ")[0] for line in texts] == ["+0.67", "+0.14", "+0.27"]
+
+
+def test_the_difference_is_there_on_a_narrow_terminal_too(runs: list[RunRecord]) -> None:
+    _, comparison = compared(runs)
+    table = comparison_table.to_text(comparison, 80).partition("\n\n")[0].splitlines()
+    assert max(map(len, table)) <= 80
+    assert "difference" in table[0]
 
 
 def test_published_accuracies_leave_verdict_and_other_columns_alone(runs: list[RunRecord]) -> None:

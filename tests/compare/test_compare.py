@@ -23,7 +23,7 @@ from kdpipe.compare.__main__ import cli, run_comparison
 from kdpipe.compare.cells import Controls, differences, make_cells
 from kdpipe.compare.comparison import check_comparable, compare_cells, families, teacher_accuracy
 from kdpipe.compare.loading import compare_sweep, select_cells, with_disagreement
-from kdpipe.compare.statistics import interval, verdict
+from kdpipe.compare.statistics import interval, share_interval, verdict
 from kdpipe.compare.student_summary import summarize_student
 from kdpipe.evaluation.figures import as_png
 from kdpipe.tracking import RunRecord
@@ -219,6 +219,74 @@ def test_interval_is_student_s_t() -> None:
     )
 
 
+SHARES = st.lists(st.floats(0, 1), min_size=2, max_size=6)
+
+
+@settings(deadline=None)
+@given(SHARES)
+def test_interval_of_accuracies_stays_within_0_and_100_percent(accuracies: list[float]) -> None:
+    found = share_interval(accuracies)
+    assert found is not None
+    assert found.mean == pytest.approx(np.mean(accuracies))
+    if found.low is None or found.high is None:
+        assert max(accuracies) - min(accuracies) < 1e-9
+    else:
+        assert 0 <= found.low <= found.mean + 1e-12 and found.mean - 1e-12 <= found.high <= 1
+
+
+@settings(deadline=None)
+@given(SHARES)
+def test_interval_of_errors_mirrors_that_of_accuracies(accuracies: list[float]) -> None:
+    right, wrong = share_interval(accuracies), share_interval([1 - value for value in accuracies])
+    assert right is not None and wrong is not None
+    assert right.ends == pytest.approx([1 - end for end in reversed(wrong.ends)], abs=1e-6)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=6))
+def test_interval_of_gains_stays_within_100_points(gains: list[float]) -> None:
+    found = interval(gains)
+    assert found is not None and all(-1 <= bound <= 1 for bound in found.ends)
+
+
+def test_interval_of_many_close_accuracies_is_student_s_t() -> None:
+    accuracies = np.random.default_rng(0).normal(0.7, 0.004, 10)
+    half = stats.t.ppf(0.975, 9) * np.std(accuracies, ddof=1) / np.sqrt(10)
+    found = share_interval(list(accuracies))
+    assert found is not None
+    assert found.ends == pytest.approx([np.mean(accuracies) - half, np.mean(accuracies) + half], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "text"),
+    [
+        ([0.54], "54.00"),
+        ([0.5, 0.58], "54.00 [13.17, 90.08]"),  # Student's t: 3.18 to 104.82
+        ([1.0, 0.98], "99.00 [0.03, 100.00]"),
+        ([1.0, 1.0, 1.0], "100.00 [no spread]"),
+        ([0.61, 0.61], "61.00 [no spread]"),
+    ],
+)
+def test_few_seeds_are_not_certainty(accuracies: list[float], text: str) -> None:
+    runs = [
+        record(stage, seed, accuracy, accuracy)
+        for stage in ("student", "distill")
+        for seed, accuracy in enumerate(accuracies)
+    ]
+    comparison = compare_cells(make_cells(runs), teacher_run)
+    for texts in comparison_table.row_texts(comparison):
+        assert texts["val %"] == texts["test %"] == text
+    steps = {seed: [(epoch, accuracy) for epoch in (1, 2)] for seed, accuracy in enumerate(accuracies)}
+    curves = plots.curves({"student alone": steps})
+    assert curves is not None
+    has_band = bool(curves.axes[0].collections[0].get_paths())
+    assert has_band == ("," in text)
+    for figure in (curves, plots.pareto(comparison)):
+        assert figure is not None
+        low, high = figure.axes[0].get_ylim()
+        assert -5 < low < high < 105
+
+
 def test_no_evidence_names_the_smallest_detectable_gain() -> None:
     gains = [0.02, -0.02, 0.01]
     least = 100 * stats.t.ppf(0.975, 2) * np.std(gains, ddof=1) / np.sqrt(3)
@@ -268,6 +336,7 @@ def test_gain_is_paired_by_seed() -> None:
     assert best.gain == interval([0.52 - 0.5, 0.73 - 0.7, 0.925 - 0.9])
     assert best.test is not None
     assert best.gain.half_width < 0.02 < best.test.half_width
+    assert best.test.high is not None and best.test.high < 1
 
 
 def test_verdict_rests_on_the_confirmation_seeds() -> None:
@@ -543,12 +612,34 @@ def test_one_latency_for_each_network_and_the_teacher_s_from_its_students_runs()
     elsewhere = [record("distill", seed, 0.8, loss__alpha="0.9") for seed in range(3)]
     runs = [*measured(), *(timed(run, 0.1, 0.2, where=ELSEWHERE) for run in elsewhere)]
     points = {point.name: point for point in plots.points_of(compare_cells(make_cells(runs), teacher_run))}
-    one = np.median([2.2, 2.0, 90, 2.1, 2.3, 9])
+    one = np.median([2.1, 2.3, 9])  # of the runs that timed it together with its teacher
     assert points["student_cnn alone"].costs == {"size": pytest.approx(0.7), "latency": pytest.approx(one)}
     decisive = points["student_cnn KD alpha 0.5 temperature 4"]
     assert decisive.is_decisive and decisive.costs["latency"] == pytest.approx(one)
     assert points["student_cnn KD alpha 0.9 temperature 4"].costs["latency"] == pytest.approx(one)
     assert points["resnet20 teacher"].costs == {"size": 1.4, "latency": pytest.approx(np.median([8.4, 9.2, 36]))}
+
+
+def test_a_network_s_time_is_one_figure_everywhere() -> None:
+    """The students alone were timed while the machine was busy, and another cell on another machine."""
+    runs = [timed(record("student", seed, 0.80 + seed / 100), 52 + seed) for seed in range(3)]
+    runs += [timed(record("distill", seed, 0.83 + seed / 100), 12 + seed, 48) for seed in range(3)]
+    runs += [timed(record("distill", seed, 0.81, loss__alpha="0.9"), 30, 90) for seed in range(3)]
+    runs += [timed(record("distill", 0, 0.8, loss__alpha="0.8"), 3, 9, where=ELSEWHERE)]
+    comparison = compare_cells(make_cells(runs), teacher_run)
+    student, teacher = (f"{np.median(times):.3g}" for times in ([12, 13, 14, 30, 30, 30], [48, 48, 48, 90, 90, 90]))
+    summary = summarize_student(comparison)
+    assert summary is not None
+    column = summary.headings.index("ms")
+    assert [row[column] for row in summary.rows] == [teacher, student, student]
+    in_the_picture = {point.name: f"{point.costs['latency']:.3g}" for point in plots.points_of(comparison)}
+    assert in_the_picture.pop("resnet20 teacher") == teacher
+    assert set(in_the_picture.values()) == {student}
+    assert {f"{value:.3g}" for value in comparison.frame["model/latency_ms_1_thread"]} == {student}
+    assert set(comparison.frame["timed_on"]) == {HERE}
+    assert f"{frames.best_metrics(comparison)['best/latency_ms']:.3g}" == student
+    page = comparison_table.to_html("", [comparison], [{}])
+    assert f">{student}</td>" in page and ">52</td>" not in page
 
 
 def test_teacher_without_its_own_run_is_a_point_too() -> None:
@@ -661,11 +752,11 @@ def test_disagreement_is_paired_by_seed() -> None:
     )
     comparison = with_disagreement(comparison, store)
     assert comparison.disagreement is not None
-    assert comparison.disagreement.gained == interval([0.2, 0.3])
-    assert comparison.disagreement.lost == interval([0.1, 0.1])
+    assert comparison.disagreement.gained == share_interval([0.2, 0.3])
+    assert comparison.disagreement.lost == share_interval([0.1, 0.1])
     assert comparison_table.disagreement_sentence(comparison) == [
-        "of the test images the distilled student gets 25.0 % [0.0, 88.5] right that the student alone got wrong, "
-        "and 10.0 % the other way round (on 2 of 3 seeds)"
+        "of the test images the distilled student gets 25.0 % [1.1, 90.8] right that the student alone got wrong, "
+        "and 10.0 % [no spread] the other way round (on 2 of 3 seeds)"
     ]
     (sentence,) = comparison_table.disagreement_sentence(comparison)
     (described,) = json.loads(frames.to_json([comparison]))
@@ -801,3 +892,19 @@ def test_rows_list_the_settings_in_which_they_differ() -> None:
     cells = make_cells([record("student", 0, 0.8, optimizer__lr=rate) for rate in ("0.001", "0.01")])
     assert differences(cells) == ["optimizer.lr=0.001", "optimizer.lr=0.01"]
     assert differences(cells[:1]) == [""]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_no_line_of_its_tables_breaks(width: int) -> None:
+    runs = measured()
+    slow = [record("distill", seed, 0.8 + seed / 100, 0.8 + seed / 50, optimizer__lr="0.003") for seed in range(3)]
+    two = [record("distill", seed, 0.8 + seed / 99, 0.8 + seed / 50, **ATTENTION) for seed in range(3)]
+    for several in ([runs], [runs, slow, two], [grid(seeds=5)]):
+        comparison = compare_cells(make_cells([run for some in several for run in some]), teacher_run)
+        lines = comparison_table.to_text(comparison, width).partition("verdict:")[0].splitlines()
+        tables = [line for line in lines if not line.startswith(("  loss and", "  ms for", "of the test"))]
+        assert max(map(len, tables)) <= width
+        text = "\n".join(lines)
+        assert "gain" in text and "test %" in text and ("← best" in text or "← verdict" in text)
+        whole = comparison_table.to_text(comparison, 1000)
+        assert "seconds" in whole and "smaller than teacher" in whole and "left out" not in whole

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.evaluation.costs import cost, flops, peak_bytes
-from kdpipe.evaluation.report import was_busy
+from kdpipe.evaluation.report import cost_table, was_busy
 from kdpipe.models import Classifier
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.timing import median_ratio, threads, time_interleaved
@@ -37,6 +37,10 @@ def classifier(depth: int, pause: float = 0.0) -> Classifier:
 
 
 IMAGES = torch.randint(0, 256, (5, 1, 10, 10), dtype=torch.uint8)
+
+
+TIMES = ("latency_ms", "latency_p95_ms", "images_per_second")
+NETWORKS = {"model": "mobilenet_v3_small", "teacher": "efficientnet_b0"}
 
 
 def test_flops_are_two_for_each_weight_and_image() -> None:
@@ -150,3 +154,15 @@ def test_a_busy_machine_is_detected() -> None:
     assert was_busy({**quiet, "model/latency_p95_ms": 5.0})
     assert was_busy({**quiet, "model/latency_ms": 2.5, "model/latency_p95_ms": 2.6})
     assert not was_busy({"model/params": 1.0})
+
+
+def test_the_table_of_a_run_fits_a_terminal_of_80_columns_with_the_time_before_each_line() -> None:
+    counted = {"params": 4_200_000.0, "size_mb": 16.3, "flops": 1.2e9, "activation_mb": 12.5}
+    times = {f"{name}{suffix}": 123.456 for name in TIMES for suffix in ("", "_1_thread")}
+    metrics = {f"{network}/{name}": value for network in NETWORKS for name, value in {**counted, **times}.items()}
+    metrics |= {f"speedup/{name}{suffix}": 3.2 for name in ("latency", "throughput") for suffix in ("", "_1_thread")}
+    for width in (69, 109):
+        table = cost_table(metrics, NETWORKS, width)
+        assert max(map(len, table.splitlines())) <= width
+        assert all(name in table for name in NETWORKS.values())
+    assert "times less / faster" in cost_table(metrics, NETWORKS, 109)

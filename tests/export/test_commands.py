@@ -3,8 +3,12 @@
 import argparse
 import subprocess
 import sys
+from collections.abc import Callable
+from itertools import takewhile
 
 import pytest
+from helpers import QUICK, Outcome, Taught
+from PIL import Image
 
 from kdpipe.runs.command_line import check_flags, run_command
 from kdpipe.settings.errors import ConfigError
@@ -52,3 +56,27 @@ def test_an_error_is_one_line(
         run_command("kdpipe.predict", command)
     assert stopped.value.code == 1
     assert capsys.readouterr().err == f"kdpipe.predict: {line}\n"
+
+
+def test_no_line_of_a_table_is_wider_than_the_terminal(
+    taught: Taught,
+    command: Callable[..., Outcome],
+    photo: Callable[..., Image.Image],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def table_of(name: str, *words: object) -> list[str]:
+        outcome = command(name, *words)
+        assert outcome.status == 0, outcome.errors
+        return list(takewhile(lambda line: line.startswith(" "), outcome.output.splitlines()))
+
+    monkeypatch.setenv("COLUMNS", "80")
+    photo(0).save(file := "a_photo_whose_name_is_as_long_as_those_of_a_camera_that_numbers_them.jpg")
+    export = ("export", taught.student, *QUICK, "--format", "safetensors", "--out", "exported")
+    cost = ("cost", taught.student, "--seconds", "0.01")
+    predict = ("predict", taught.student, file, file, "--teacher", taught.teacher, "--top", "3")
+    for words in (export, cost, predict):
+        table = table_of(*words)
+        assert len(table) > 3 and max(map(len, table)) <= 80
+    for words in (cost, predict):
+        table = table_of(*words, "--wide")
+        assert max(map(len, table)) > 80 and "…" not in "".join(table) and "left out" not in "".join(table)

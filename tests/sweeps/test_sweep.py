@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -102,7 +103,17 @@ def test_a_sweep_has_one_parent_with_its_summary_and_a_child_for_each_run(kdpipe
     assert parent.data.metrics["best/temperature"] in (2, 4)
     assert {run.data.tags["git.commit"] for run in (parent, *children)} == {commit}
     assert f"compare --experiment kdpipe --sweep {sweep}" in outcome.output
-    assert outcome.output.count("logits of resnet20 for") == 0  # a run is one line
+    assert outcome.output.count("logits of resnet20 for") == 0  # only where a run starts and ends, and what warns
+    lines = [line.partition("] ")[2] for line in outcome.output.splitlines() if re.match(r"\[[\d:]+\] \[\d/6\] ", line)]
+    for number, name in enumerate(NAMES, start=1):
+        start, *warnings, end = (line for line in lines if line.startswith(f"[{number}/6] {name}: "))
+        assert start.endswith(": starts")
+        accuracy = 100 * runs()[name][0].data.metrics["selected/accuracy"]
+        assert re.search(rf": validation accuracy {accuracy:.2f} % in \d+ s \({number} of 6 done", end)
+        assert end.endswith(" left)") == (number < 6)
+        assert not [line for line in warnings if "predicts" not in line and "teacher" not in line]
+    assert "the trained network predicts" not in re.sub(r"\[\d/6\] .*", "", outcome.output)
+    assert not list(Path("outputs/runs").glob(".progress*"))
 
     logs = "".join(file.read_text() for file in Path("outputs/runs").glob("*/kdpipe.log"))
     assert logs.count("s and cached") == 2  # of the training and of the test images
@@ -286,7 +297,7 @@ def test_a_killed_sweep_goes_on_where_it_was(kdpipe: Callable, teacher: Run) -> 
     with Path("log").open("w") as log:
         killed = subprocess.Popen(command(*longer), stdout=log, stderr=log, start_new_session=True)
     deadline = time.monotonic() + 120
-    while "[3/6]" not in Path("log").read_text() and time.monotonic() < deadline:
+    while "[4/6]" not in Path("log").read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
     while not in_progress():
         assert killed.poll() is None, Path("log").read_text()

@@ -23,6 +23,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from kdpipe.runs.journal import Journal, has_row, read_rows, rows_since, sync_command
+from kdpipe.runs.names import CHARTED
 from kdpipe.tracking.delivery import Delivery
 
 STUDENT = ["dataset=digits", "experiment=student", "train.threads=1", "train.batch_size=20"]
@@ -93,7 +94,8 @@ def assert_complete(server: Server, epochs: int) -> None:
     last: dict[str, float] = {}
     for row in rows():
         last |= row
-    assert server.run.data.metrics == {name: value for name, value in last.items() if name != "step"}
+    charted = {CHARTED[name]: last[name] for name in CHARTED if name in last and not name.startswith("test/")}
+    assert server.run.data.metrics == charted | {name: value for name, value in last.items() if name != "step"}
     client = MlflowClient(server.uri)
     artifacts = {file.path for file in client.list_artifacts(server.run.info.run_id)}
     assert artifacts == KEPT

@@ -2,21 +2,24 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from threading import Thread
+from urllib.parse import parse_qs
 
 import pytest
 import sqlalchemy
-from helpers import KEPT, Forwarding, free_port
+from helpers import KEPT, Forwarding, Outcome, client, free_port, the_run
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
@@ -195,7 +198,8 @@ def test_metrics_are_in_the_folder_before_they_are_sent(empty_store: Path, tmp_p
         while not tracker.client.get_run(run.id).data.metrics:
             time.sleep(0.01)
         run.log({"train/loss": 1.25}, step=2)
-    assert tracker.client.get_run(run.id).data.metrics == {"train/loss": 1.25}
+    known = tracker.get_run(run.id)
+    assert known and known.metrics == {"train/loss": 1.25}
 
 
 class Lossy(Forwarding):
@@ -460,3 +464,57 @@ def delete_once_it_has_metrics(tracker: Tracker, run: ActiveRun) -> None:
     while not tracker.client.get_run(run.id).data.metrics:
         time.sleep(0.01)
     tracker.client.delete_run(run.id)
+
+
+def sections(metrics: Iterable[str]) -> list[str]:
+    """The sections of charts on MLflow's pages, in their order there."""
+    return sorted({name.rpartition("/")[0] for name in metrics})
+
+
+def test_pages_in_mlflow_begin_with_accuracy_and_loss_by_epoch(kdpipe: Callable[..., Outcome]) -> None:
+    kdpipe(
+        "dataset=digits", "train.threads=1", "experiment=student", "train.epochs=3", "evaluation.timing_seconds=0.01"
+    )
+    run = the_run()
+    assert sections(run.data.metrics)[:2] == ["accuracy", "loss"]
+    for split, what in product(("train", "val"), ("accuracy", "loss")):
+        points, again = (
+            [(point.step, point.value) for point in client().get_metric_history(run.info.run_id, name)]
+            for name in (f"{split}/{what}", f"{what}/{split}")
+        )
+        assert points == again and [step for step, _ in points] == [1, 2, 3]
+    assert {"accuracy/test", "loss/test"}.isdisjoint(run.data.metrics)  # one-off here
+    contract = {"train/loss", "train/ce", "val/loss", "test/accuracy", "test/loss", "model/params", "model/size_mb"}
+    assert contract <= run.data.metrics.keys()
+
+
+def test_the_tutorial_s_test_accuracy_by_epoch_is_there_too(kdpipe: Callable[..., Outcome]) -> None:
+    kdpipe("dataset=digits", "train.threads=1", "experiment=student", "train.epochs=2", "train.test_each_epoch=true")
+    history = client().get_metric_history(the_run().info.run_id, "accuracy/test")
+    assert [point.step for point in history] == [1, 2]
+
+
+def test_the_table_that_is_linked_has_accuracy_alpha_temperature_and_seed(kdpipe: Callable[..., Outcome]) -> None:
+    outcome = kdpipe("dataset=digits", "train.threads=1", "experiment=student", "train.epochs=0")
+    link = re.search(r"all runs there: (\S+)", outcome.output)
+    assert link
+    key = parse_qs(link[1].partition("?")[2])["viewStateShareKey"][0]
+    tags = client().get_experiment_by_name("kdpipe").tags
+    columns = json.loads(tags[f"mlflow.sharedViewState.{key}"])["selectedColumns"]
+    wanted = ["selected/accuracy", "test/accuracy", "loss.alpha", "loss.temperature", "seed"]
+    assert [column.split("`")[1] for column in columns][:5] == wanted
+
+
+def test_two_runs_of_one_name_say_how_they_differ(kdpipe: Callable[..., Outcome]) -> None:
+    teacher = ["dataset=digits", "train.threads=1", "experiment=teacher", "model=resnet20", "train.epochs=0"]
+    for more in (
+        [],
+        ["model.depth=8"],
+        ["model.depth=8", "model.image_size=24"],
+        ["model.depth=8", "train.resume=never"],
+    ):
+        assert kdpipe(*teacher, *more).status == 0
+    experiment = client().get_experiment_by_name("kdpipe").experiment_id
+    names = [run.info.run_name for run in client().search_runs([experiment], order_by=["attributes.start_time ASC"])]
+    plain = "resnet20_teacher_s0"
+    assert names == [plain, f"{plain} depth=8", f"{plain} image_size=24 depth=8", f"{plain} depth=8"]
