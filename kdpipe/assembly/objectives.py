@@ -33,13 +33,18 @@ def build_loss(settings: Settings) -> Loss:
     return CombinedLoss(loss, also)
 
 
-def check_fit(settings: Settings, model: Classifier, teacher: Teacher, data: ImageDataset) -> None:
-    """Raise ConfigError where the loss cannot compare these two networks: before anything trains."""
+def check_fit(settings: Settings, model: Classifier, teacher: Teacher, data: ImageDataset) -> bool:
+    """Whether maps of either network have another order of axes than [N, C, H, W].
+
+    Raises:
+        ConfigError: the loss cannot compare these two networks; before anything trains.
+    """
     loss = build_loss(settings)
     student = Observed(model, model.network, loss.roles)
     teacher.observe(loss.roles)
     fit_loss(settings, loss, student, teacher, data, torch.device("cpu"))
     student.remove()
+    return student.is_rearranged or teacher.is_rearranged
 
 
 def fit_loss(
