@@ -1,5 +1,7 @@
 """The loss, fitted to the networks that it compares, and the optimizer with its schedule."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -7,14 +9,18 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from kdpipe.assembly.building import build
 from kdpipe.data import ImageDataset
-from kdpipe.losses import CombinedLoss, Loss
+from kdpipe.losses import AlphaLoss, CombinedLoss, Loss, WeightedLoss
+from kdpipe.losses.base import Plan
+from kdpipe.losses.outputs import Outputs
 from kdpipe.models import Classifier
 from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.schema import Settings
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.randomness import derive_seed
+from kdpipe.training.loop import batches
 from kdpipe.training.observed import Observed
 from kdpipe.training.teacher import Teacher
+from kdpipe.training.teacher_check import warn_once
 
 
 def build_loss(settings: Settings) -> Loss:
@@ -42,15 +48,50 @@ def check_fit(settings: Settings, model: Classifier, teacher: Teacher, data: Ima
     loss = build_loss(settings)
     student = Observed(model, model.network, loss.roles)
     teacher.observe(loss.roles)
-    fit_loss(settings, loss, student, teacher, data, torch.device("cpu"))
+    answers = fit_loss(settings, loss, student, teacher, data, torch.device("cpu"))
     student.remove()
+    if settings.train.epochs > 0:
+        for caveat in _caveats(settings, loss, *answers, data):
+            warn_once("%s", caveat)
     return student.is_rearranged or teacher.is_rearranged
+
+
+def _caveats(
+    settings: Settings, loss: Loss, student: Outputs, teacher: Outputs, data: ImageDataset
+) -> Iterator[ConfigError]:
+    """What of the methods is lost with these networks, images and settings.
+
+    Raises:
+        ConfigError: all of a method is lost.
+    """
+    train = settings.train
+    images = max(map(len, batches(data.splits["train"], train.batch_size)))
+    plan = Plan(data.num_classes, images, train.epochs)
+    for key, part in loss.components.items():
+        if part.weight > 0:
+            try:
+                yield from [caveat.under(key) for caveat in part.caveats(plan, student, teacher)]
+            except ConfigError as error:
+                raise error.under(key) from error
+        elif not isinstance(part, AlphaLoss):
+            yield ConfigError(f"{key}.weight", part.weight, problem="the teacher has no part in this training")
+    first, *_ = loss.components.values()
+    compares_logits = any(part.weight > 0 and not part.roles for part in loss.components.values())
+    if isinstance(first, WeightedLoss) and first.ce_weight == 0 and not compares_logits:
+        problem = "nothing trains the last layer, since the loss compares features alone"
+        yield ConfigError("loss.ce_weight", 0, problem=problem)
+    if torch.equal(student.logits, teacher.logits):
+        problem = "the student answers like its teacher before it has learned: the term starts at 0"
+        yield ConfigError("model.weights", settings.model.weights, problem=problem)
 
 
 def fit_loss(
     settings: Settings, loss: Loss, student: Observed, teacher: Teacher, data: ImageDataset, device: torch.device
-) -> None:
+) -> tuple[Outputs, Outputs]:
     """Let the loss make its projections for these networks, from random numbers of its own.
+
+    Returns:
+        Their outputs for two training images.
 
     Raises:
         ConfigError: the loss cannot compare the networks, or compares features that stay as they are.
@@ -70,6 +111,7 @@ def fit_loss(
         except ConfigError as error:
             raise error.under(key) from error
     loss.to(device)
+    return outputs, targets
 
 
 def check_sharing(loss: Loss, has_unlabelled: bool, hardware: Hardware) -> None:
