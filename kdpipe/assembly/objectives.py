@@ -1,5 +1,7 @@
 """The loss, fitted to the networks that it compares, and the optimizer with its schedule."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -7,15 +9,18 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from kdpipe.assembly.building import build
 from kdpipe.data import ImageDataset
-from kdpipe.losses import CombinedLoss, Loss
+from kdpipe.losses import AlphaLoss, CombinedLoss, Loss, WeightedLoss
+from kdpipe.losses.base import Plan
 from kdpipe.losses.outputs import Outputs
 from kdpipe.models import Classifier
 from kdpipe.settings.errors import ConfigError, first_line
 from kdpipe.settings.schema import Settings
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.randomness import derive_seed
+from kdpipe.training.loop import batches
 from kdpipe.training.observed import Observed
 from kdpipe.training.teacher import Teacher
+from kdpipe.training.teacher_check import warn_once
 
 
 def build_loss(settings: Settings) -> Loss:
@@ -34,8 +39,12 @@ def build_loss(settings: Settings) -> Loss:
     return CombinedLoss(loss, also)
 
 
-def check_fit(settings: Settings, model: Classifier, teacher: Teacher, data: ImageDataset) -> None:
-    """Raise ConfigError where the loss cannot compare these two networks: before anything trains."""
+def check_fit(settings: Settings, model: Classifier, teacher: Teacher, data: ImageDataset) -> bool:
+    """Whether maps of either network have another order of axes than [N, C, H, W].
+
+    Raises:
+        ConfigError: the loss cannot compare these two networks; before anything trains.
+    """
     loss = build_loss(settings)
     student = Observed(model, model.network, loss.roles)
     teacher.observe(loss.roles)
@@ -50,6 +59,39 @@ def check_fit(settings: Settings, model: Classifier, teacher: Teacher, data: Ima
     if not isinstance(parts, dict) or not isinstance(parts.get("loss"), torch.Tensor):
         raise ConfigError("loss._target_", settings.loss.target, "a loss whose forward returns parts, {'loss': …}")
     student.remove()
+    if settings.train.epochs > 0:
+        for caveat in _caveats(settings, loss, outputs, targets, data):
+            warn_once("%s", caveat)
+    return student.is_rearranged or teacher.is_rearranged
+
+
+def _caveats(
+    settings: Settings, loss: Loss, student: Outputs, teacher: Outputs, data: ImageDataset
+) -> Iterator[ConfigError]:
+    """What of the methods is lost with these networks, images and settings.
+
+    Raises:
+        ConfigError: all of a method is lost.
+    """
+    train = settings.train
+    images = max(map(len, batches(data.splits["train"], train.batch_size)))
+    plan = Plan(data.num_classes, images, train.epochs)
+    for key, part in loss.components.items():
+        if part.weight > 0:
+            try:
+                yield from [caveat.under(key) for caveat in part.caveats(plan, student, teacher)]
+            except ConfigError as error:
+                raise error.under(key) from error
+        elif not isinstance(part, AlphaLoss):
+            yield ConfigError(f"{key}.weight", part.weight, problem="the teacher has no part in this training")
+    first, *_ = loss.components.values()
+    compares_logits = any(part.weight > 0 and not part.roles for part in loss.components.values())
+    if isinstance(first, WeightedLoss) and first.ce_weight == 0 and not compares_logits:
+        problem = "nothing trains the last layer, since the loss compares features alone"
+        yield ConfigError("loss.ce_weight", 0, problem=problem)
+    if torch.equal(student.logits, teacher.logits):
+        problem = "the student answers like its teacher before it has learned: the term starts at 0"
+        yield ConfigError("model.weights", settings.model.weights, problem=problem)
 
 
 def fit_loss(

@@ -92,18 +92,19 @@ def build_parts(settings: Settings, invocation: Invocation, tracker: "Tracker", 
         learns = part == "model" or (teacher and teacher.learns)
         if learns and settings.train.epochs > 0 and 1 in (settings.train.batch_size, len(data.splits["train"])):
             check_single_images(part, name, network, data)
-    if teacher:
-        check_fit(settings, model, teacher, data)
+    is_rearranged = check_fit(settings, model, teacher, data) if teacher else False
     tags = {
         "kdpipe.identity": settings.identity,
-        "kdpipe.inputs": _inputs_digest(data, teacher, model),
+        "kdpipe.inputs": _inputs_digest(data, teacher, model, is_rearranged),
         "kdpipe.stage": settings.run_stage,
     }
     return Parts(data, teacher, teacher_source, model, tags)
 
 
-def _inputs_digest(data: ImageDataset, teacher: Teacher | None, model: Classifier) -> str:
+def _inputs_digest(data: ImageDataset, teacher: Teacher | None, model: Classifier, is_rearranged: bool) -> str:
     """What the config only points to: the images, the teacher's weights, the first weights."""
     networks = [model.network] + ([teacher.classifier.network] if teacher else [])
     images = [data.fingerprint, data.unlabelled] if data.unlabelled else [data.fingerprint]
+    if is_rearranged:  # before 0.5 such maps were compared with their height as channels
+        images.append("rearranged")
     return "-".join([*images, *(weights_digest(network) for network in networks)])

@@ -7,9 +7,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from kdpipe.losses.base import WeightedLoss, last_pairs, smaller
+from kdpipe.losses.base import Plan, WeightedLoss, idle_caveats, last_pairs, smaller
 from kdpipe.losses.outputs import Outputs, wide
+from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.values import NonNegative, checked
+
+LARGE_POWER = 8
 
 
 def attention(student: Tensor, teacher: Tensor, p: float = 2) -> Tensor:
@@ -29,6 +32,8 @@ def attention(student: Tensor, teacher: Tensor, p: float = 2) -> Tensor:
 
 def _attention_map(maps: Tensor, p: float) -> Tensor:
     """float [N, H·W]"""
+    if p > LARGE_POWER:  # the scale does not matter, and |x|^p of a larger or smaller x leaves float32
+        maps = maps / maps.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
     return F.normalize(maps.abs().pow(p).mean(dim=1).flatten(1))
 
 
@@ -48,6 +53,17 @@ class Attention(WeightedLoss):
     ) -> None:
         super().__init__(weight, ce_weight)
         self.p = p
+
+    def caveats(self, plan: Plan, student: Outputs, teacher: Outputs) -> list[ConfigError]:
+        pairs = [smaller(*pair) for pair in last_pairs(student.stages, teacher.stages)]
+        points = [number for number, (ours, _) in enumerate(pairs, start=1) if ours[0, 0].numel() == 1]
+        if not points:
+            return []
+        stages = "all stages" if len(points) == len(pairs) else f"stages {', '.join(map(str, points))} of {len(pairs)}"
+        problem = f"maps of 1×1, of {stages}, show no place where activations are large"
+        if len(points) == len(pairs):
+            return idle_caveats({"weight": self.weight}, {"weight": problem})
+        return [ConfigError("weight", self.weight, problem=problem)]
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor, indices: Tensor, epoch: int) -> Tensor:
         pairs = last_pairs(student.stages, teacher.stages)

@@ -1,13 +1,28 @@
 """The base classes of all losses, and what the methods share."""
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdpipe.losses.outputs import Outputs, wide
+from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.values import NonNegative, Share, checked
 
 Parts = dict[str, Tensor]  # scalars by name; `loss` is minimised
+SMALLEST_TEMPERATURE = 1e-6  # below it a term of T² leaves nothing in float32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a loss is in for: so many classes, images in a batch, and epochs."""
+
+    classes: int
+    images: int
+    epochs: int
 
 
 def cross_entropy(student: Tensor, labels: Tensor, label_smoothing: float = 0) -> Tensor:
@@ -65,6 +80,17 @@ class Loss(nn.Module):
         Raises:
             ConfigError: the method does not work with these networks or images; the key is relative, such as `stage`.
         """
+
+    def caveats(self, plan: Plan, student: Outputs, teacher: Outputs) -> list[ConfigError]:
+        """What of the method is lost in such a training; the keys are relative, such as `warmup`.
+
+        Args:
+            student, teacher: as for `fit_to`.
+
+        Raises:
+            ConfigError: all of it is lost, since its term is the same whatever the student answers.
+        """
+        return []
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor, indices: Tensor, epoch: int) -> Tensor:
         """The method's own term, a scalar without its weight; arguments as for `forward`."""
@@ -156,6 +182,53 @@ def last_pairs(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> list
 def warmup_factor(epoch: int, warmup: float) -> float:
     """Grows linearly to 1 over `warmup` epochs, counted from 1; 1 throughout for none."""
     return min(epoch / warmup, 1) if warmup else 1
+
+
+def warmup_caveats(warmup: float, epochs: int) -> list[ConfigError]:
+    """A warm-up that takes more than half of the training."""
+    if warmup <= epochs / 2:
+        return []
+    if warmup > epochs:
+        problem = f"train.epochs={epochs}, so that the term ends at {warmup_factor(epochs, warmup):.0%} of its weight"
+    else:
+        problem = f"train.epochs={epochs}, so that the term has its weight from epoch {math.ceil(warmup)} on only"
+    return [ConfigError("warmup", warmup, f"a number up to {epochs / 2:g}, 0 for none", problem)]
+
+
+def temperature_caveats(temperature: float, largest: float = math.inf, key: str = "temperature") -> list[ConfigError]:
+    """A temperature that is too small for a term of T², or nearly so.
+
+    Raises:
+        ConfigError: one that leaves nothing of the term, or is above the largest.
+    """
+    if temperature < SMALLEST_TEMPERATURE or temperature > largest:
+        limits = f"a number from {SMALLEST_TEMPERATURE:g}" + (f" to {largest:g}" if largest < math.inf else "")
+        raise ConfigError(key, temperature, limits, "the term would be lost in rounding")
+    return []
+
+
+def too_few(images: int, least: int) -> str:
+    """Why comparing the images of a batch teaches nothing; "" where there are enough."""
+    if images >= least:
+        return ""
+    return f"it compares the images of a batch, {least} or more, and batches have {images} (train.batch_size)"
+
+
+def idle_caveats(weights: Mapping[str, float], idle: Mapping[str, str]) -> list[ConfigError]:
+    """The parts of a term that teach nothing.
+
+    Args:
+        weights: of the term's parts, by key.
+        idle: why a part teaches nothing; "" where it teaches.
+
+    Raises:
+        ConfigError: no part is left.
+    """
+    lost = [ConfigError(key, weight, problem=idle[key]) for key, weight in weights.items() if weight > 0 and idle[key]]
+    if lost and len(lost) == sum(weight > 0 for weight in weights.values()):
+        first = lost[0]
+        raise ConfigError(first.key, first.value, problem=f"{first.problem}; nothing is left of the method")
+    return lost
 
 
 def smaller(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

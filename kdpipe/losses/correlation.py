@@ -2,8 +2,9 @@
 
 from torch import Tensor, nn
 
-from kdpipe.losses.base import WeightedLoss
+from kdpipe.losses.base import Plan, WeightedLoss, idle_caveats, too_few
 from kdpipe.losses.outputs import Outputs, wide
+from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.values import NonNegative, PositiveInt, checked
 
 
@@ -44,6 +45,10 @@ class Correlation(WeightedLoss):
         assert student.embedding is not None and teacher.embedding is not None
         self.student_projection = nn.Linear(student.embedding.shape[1], self.dimensions)
         self.teacher_projection = nn.Linear(teacher.embedding.shape[1], self.dimensions)
+
+    def caveats(self, plan: Plan, student: Outputs, teacher: Outputs) -> list[ConfigError]:
+        idle = too_few(plan.images, least=2)
+        return idle_caveats({"weight": self.weight}, {"weight": idle})
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor, indices: Tensor, epoch: int) -> Tensor:
         return correlation(self.student_projection(student.embedding), self.teacher_projection(teacher.embedding))

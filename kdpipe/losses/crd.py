@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from kdpipe.losses.base import WeightedLoss
+from kdpipe.losses.base import Plan, WeightedLoss, idle_caveats, temperature_caveats
 from kdpipe.losses.outputs import Outputs, wide
 from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.values import NonNegative, Positive, PositiveInt, checked
 
 EPSILON = 1e-7  # the authors'
+LARGEST_USEFUL_TEMPERATURE = 10
 
 
 def crd(
@@ -155,6 +156,14 @@ class CRD(WeightedLoss):
         self.by_class = nn.Buffer(by_class, persistent=False)
         self.class_start = nn.Buffer((sizes.cumsum(dim=0) - sizes)[labels], persistent=False)
         self.class_size = nn.Buffer(sizes[labels], persistent=False)
+
+    def caveats(self, plan: Plan, student: Outputs, teacher: Outputs) -> list[ConfigError]:
+        found = temperature_caveats(self.contrast_temperature, key="contrast_temperature")
+        if self.contrast_temperature > LARGEST_USEFUL_TEMPERATURE:
+            problem = "cosines, which differ by 2 at most, tell no image from another when they are divided by so much"
+            found.append(ConfigError("contrast_temperature", self.contrast_temperature, problem=problem))
+        problem = "the direction of an embedding of one dimension is a sign" if self.dimensions == 1 else ""
+        return found + idle_caveats({"dimensions": self.dimensions}, {"dimensions": problem})
 
     def candidates(self, indices: Tensor, epoch: int) -> Tensor:
         """Rows of the memory for training images: each image's own, then its negatives, int64 [N, 1 + K]."""

@@ -3,16 +3,20 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdpipe.losses.base import WeightedLoss
+from kdpipe.losses.base import Plan, WeightedLoss, idle_caveats, temperature_caveats, too_few
+from kdpipe.losses.large_temperature import LARGE_TEMPERATURE, centred_probabilities
 from kdpipe.losses.outputs import Outputs, wide
+from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.values import NonNegative, Positive, checked
+
+LARGEST_TEMPERATURE = 1e6
 
 
 def dist(student: Tensor, teacher: Tensor, beta: float, gamma: float, tau: float) -> Tensor:
     """tau²·(beta·d(each image's probabilities) + gamma·d(each class's probabilities over the batch)).
 
     d is `pearson_distance`: it compares how probabilities relate, not their size. tau² is in the authors' code, not in
-    the paper.
+    the paper. At tau above 100, of `centred_probabilities`, which correlate alike and do not cancel.
 
     Args:
         student, teacher: logits, float [N, classes].
@@ -20,7 +24,11 @@ def dist(student: Tensor, teacher: Tensor, beta: float, gamma: float, tau: float
         gamma: weight of the relation between the images of a batch; for a batch of 1 its distance is 1.
         tau: the temperature that divides the logits, above 0.
     """
-    soft_outputs, soft_targets = F.softmax(wide(student) / tau, dim=1), F.softmax(wide(teacher) / tau, dim=1)
+    student, teacher = wide(student), wide(teacher)
+    if tau > LARGE_TEMPERATURE:
+        soft_outputs, soft_targets = centred_probabilities(student, tau), centred_probabilities(teacher, tau)
+    else:
+        soft_outputs, soft_targets = F.softmax(student / tau, dim=1), F.softmax(teacher / tau, dim=1)
     of_images = pearson_distance(soft_outputs, soft_targets)
     of_classes = pearson_distance(soft_outputs.T, soft_targets.T)
     return tau**2 * (beta * of_images + gamma * of_classes)
@@ -52,6 +60,18 @@ class DIST(WeightedLoss):
     ) -> None:
         super().__init__(weight, ce_weight)
         self.beta, self.gamma, self.temperature = beta, gamma, temperature
+
+    def caveats(self, plan: Plan, student: Outputs, teacher: Outputs) -> list[ConfigError]:
+        found = temperature_caveats(self.temperature, LARGEST_TEMPERATURE)
+        if self.temperature > LARGE_TEMPERATURE:
+            problem = "the term is multiplied by T², and its distances do not shrink with T: the labels hardly count"
+            found.append(ConfigError("temperature", self.temperature, problem=problem))
+        lines = "two numbers always correlate by 1 or -1"
+        idle = {
+            "beta": f"there are 2 classes, and {lines}" if plan.classes == 2 else "",
+            "gamma": too_few(plan.images, least=3),
+        }
+        return found + idle_caveats({"beta": self.beta, "gamma": self.gamma}, idle)
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor, indices: Tensor, epoch: int) -> Tensor:
         return dist(student.logits, teacher.logits, self.beta, self.gamma, self.temperature)

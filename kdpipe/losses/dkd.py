@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
-from kdpipe.losses.base import WeightedLoss, warmup_factor
+from kdpipe.losses.base import Plan, WeightedLoss, temperature_caveats, warmup_caveats, warmup_factor
 from kdpipe.losses.kd import kd
+from kdpipe.losses.large_temperature import LARGE_TEMPERATURE, divergence
 from kdpipe.losses.outputs import Outputs, wide
+from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.values import NonNegative, Positive, checked
 
 
@@ -17,25 +19,48 @@ def dkd(student: Tensor, teacher: Tensor, labels: Tensor, alpha: float, beta: fl
 
     Both parts are computed from logits; the authors' code takes the logarithm of probabilities, which is −∞ for one
     that underflows. Among the others the target class is left out; their code subtracts 1,000 from its softened logit,
-    which is equivalent unless that is hundreds above the others.
+    which is equivalent unless that is hundreds above the others. At T above 100, the same in a form that does not
+    cancel (see `kdpipe.losses.large_temperature`).
 
     Args:
         student, teacher: logits, float [N, classes].
         labels: the target classes, int64 [N].
         temperature: T, above 0.
     """
+    if temperature > LARGE_TEMPERATURE:
+        return _dkd_at_large_temperature(wide(student), wide(teacher), labels, alpha, beta, temperature)
     student_target, student_others = _target_and_others(wide(student) / temperature, labels)
     teacher_target, teacher_others = _target_and_others(wide(teacher) / temperature, labels)
     of_target, of_others = kd(student_target, teacher_target, 1), kd(student_others, teacher_others, 1)
     return temperature**2 * (alpha * of_target + beta * of_others)
 
 
+def _dkd_at_large_temperature(
+    student: Tensor, teacher: Tensor, labels: Tensor, alpha: float, beta: float, temperature: float
+) -> Tensor:
+    (student_target, student_others), (teacher_target, teacher_others) = (
+        (logits.gather(1, labels.unsqueeze(1)), _others(logits, labels)) for logits in (student, teacher)
+    )
+    differences, log_targets = student_others - teacher_others, (teacher_others / temperature).log_softmax(dim=1)
+    of_others = divergence(differences, log_targets, temperature)
+    # The difference of T·log Σ e^(logits / T) among the others: the mean difference, and what their divergence adds.
+    shift = (log_targets.exp() * differences).sum(dim=1) + of_others / temperature
+    log_binary, _ = _target_and_others(teacher / temperature, labels)
+    differences = torch.cat([student_target - teacher_target, shift.unsqueeze(1)], dim=1)
+    of_target = divergence(differences, log_binary.log_softmax(dim=1), temperature)
+    return (alpha * of_target + beta * of_others).mean()
+
+
+def _others(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits [N, classes] without that of the target class, [N, classes − 1]."""
+    numbers = torch.arange(logits.shape[1] - 1, device=logits.device)
+    return logits.gather(1, numbers + (numbers >= labels.unsqueeze(1)))
+
+
 def _target_and_others(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [N, classes] as target against all others, [N, 2], and among the others, [N, classes − 1]."""
-    numbers = torch.arange(logits.shape[1] - 1, device=logits.device)
-    targets = labels.unsqueeze(1)
-    others = logits.gather(1, numbers + (numbers >= targets))
-    return torch.cat([logits.gather(1, targets), others.logsumexp(dim=1, keepdim=True)], dim=1), others
+    others = _others(logits, labels)
+    return torch.cat([logits.gather(1, labels.unsqueeze(1)), others.logsumexp(dim=1, keepdim=True)], dim=1), others
 
 
 class DKD(WeightedLoss):
@@ -64,6 +89,13 @@ class DKD(WeightedLoss):
     ) -> None:
         super().__init__(weight, ce_weight)
         self.alpha, self.beta, self.temperature, self.warmup = alpha, beta, temperature, warmup
+
+    def caveats(self, plan: Plan, student: Outputs, teacher: Outputs) -> list[ConfigError]:
+        found = temperature_caveats(self.temperature)
+        if plan.classes == 2 and self.beta > 0:
+            problem = "of two classes only one is not the target, so that its part is 0"
+            found.append(ConfigError("beta", self.beta, problem=problem))
+        return found + warmup_caveats(self.warmup, plan.epochs)
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor, indices: Tensor, epoch: int) -> Tensor:
         term = dkd(student.logits, teacher.logits, labels, self.alpha, self.beta, self.temperature)

@@ -3,15 +3,18 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdpipe.losses.base import AlphaLoss
+from kdpipe.losses.base import AlphaLoss, Plan, temperature_caveats
+from kdpipe.losses.large_temperature import LARGE_TEMPERATURE, divergence
 from kdpipe.losses.outputs import Outputs, wide
+from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.values import Positive, Share, checked
 
 
 def kd(student: Tensor, teacher: Tensor, temperature: float, standardize: bool = False) -> Tensor:
     """T²·KL(softmax(teacher / T) ‖ softmax(student / T)), averaged over the batch.
 
-    T² keeps the size of the gradient when T changes (section 2.1 of the paper).
+    T² keeps the size of the gradient when T changes (section 2.1 of the paper). At T above 100, the same in a form that
+    does not cancel (see `kdpipe.losses.large_temperature`).
 
     Args:
         student, teacher: logits, float [N, classes].
@@ -21,6 +24,8 @@ def kd(student: Tensor, teacher: Tensor, temperature: float, standardize: bool =
     student, teacher = wide(student), wide(teacher)
     if standardize:
         student, teacher = standardized(student), standardized(teacher)
+    if temperature > LARGE_TEMPERATURE:
+        return divergence(student - teacher, F.log_softmax(teacher / temperature, dim=1), temperature).mean()
     return temperature**2 * F.kl_div(
         F.log_softmax(student / temperature, dim=1),
         F.log_softmax(teacher / temperature, dim=1),
@@ -58,6 +63,12 @@ class KD(AlphaLoss):
     def __init__(self, alpha: Share, temperature: Positive, standardize: bool = False) -> None:
         super().__init__(alpha)
         self.temperature, self.standardize = temperature, standardize
+
+    def caveats(self, plan: Plan, student: Outputs, teacher: Outputs) -> list[ConfigError]:
+        if self.standardize and plan.classes == 2:
+            problem = "standardised logits of two classes are 0.71 and -0.71 whatever a network answers"
+            raise ConfigError("standardize", True, "false", problem)
+        return temperature_caveats(self.temperature)
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor, indices: Tensor, epoch: int) -> Tensor:
         return kd(student.logits, teacher.logits, self.temperature, self.standardize)

@@ -3,7 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdpipe.losses.kd import KD, standardized
+from kdpipe.losses.kd import KD, kd, standardized
+from kdpipe.losses.large_temperature import LARGE_TEMPERATURE
 from kdpipe.losses.outputs import Outputs, wide
 
 
@@ -13,6 +14,8 @@ def kd_tutorial(student: Tensor, teacher: Tensor, temperature: float, standardiz
     PyTorch's reduction "mean" divides by the number of elements, not of images, so with 10 classes the term is ten
     times weaker than its formula. Arguments as for `kd`.
     """
+    if temperature > LARGE_TEMPERATURE:
+        return kd(student, teacher, temperature, standardize) / student.shape[1]
     student, teacher = wide(student), wide(teacher)
     if standardize:
         student, teacher = standardized(student), standardized(teacher)

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from kdpipe.losses.base import WeightedLoss
+from kdpipe.losses.base import Plan, WeightedLoss, idle_caveats, too_few
 from kdpipe.losses.outputs import Outputs, wide
+from kdpipe.settings.errors import ConfigError
 
 EPSILON = 1e-7  # the authors'
 
@@ -40,6 +41,12 @@ class PKT(WeightedLoss):
     roles = ("embedding",)
     name = "pkt"
     compares_images = True
+
+    def caveats(self, plan: Plan, student: Outputs, teacher: Outputs) -> list[ConfigError]:
+        idle = too_few(plan.images, least=2)
+        if student.embedding is not None and student.embedding.shape[1] == 1:
+            idle = "the direction of an embedding of one dimension is a sign"
+        return idle_caveats({"weight": self.weight}, {"weight": idle})
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor, indices: Tensor, epoch: int) -> Tensor:
         assert student.embedding is not None and teacher.embedding is not None

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdpipe.losses.base import WeightedLoss, last_pairs, warmup_factor
+from kdpipe.losses.base import Plan, WeightedLoss, last_pairs, warmup_caveats, warmup_factor
 from kdpipe.losses.outputs import Outputs, wide
+from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.values import NonNegative, checked
 
 
@@ -97,6 +98,9 @@ class ReviewKD(WeightedLoss):
             Fusion(ours.shape[1], mixed_channels, theirs.shape[1], is_deepest=number == 0)
             for number, (ours, theirs) in enumerate(pairs)
         )
+
+    def caveats(self, plan: Plan, student: Outputs, teacher: Outputs) -> list[ConfigError]:
+        return warmup_caveats(self.warmup, plan.epochs)
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor, indices: Tensor, epoch: int) -> Tensor:
         total = student.logits.new_zeros((), dtype=torch.float32)

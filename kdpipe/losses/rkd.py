@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdpipe.losses.base import WeightedLoss
+from kdpipe.losses.base import Plan, WeightedLoss, idle_caveats, too_few
 from kdpipe.losses.outputs import Outputs, wide
+from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.values import NonNegative, checked
 
 SMALLEST_DISTANCE = 1e-6  # the authors'
@@ -78,6 +79,13 @@ class RKD(WeightedLoss):
     ) -> None:
         super().__init__(weight, ce_weight)
         self.distance_weight, self.angle_weight = distance_weight, angle_weight
+
+    def caveats(self, plan: Plan, student: Outputs, teacher: Outputs) -> list[ConfigError]:
+        weights = {"distance_weight": self.distance_weight, "angle_weight": self.angle_weight}
+        idle = dict.fromkeys(weights, too_few(plan.images, least=3))
+        if student.embedding is not None and student.embedding.shape[1] == 1:
+            idle["angle_weight"] = "angles between numbers, embeddings of one dimension, are 0 or 180 degrees"
+        return idle_caveats(weights, idle)
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor, indices: Tensor, epoch: int) -> Tensor:
         assert student.embedding is not None and teacher.embedding is not None

@@ -3,8 +3,9 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdpipe.losses.base import WeightedLoss
+from kdpipe.losses.base import Plan, WeightedLoss, idle_caveats, too_few
 from kdpipe.losses.outputs import Outputs, wide
+from kdpipe.settings.errors import ConfigError
 
 
 def similarity(student: Tensor, teacher: Tensor) -> Tensor:
@@ -32,6 +33,10 @@ class Similarity(WeightedLoss):
     roles = ("stages",)
     name = "similarity"
     compares_images = True
+
+    def caveats(self, plan: Plan, student: Outputs, teacher: Outputs) -> list[ConfigError]:
+        idle = too_few(plan.images, least=2)
+        return idle_caveats({"weight": self.weight}, {"weight": idle})
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor, indices: Tensor, epoch: int) -> Tensor:
         return similarity(student.stages[-1], teacher.stages[-1])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kdpipe.models.classifier import Classifier
+from kdpipe.settings.values import LARGE_TEMPERATURE
 
 
 class Ensemble(nn.Module):
@@ -38,5 +39,22 @@ class Ensemble(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, classes], float32, of uint8 images [N, C, H, W]."""
         logits = torch.stack([member(images).float() for member in self.members])
+        if self.temperature > LARGE_TEMPERATURE and logits.abs().amax() < self.temperature:
+            return self._mean_at_large_temperature(logits)
         soft_targets = (logits / self.temperature).log_softmax(dim=-1) + self.shares.log().view(-1, 1, 1)
         return self.temperature * soft_targets.logsumexp(dim=0)
+
+    def _mean_at_large_temperature(self, logits: Tensor) -> Tensor:
+        """The same for logits [members, N, classes], but for a number that is added to all logits of an image.
+
+        In the usual form that number is −T·log(classes), which leaves few of float32's digits to the logits.
+        """
+
+        def softened_mean(values: Tensor, weights: Tensor | float, dim: int) -> Tensor:
+            """T·log(mean of e^(values / T)), with the values' own mean first."""
+            mean = (values * weights).sum(dim=dim, keepdim=True)
+            shifts = (values - mean) / self.temperature
+            return mean + self.temperature * (shifts.expm1() * weights).sum(dim=dim, keepdim=True).log1p()
+
+        log_targets = logits - softened_mean(logits, 1 / logits.shape[2], dim=2)
+        return softened_mean(log_targets, self.shares.view(-1, 1, 1), dim=0).squeeze(0)

@@ -46,7 +46,7 @@ def classifier(architecture: str, num_classes: int, stages: Sequence[str] | None
     if not isinstance(name, str):
         raise ConfigError("name", architecture, "a network with one head", f"its heads are {', '.join(name)}")
     network.head_name = name
-    network.roles = {"stages": _stages_of(network) if stages is None else check_stages(network, stages)}
+    network.roles = _roles_of(network, stages)
     expected = network.pretrained_cfg
     network.preprocessing = {"image_size": expected["input_size"][1], "mean": expected["mean"], "std": expected["std"]}
 
@@ -93,10 +93,11 @@ def _answers(address: str) -> bool:
     return True
 
 
-def _stages_of(network: nn.Module) -> list[str]:
-    """The submodules that timm takes features from, if these are known to be maps [N, C, H, W]."""
-    if getattr(network, "output_fmt", "NCHW") != "NCHW":
-        return []
+def _roles_of(network: nn.Module, stages: Sequence[str] | None) -> dict[str, Any]:
+    """The submodules that timm takes features from, or the named ones, and the order of axes if timm says it."""
     names = {name for name, _ in network.named_modules()}
-    known: list[dict[str, Any]] = getattr(network, "feature_info", [])
-    return [info["module"] for info in known if info["module"] in names]
+    infos: list[dict[str, Any]] = getattr(network, "feature_info", [])
+    known = [info["module"] for info in infos if info["module"] in names]
+    chosen = known if stages is None else check_stages(network, stages)
+    of_known = str(getattr(network, "output_fmt", "NCHW"))
+    return {"stages": chosen, "layout": of_known if set(chosen) <= set(known) else None}

@@ -46,7 +46,7 @@ def classifier(architecture: str, num_classes: int, stages: Sequence[str] | None
             if hasattr(network, name):
                 setattr(network, name, None)
     network.head_name = path
-    network.roles = _roles_of(network) if stages is None else {"stages": check_stages(network, stages)}
+    network.roles = _roles_of(network) if stages is None else {"stages": check_stages(network, stages), "layout": None}
     expected = torchvision.models.get_model_weights(architecture)["DEFAULT"].transforms()
     network.preprocessing = {"image_size": expected.crop_size[0], "mean": expected.mean, "std": expected.std}
 

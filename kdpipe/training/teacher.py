@@ -40,6 +40,11 @@ class Teacher(nn.Module):
         self._observed = Observed(self.classifier, self.classifier.network, roles, key="teacher")
 
     @property
+    def is_rearranged(self) -> bool:
+        """Whether its features have another order of axes inside the network; known after its first answer."""
+        return self._observed.is_rearranged
+
+    @property
     def remembers(self) -> bool:
         """Whether its answers for the training images are known."""
         return False

@@ -335,13 +335,6 @@ def test_a_networks_stages_are_those_that_timm_takes_features_from(architecture:
     assert named.roles["stages"] == model.roles["stages"][-2:]
 
 
-def test_timms_maps_with_channels_last_are_no_stages() -> None:
-    pytest.importorskip("timm", reason="timm is an extra (kdpipe[timm]), and not installed here")
-    with torch.device("meta"):
-        model = timm_classifier("swin_tiny_patch4_window7_224", 10)
-    assert model.roles["stages"] == []
-
-
 @pytest.mark.parametrize(
     ("stages", "value"),
     [
