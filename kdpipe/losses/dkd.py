@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kdpipe.losses.base import Plan, WeightedLoss, temperature_caveats, warmup_caveats, warmup_factor
 from kdpipe.losses.kd import kd
-from kdpipe.losses.large_temperature import LARGE_TEMPERATURE, divergence
+from kdpipe.losses.large_temperature import LARGE_TEMPERATURE, stable_divergence
 from kdpipe.losses.outputs import Outputs, wide
 from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.values import NonNegative, Positive, checked
@@ -42,12 +42,12 @@ def _dkd_at_large_temperature(
         (logits.gather(1, labels.unsqueeze(1)), _others(logits, labels)) for logits in (student, teacher)
     )
     differences, log_targets = student_others - teacher_others, (teacher_others / temperature).log_softmax(dim=1)
-    of_others = divergence(differences, log_targets, temperature)
+    of_others = stable_divergence(differences, log_targets, temperature)
     # The difference of T·log Σ e^(logits / T) among the others: the mean difference, and what their divergence adds.
     shift = (log_targets.exp() * differences).sum(dim=1) + of_others / temperature
     log_binary, _ = _target_and_others(teacher / temperature, labels)
     differences = torch.cat([student_target - teacher_target, shift.unsqueeze(1)], dim=1)
-    of_target = divergence(differences, log_binary.log_softmax(dim=1), temperature)
+    of_target = stable_divergence(differences, log_binary.log_softmax(dim=1), temperature)
     return (alpha * of_target + beta * of_others).mean()
 
 

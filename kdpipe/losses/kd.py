@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdpipe.losses.base import AlphaLoss, Plan, temperature_caveats
-from kdpipe.losses.large_temperature import LARGE_TEMPERATURE, divergence
+from kdpipe.losses.large_temperature import LARGE_TEMPERATURE, stable_divergence
 from kdpipe.losses.outputs import Outputs, wide
 from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.values import Positive, Share, checked
@@ -25,7 +25,7 @@ def kd(student: Tensor, teacher: Tensor, temperature: float, standardize: bool =
     if standardize:
         student, teacher = standardized(student), standardized(teacher)
     if temperature > LARGE_TEMPERATURE:
-        return divergence(student - teacher, F.log_softmax(teacher / temperature, dim=1), temperature).mean()
+        return stable_divergence(student - teacher, F.log_softmax(teacher / temperature, dim=1), temperature).mean()
     return temperature**2 * F.kl_div(
         F.log_softmax(student / temperature, dim=1),
         F.log_softmax(teacher / temperature, dim=1),

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from kdpipe.settings.values import LARGE_TEMPERATURE
 
-__all__ = ["LARGE_TEMPERATURE", "centred_probabilities", "divergence"]
+__all__ = ["LARGE_TEMPERATURE", "centred_probabilities", "stable_divergence"]
 LIMIT = 1e9  # from here on the result is that of T → ∞ to the last digit of float32, and T² stays finite
 
 
-def divergence(differences: Tensor, log_targets: Tensor, temperature: float) -> Tensor:
+def stable_divergence(differences: Tensor, log_targets: Tensor, temperature: float) -> Tensor:
     """T²·KL(teacher ‖ student) of each image, float [N].
 
     With w the difference of the softened logits minus its mean over the teacher's probabilities p, this is

@@ -34,7 +34,10 @@ class Ensemble(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"shares={self.shares.tolist()}, temperature={self.temperature}"
+        form = (
+            ", in a form that does not cancel" if self.temperature > LARGE_TEMPERATURE else ""
+        )  # other cached answers
+        return f"shares={self.shares.tolist()}, temperature={self.temperature}{form}"
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, classes], float32, of uint8 images [N, C, H, W]."""

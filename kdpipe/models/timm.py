@@ -95,7 +95,7 @@ def _answers(address: str) -> bool:
 
 def _roles_of(network: nn.Module, stages: Sequence[str] | None) -> dict[str, Any]:
     """The submodules that timm takes features from, or the named ones, and the order of axes if timm says it."""
-    names = {name for name, _ in network.named_modules()}
+    names = {name for name, _ in network.named_modules() if name}
     infos: list[dict[str, Any]] = getattr(network, "feature_info", [])
     known = [info["module"] for info in infos if info["module"] in names]
     chosen = known if stages is None else check_stages(network, stages)
