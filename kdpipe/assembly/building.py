@@ -1,11 +1,12 @@
 """From a component's settings to the object: its `_target_` is called with its arguments."""
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from kdpipe.settings.components import find_target
-from kdpipe.settings.errors import ConfigError, flat
+from kdpipe.settings.errors import ConfigError, flat, suggestion
 from kdpipe.settings.schema import Component
 
 
@@ -26,6 +27,12 @@ def build(key: str, component: Component, *inputs: Any, **more: Any) -> Any:
     except ConfigError as error:  # which knows its own key alone
         raise error.under(key) from error
     except (TypeError, ValueError) as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown and unknown[1] in component.arguments:
+            known = [f"{key}.{name}" for name in component.plain if name != unknown[1]]
+            near = suggestion(f"{key}.{unknown[1]}", known)
+            problem = "; ".join(filter(None, [f"{component.target} has no such argument", near]))
+            raise ConfigError(f"{key}.{unknown[1]}", component.arguments[unknown[1]], problem=problem) from error
         raise ConfigError(f"{key}._target_", component.target, problem=flat(error)) from error
 
 

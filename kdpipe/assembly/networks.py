@@ -1,5 +1,6 @@
 """Networks and their weights."""
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from kdpipe.settings.addresses import file_and_part, run_and_file
 from kdpipe.settings.errors import ConfigError, first_line
 from kdpipe.settings.schema import Freeze, NetworkSettings, Settings
 from kdpipe.system.randomness import derive_seed
+from kdpipe.training.loop import batches
 
 if TYPE_CHECKING:
     from kdpipe.tracking import RunStore
@@ -49,11 +51,29 @@ def _check_output(key: str, settings: NetworkSettings, classifier: Classifier, d
         raise ConfigError(f"{key}.name", settings.name, expected)
 
 
+def check_batches(key: str, name: str, classifier: Classifier, data: ImageDataset, batch_size: int) -> None:
+    """Raise ConfigError for batches of one image where the network cannot learn from one: BatchNorm on maps of one
+    pixel has nothing to take a mean of."""
+    if min(map(len, batches(data.splits["train"], batch_size))) > 1:
+        return
+    copied = copy.deepcopy(classifier)
+    try:
+        with torch.no_grad():
+            copied.train()(data.images[data.splits["train"][:1]])
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        problem = f"BatchNorm in {name} ({key}) cannot learn from one image"
+        raise ConfigError("train.batch_size", batch_size, "2 or more, and as many training images", problem) from error
+
+
 def build_model(settings: Settings, data: ImageDataset, store: "RunStore") -> Classifier:
     """What is trained: seeded first weights, or those that the config names."""
     torch.manual_seed(derive_seed(settings.seed, "student"))
     model = build_network("model", settings.model, data, settings.model.freeze)
     load_weights("model", settings.model, model, data, store)
+    if settings.train.epochs:
+        check_batches("model", settings.model.name, model, data, settings.train.batch_size)
     return model
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kdpipe.assembly.networks import build_network, load_trained, load_weights
+from kdpipe.assembly.networks import build_network, check_batches, load_trained, load_weights
 from kdpipe.assembly.run_networks import differences, replaced, trained_network
 from kdpipe.data import ImageDataset
 from kdpipe.models import Classifier, Ensemble
@@ -67,6 +67,8 @@ def _build_peer(settings: Settings, data: ImageDataset, tracker: "Tracker") -> P
     classifier = build_network("teacher", teacher, data, freeze="none")
     if teacher.weights != "auto":
         load_weights("teacher", teacher, classifier, data, tracker)
+    if settings.train.epochs:
+        check_batches("teacher", teacher.name, classifier, data, settings.train.batch_size)
     return Peer(classifier)
 
 

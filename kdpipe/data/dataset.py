@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Protocol, Self
 
@@ -164,6 +165,12 @@ def split(
         try:
             stay, go = train_test_split(train.numpy(), test_size=count, stratify=classes, random_state=split_seed)
         except ValueError as error:
+            counts = Counter(classes.tolist())
+            if single := [name for label, name in enumerate(source.class_names) if counts[label] == 1]:
+                more = f" and {len(single) - 5} more" if len(single) > 5 else ""
+                problem = f"{', '.join(single[:5])}{more}: one image is left, which cannot be in both parts"
+                expected = "two or more images of each class, whatever the share"
+                raise ConfigError(key, fraction, expected, problem) from error
             problem = f"{count} of {len(train)} images leave a part without some of the {len(set(classes))} classes"
             raise ConfigError(key, fraction, "another share, or more images", problem) from error
         return torch.from_numpy(stay).sort().values, torch.from_numpy(go).sort().values

@@ -20,6 +20,8 @@ from kdpipe.training.teacher import FrozenTeacher
 
 CPU = Hardware(torch.device("cpu"))
 
+RESNET18 = ["model=torchvision", "model.weights=null", "model.image_size=32"]
+
 
 def network(freeze: str = "none") -> Classifier:
     return Classifier(ResNet(8, 10), 8, [0.5] * 3, [0.25] * 3, freeze)
@@ -46,6 +48,14 @@ def network(freeze: str = "none") -> Classifier:
         (
             ["experiment=born_again", "chain=[{loss:cross_entropy},{loss:mutual}]"],
             "chain: link 2 has two students and no teacher; only the first link can",
+        ),
+        (
+            ["experiment=student", *RESNET18, "train.batch_size=1"],
+            "train.batch_size=1: BatchNorm in resnet18 (model) cannot learn from one image; expected 2 or more",
+        ),
+        (
+            ["experiment=student", *RESNET18, "+model.img_size=32"],
+            "model.img_size=32: kdpipe.models.torchvision.classifier has no such argument; did you mean model.im",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

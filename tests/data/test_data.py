@@ -251,6 +251,20 @@ def test_digits_are_scikit_learns_at_the_full_range_of_uint8():
     assert source.given == {}
 
 
+def test_a_class_with_one_image_is_named_whatever_is_split():
+    """Also where the test images have taken the others."""
+    labels = torch.tensor([0] * 40 + [1] * 40 + [2] + [3] * 2)
+    source = Source(torch.zeros(83, 1, 2, 2, dtype=torch.uint8), labels, ("cat", "dog", "lynx", "ocelot"))
+    for key, fractions in {
+        "test_fraction": {"test_fraction": 0.2, "val_fraction": 0.2, "train_fraction": 1},
+        "val_fraction": {"test_fraction": 0.2, "val_fraction": 0.2, "train_fraction": 1},
+        "train_fraction": {"test_fraction": 0.2, "val_fraction": 0, "train_fraction": 0.5},
+    }.items():
+        given = {} if key == "test_fraction" else {"test": torch.tensor([0, 40, 80, 81])}
+        with pytest.raises(ConfigError, match=f"^{key}=.*: (lynx|ocelot): one image is left, .*; expected two or more"):
+            split(replace(source, given=given, fingerprint=""), "pets", split_seed=0, **fractions)
+
+
 def test_digits_as_their_yaml_splits_them(composed: Callable[..., DictConfig]):
     data = build_data(composed("dataset=digits").dataset)
     assert {name: len(positions) for name, positions in data.splits.items()} == {

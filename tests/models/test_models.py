@@ -3,6 +3,7 @@
 import math
 import re
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from helpers import free_port
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -27,7 +29,7 @@ from kdpipe.models.student_cnn import StudentCNN
 from kdpipe.models.timm import classifier as timm_classifier
 from kdpipe.models.torchvision import classifier as torchvision_classifier
 from kdpipe.models.weights import load_imagenet
-from kdpipe.settings.errors import as_typed
+from kdpipe.settings.errors import ConfigError, as_typed
 from kdpipe.training.checkpoint import copy_state
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -385,6 +387,26 @@ def test_timms_imagenet_weights_are_loaded_except_for_the_head(
     for name, tensor in network.state_dict().items():
         expected = head[name.removeprefix("fc.")] if name.startswith("fc.") else published[name]
         assert torch.equal(tensor, expected), name
+
+
+@pytest.mark.usefixtures("timm")
+def test_without_the_hub_the_cache_is_looked_into_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub.constants", reason="timm's weights come by huggingface_hub")
+    monkeypatch.setattr(hub, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    network = timm_classifier("resnet10t", num_classes=2)
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match=re.escape(f"resnet10t are not in {tmp_path} and cannot be downloaded (")):
+        load_imagenet("model.weights", network, "resnet10t")
+    assert time.monotonic() - started < 15  # its client would go on for a minute
+    assert hub.HF_HUB_OFFLINE is False
+
+
+@pytest.mark.usefixtures("timm")
+def test_an_unknown_tag_of_weights_is_named() -> None:
+    said = r"^name=resnet18\.nonsense_in1k: timm has no such weights; expected one of resnet18, .*resnet18\.a1_in1k"
+    with pytest.raises(ConfigError, match=said):
+        timm_classifier("resnet18.nonsense_in1k", num_classes=2)
 
 
 @pytest.mark.parametrize(("network", "name"), [(StudentCNN(2), "student_cnn"), (ResNet(8, 2), "resnet8")])
