@@ -177,7 +177,6 @@ def test_a_source_without_test_images_needs_a_test_fraction():
 @pytest.mark.parametrize(
     ("sizes", "changes", "setting"),
     [
-        ((50, 1), {}, "test_fraction=0.1: class 1: one image is left"),
         ((5, 5), {"test_fraction": 0.01}, "test_fraction=0.01: 0 of 10 images"),
         ((30, 30, 30), {"val_fraction": 0.02}, "val_fraction=0.02: 2 of 81 images"),
         ((50, 50), {"train_fraction": 0.01}, "train_fraction=0.01: 69 of 70 images"),
