@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdpipe.assembly.building import build
-from kdpipe.assembly.run_networks import differences, refuse, trained_network
+from kdpipe.assembly.run_networks import network_differences, refuse, trained_network
 from kdpipe.data import ImageDataset
 from kdpipe.models import Classifier
 from kdpipe.models.weights import check_class_names, load_imagenet, load_state, read_weights
@@ -117,7 +117,7 @@ def load_weights(
     elif settings.weights is not None:
         theirs = trained_network(f"{key}.weights", settings.weights, lambda: store)
         if theirs is not None:  # which the settings have already, unless they are of another way in than a command
-            refuse(key, settings, differences(settings, theirs))
+            refuse(key, settings, network_differences(settings, theirs))
         load_trained(f"{key}.weights", settings.weights, settings.name, classifier, data, store)
 
 

@@ -48,7 +48,7 @@ def with_networks_of_runs(settings: Settings, invocation: Invocation, say: bool 
     found: dict[str, NetworkSettings] = {}
     for section, network in _named(settings).items():
         theirs = trained_network(f"{section}.weights", str(network.weights), store)
-        if theirs is None or not (differing := differences(network, theirs)):
+        if theirs is None or not (differing := network_differences(network, theirs)):
             continue
         option, stated = stated_of_network(invocation, section, network.plain)
         _check_option(section, option, network, theirs)
@@ -105,7 +105,7 @@ def _network_of_file(file: Path) -> NetworkSettings | None:
     return read_network_settings(config, "teacher" if file.name == PEER_WEIGHTS else "model")
 
 
-def differences(ours: NetworkSettings, theirs: NetworkSettings) -> dict[str, tuple[Any, Any]]:
+def network_differences(ours: NetworkSettings, theirs: NetworkSettings) -> dict[str, tuple[Any, Any]]:
     """What two networks differ in: the values of each, None where one lacks the key. Their names are only names."""
     one, other = _described(ours), _described(theirs)
     found = _differing(one, other)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kdpipe.assembly.networks import build_network, load_trained, load_weights
-from kdpipe.assembly.run_networks import differences, replaced, trained_network
+from kdpipe.assembly.run_networks import network_differences, replaced, trained_network
 from kdpipe.data import ImageDataset
 from kdpipe.models import Classifier, Ensemble
 from kdpipe.models.weights import metadata_in
@@ -93,7 +93,7 @@ def network_of_run(teacher: NetworkSettings, run_id: str, store: "RunStore") -> 
     """The network of the run that teacher.weights=auto has found: what the command asks for, and what it does not know
     of, such as an argument that only the run has."""
     theirs = trained_network("teacher.weights", f"runs:/{run_id}", lambda: store)
-    return replaced(teacher, theirs, set()) if theirs and differences(teacher, theirs) else teacher
+    return replaced(teacher, theirs, set()) if theirs and network_differences(teacher, theirs) else teacher
 
 
 def _recorded(

@@ -125,15 +125,26 @@ def load_state(key: str, source: str, network: nn.Module, state: State, name: st
     ][:3]
     if problems:
         raise ConfigError(key, source, f"weights of {name} with {num_classes} classes", "; ".join(problems))
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and (bad := int((~tensor.isfinite()).sum())):
+            problem = f"{bad:,} of {tensor.numel():,} numbers in {name} are NaN or infinite"
+            raise ConfigError(key, source, "weights of a training that has not diverged", problem)
     network.load_state_dict(state)
 
 
 def check_class_names(key: str, source: str, trained: Sequence[str] | None, expected: Sequence[str]) -> None:
     """Raise ConfigError if weights were trained on classes other than those of the data set. Two forms of Unicode are
     one name."""
-    if trained is not None and composed(trained) != composed(expected):
-        problem = f"trained on {len(trained)} classes ({shorten(trained)})"
-        raise ConfigError(key, source, f"the data set's {len(expected)} ({shorten(expected)})", problem)
+    if trained is None or composed(trained) == composed(expected):
+        return
+    problem = f"trained on {len(trained)} classes ({shorten(trained)})"
+    wanted = f"the data set's {len(expected)} ({shorten(expected)})"
+    place = next((n for n, pair in enumerate(zip(trained, expected, strict=False)) if pair[0] != pair[1]), None)
+    if place is not None:
+        first = f"class {place + 1} is {trained[place]} there and {expected[place]} here"
+        same = sorted(trained) == sorted(expected)
+        problem = f"{problem}: {f'the same in another order, {first}' if same else first}"
+    raise ConfigError(key, source, wanted, problem)
 
 
 def load_imagenet(key: str, network: nn.Module, name: str) -> None:

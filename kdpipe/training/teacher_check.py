@@ -34,6 +34,9 @@ def check_teacher(
     Args:
         temperature: T of the loss; None where it has none, so that the softness does not matter.
         folder: keeps the answers, for up to 1,000 validation (else training) images and 1,000 training images.
+
+    Raises:
+        ConfigError: logits that are NaN or infinite, from which nothing can be learned.
     """
     split = "validation" if "validation" in data.splits else "train"
     labelled = data.splits[split][data.labels[data.splits[split]] >= 0]
@@ -41,6 +44,9 @@ def check_teacher(
     positions = torch.cat([judged, taught]).unique()
     request = OutputRequest("logits", name, teacher.classifier, teacher.classifier, data, positions)
     (answers,) = precomputed_outputs(request, folder, math.inf, hardware, logging.DEBUG)
+    if bad := int((~answers[positions].isfinite()).any(dim=1).sum()):
+        problem = f"its logits are NaN or infinite for {bad:,} of {len(positions):,} images"
+        raise ConfigError("model@teacher", name, "a teacher whose weights and preprocessing go together", problem)
 
     labels = data.labels[judged]
     correct, commonest = int((answers[judged].argmax(dim=1) == labels).sum()), int(labels.bincount().max())

@@ -16,7 +16,7 @@ from mlflow.entities import Run
 from kdpipe import main
 from kdpipe.assembly.finished_runs import open_run
 from kdpipe.assembly.networks import build_model
-from kdpipe.assembly.run_networks import differences, replaced
+from kdpipe.assembly.run_networks import network_differences, replaced
 from kdpipe.data import ImageDataset
 from kdpipe.export.predictor import model_metadata
 from kdpipe.export.writers import portable_config, write_weights
@@ -236,10 +236,10 @@ def test_what_means_the_same_is_no_difference(composed: Callable[..., Settings])
     explicit = composed(
         *library, "model.image_size=224", "model.mean=[0.485,0.456,0.406]", "model.std=[0.229,0.224,0.225]"
     ).model
-    assert differences(null, explicit) == differences(explicit, null) == {}
-    assert differences(null, composed(*library, "model.image_size=64").model) == {"image_size": (224, 64)}
+    assert network_differences(null, explicit) == network_differences(explicit, null) == {}
+    assert network_differences(null, composed(*library, "model.image_size=64").model) == {"image_size": (224, 64)}
     stages = composed(*library, "model.stages=[layer1]", "model.freeze=backbone", "model.weights=imagenet").model
-    assert differences(null, stages) == {}
+    assert network_differences(null, stages) == {}
     assert replaced(stages, explicit, set()).plain == explicit.plain | {
         "stages": ["layer1"],
         "freeze": "backbone",

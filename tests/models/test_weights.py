@@ -380,14 +380,31 @@ def test_class_names_may_be_in_another_form_of_unicode() -> None:
 @pytest.mark.parametrize(
     ("classes", "named"),
     [
-        (["dog", "cat"], "2 (dog, cat)"),
-        (["cat", "fish"], "2 (cat, fish)"),
-        (["cat", "dog", "elk", "fox"], "4 (cat, dog, elk, …)"),
+        (["dog", "cat"], ": the same in another order, class 1 is cat there and dog here; 2 (dog, cat)"),
+        (["cat", "fish"], ": class 2 is dog there and fish here; 2 (cat, fish)"),
+        (["cat", "dog", "elk", "fox"], "; 4 (cat, dog, elk, …)"),
     ],
 )
 def test_class_names_that_differ_are_refused(classes: list[str], named: str, tmp_path: Path) -> None:
     file = write("weights.safetensors", tmp_path)
-    assert refusal(file, classes) == f"trained on 2 classes (cat, dog); expected the data set's {named}"
+    difference, _, expected = named.partition("; ")
+    said = f"trained on 2 classes (cat, dog){difference}; expected the data set's {expected}"
+    assert refusal(file, classes) == said
+
+
+def test_long_lists_of_classes_show_where_they_differ(tmp_path: Path) -> None:
+    digits = list("0123456789")
+    with pytest.raises(ConfigError, match=r"the same in another order, class 9 is 8 there and 9 here;"):
+        check_class_names("teacher.weights", "runs:/a", digits, [*digits[:8], "9", "8"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named(value: float, tmp_path: Path) -> None:
+    state = small_network().state_dict()
+    state["layer1.0.conv1.weight"][0, 0, 0, :2] = value
+    torch.save(state, tmp_path / "weights.pt")
+    said = refusal(tmp_path / "weights.pt")
+    assert said.startswith("2 of 2,304 numbers in layer1.0.conv1.weight are NaN or infinite; expected weights of a ")
 
 
 # What stands for the weights

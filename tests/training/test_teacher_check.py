@@ -17,6 +17,7 @@ from kdpipe.data.digits import digits
 from kdpipe.losses import CrossEntropy
 from kdpipe.models import Classifier
 from kdpipe.models.resnet import ResNet
+from kdpipe.settings.errors import ConfigError
 from kdpipe.system.hardware import Hardware
 from kdpipe.training.teacher import FrozenTeacher
 from kdpipe.training.teacher_check import check_teacher, mean_entropy, no_better_than_chance, warn_once
@@ -194,3 +195,11 @@ def test_what_is_better_than_chance() -> None:
     assert not no_better_than_chance(correct=16, commonest=10, total=100)  # p 0.04
     assert no_better_than_chance(correct=90, commonest=90, total=100)  # always the most common class
     assert not no_better_than_chance(correct=5, commonest=3, total=5)  # five right of five: p 0.08, no more is possible
+
+
+def test_logits_that_are_no_numbers_are_refused(told: Callable) -> None:
+    def answer(images: Tensor) -> Tensor:
+        return torch.ones(len(images), 10) / (images[:, 0, 0, 1] * 255 - 3).abs().clamp(max=1)[:, None].floor()
+
+    with pytest.raises(ConfigError, match=r"^model@teacher=resnet8: its logits are NaN or infinite for [\d,]+ of "):
+        told(classifier_that("divides by nothing", answer), 4, numbered(10, 30))
