@@ -316,8 +316,8 @@ def deletion(client: MlflowClient, journal: Journal) -> str:
         if run.lifecycle_stage != "deleted":
             return ""
         back = restore_command(journal.uri, client.get_experiment(run.experiment_id), journal.run_id)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+    except Exception as error:  # as in `Delivery`
+        if getattr(error, "error_code", "") != "RESOURCE_DOES_NOT_EXIST":
             return ""
         return f"run {journal.run_id} no longer exists in {journal.uri}; its command makes a new run of what is here"
     return (

@@ -410,4 +410,4 @@ def test_no_thread_is_left_when_the_store_refuses(tmp_path: Path, is_awake: bool
             delivery.raise_refusal()
     assert not delivery.finish(30)
     assert has_ended(thread)
-    assert store.requests == ["get_metric_history"]
+    assert store.requests == ["get_metric_history", "get_run"]  # which may be deleted
