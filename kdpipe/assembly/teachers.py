@@ -80,6 +80,7 @@ def _build_one(
         load_weights("teacher", teacher, classifier, data, tracker)
         log.info("teacher: %s with the weights of %s", teacher.name, address)
         return {address: classifier}
+    build_network("teacher", teacher, data, freeze="none")  # a value that it cannot have is no reason to look for a run
     found = _find_trained(settings, invocation, teacher, data, tracker)
     address = f"runs:/{found.id}"
     classifier = build_network("teacher", network_of_run(teacher, found.id, tracker), data, freeze="none")

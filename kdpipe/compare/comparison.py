@@ -2,7 +2,7 @@
 test accuracy."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import fmean
@@ -41,6 +41,7 @@ class ComparisonRow:
     test: Interval | None
     validation_gain: Interval | None
     gain: Interval | None
+    adjusted_gain: Interval | None = None  # for all arms of its control at once; None for a single arm
 
     @cached_property
     def published(self) -> Published | None:
@@ -101,7 +102,9 @@ def compare_cells(
     """
     students_alone = Controls([*cells, *controls])
     later = set(confirm)
-    rows = [make_row(cell.only(set(cell.runs) - later), students_alone) for cell in cells if set(cell.runs) - later]
+    shown = [cell.only(set(cell.runs) - later) for cell in cells if set(cell.runs) - later]
+    arms = Counter(control.key for cell in shown if cell.has_gain and (control := students_alone.of(cell)))
+    rows = [make_row(cell, students_alone, arms) for cell in shown]
     distilled = [row for row in rows if row.cell.stage == "distill"]
     if not distilled:
         return Comparison(rows, None, None, f"{CANNOT_TELL}: there is no distilled student")
@@ -114,6 +117,8 @@ def compare_cells(
     else:
         text = verdict(decisive.gain)
     notes = _notes(best, confirmed, distilled, get_run)
+    if (several := max(arms.values(), default=0)) > 1:
+        notes.append(f"adjusted gains: their intervals hold for all {several} students with one student alone at once")
     return Comparison(rows, best, confirmed, text, notes, teacher_accuracy(decisive.cell, get_run))
 
 
@@ -127,18 +132,24 @@ def with_published(comparison: Comparison, get_run: GetRun) -> Comparison:
     return replace(comparison, notes=notes, published=True)
 
 
-def make_row(cell: Cell, students_alone: Controls) -> ComparisonRow:
-    """Compare a cell with the student alone on the seeds that both have."""
+def make_row(cell: Cell, students_alone: Controls, arms: Mapping[Key, int] | None = None) -> ComparisonRow:
+    """Compare a cell with the student alone on the seeds that both have.
+
+    Args:
+        arms: how many cells are compared with each student alone, by its key.
+    """
     control = students_alone.of(cell) if cell.has_gain else None
 
-    def gain(metric: str) -> Interval | None:
+    def gain(metric: str, comparisons: int = 1) -> Interval | None:
         if control is None:
             return None
         mine, alone = cell.values(metric), control.values(metric)
-        return interval([mine[seed] - alone[seed] for seed in mine if seed in alone])
+        return interval([mine[seed] - alone[seed] for seed in mine if seed in alone], comparisons)
 
     validation, test = (share_interval(list(cell.values(metric).values())) for metric in (VALIDATION, TEST))
-    return ComparisonRow(cell, control, validation, test, gain(VALIDATION), gain(TEST))
+    number = (arms or {}).get(control.key, 1) if control else 1
+    adjusted = gain(TEST, number) if number > 1 else None
+    return ComparisonRow(cell, control, validation, test, gain(VALIDATION), gain(TEST), adjusted)
 
 
 def _choosable(distilled: Sequence[ComparisonRow]) -> tuple[tuple[int, ...], list[ComparisonRow]]:

@@ -9,17 +9,19 @@ from typing import NamedTuple
 from jinja2 import Environment, PackageLoader
 
 from kdpipe.compare.comparison import Comparison
+from kdpipe.compare.disagreement import Disagreement
 from kdpipe.compare.frames import displayed_rows
 from kdpipe.compare.statistics import Interval
 from kdpipe.compare.student_summary import StudentSummary, summarize_student
 from kdpipe.system.tables import markdown_table, text_table
 
 PUBLISHED = ("published", "difference")  # shown if any row has a published accuracy
+ADJUSTED = "gain, adjusted"  # shown if several rows are compared with one student alone
 WHERE = "where rows differ"
-RIGHT = ("seeds", "epochs", "val %", "test %", "gain", *PUBLISHED, "MB", "seconds")
+RIGHT = ("seeds", "epochs", "val %", "test %", "gain", ADJUSTED, *PUBLISHED, "MB", "seconds")
 COLUMNS = ("network", "data set", "stage", "loss", *RIGHT, WHERE)
 # Left out on a narrow terminal, the first one first.
-OPTIONAL = ("seconds", "MB", "epochs", "data set", "val %", "network", "seeds", WHERE)
+OPTIONAL = ("seconds", "MB", "epochs", "data set", ADJUSTED, "val %", "network", "seeds", WHERE)
 SHORT_WORDS = {"alpha ": "α ", "temperature ": "T ", "weight ": "w ", "CrossEntropy": "CE"}
 
 
@@ -59,6 +61,7 @@ def row_texts(comparison: Comparison) -> list[dict[str, str]]:
                 "val %": with_interval(row.validation),
                 "test %": with_interval(row.test),
                 "gain": with_interval(row.gain, "+") if row.cell.has_gain else "",
+                ADJUSTED: with_interval(row.adjusted_gain, "+") if row.adjusted_gain else "",
                 "published": f"{100 * published.accuracy:.2f} {published.epoch}" if published else "",
                 "difference": with_interval(published.difference, "+") if published else "",
                 "MB": f"{fmean(run.metrics.get('model/size_mb', math.nan) for run in runs):.3f}",
@@ -72,6 +75,8 @@ def row_texts(comparison: Comparison) -> list[dict[str, str]]:
 def _table(rows: Sequence[Mapping[str, str]], left_out: Sequence[str]) -> tuple[list[str], list[list[str]], list[int]]:
     """Columns, the texts of the rows in them, and the columns that are aligned to the left."""
     unused = () if any(texts["published"] for texts in rows) else PUBLISHED
+    if not any(texts[ADJUSTED] for texts in rows):
+        unused = (*unused, ADJUSTED)
     columns = [column for column in COLUMNS if column not in (*left_out, *unused)]
     left = [number for number, column in enumerate(columns) if column not in RIGHT]
     return columns, [[texts[column] for column in columns] for texts in rows], left
@@ -118,7 +123,17 @@ def disagreement_sentence(comparison: Comparison) -> list[str]:
     gained, lost = (_bracketed(value, ".1f", " %") for value in (disagreement.gained, disagreement.lost))
     return [
         f"of the test images the distilled student gets {gained} right that the student alone got wrong, "
-        f"and {lost} the other way round{some}"
+        f"and {lost} the other way round{some}",
+        *_gain_with_images(disagreement),
+    ]
+
+
+def _gain_with_images(disagreement: Disagreement) -> list[str]:
+    if disagreement.gain is None:
+        return []
+    gain = _bracketed(disagreement.gain, "+.2f")
+    return [
+        f"with an interval for the choice of the {disagreement.images:,} test images, too, the gain is {gain} points"
     ]
 
 

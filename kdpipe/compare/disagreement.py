@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean
 
-from kdpipe.compare.statistics import Interval, share_interval
+import numpy as np
+
+from kdpipe.compare.statistics import Interval, interval_with_images, share_interval
 
 Correct = dict[tuple[str, str], bool]  # whether the prediction is right, by the test image's position and label
 
@@ -18,6 +20,8 @@ class Disagreement:
 
     gained: Interval  # right only with distillation
     lost: Interval  # right only without
+    gain: Interval | None  # with an interval for seeds and test images; None for one seed, or different images
+    images: int
 
 
 def read_predictions(content: bytes) -> Correct:
@@ -38,4 +42,10 @@ def find_disagreement(pairs: Iterable[tuple[Correct, Correct]]) -> Disagreement 
     gains = [fmean(right > alone[image] for image, right in distilled.items()) for distilled, alone in pairs]
     losses = [fmean(right < alone[image] for image, right in distilled.items()) for distilled, alone in pairs]
     gained, lost = share_interval(gains), share_interval(losses)
-    return Disagreement(gained, lost) if gained and lost else None
+    if gained is None or lost is None:
+        return None
+    images = sorted(pairs[0][1])
+    if any(alone.keys() != pairs[0][1].keys() for _, alone in pairs):
+        return Disagreement(gained, lost, None, len(images))
+    differences = [[int(distilled[image]) - int(alone[image]) for image in images] for distilled, alone in pairs]
+    return Disagreement(gained, lost, interval_with_images(np.array(differences, dtype=np.int8)), len(images))

@@ -112,9 +112,15 @@ def _record(row: ComparisonRow, timings: Timings, remark: str = "", difference: 
         **_bounds("test_accuracy", row.test),
         **_bounds("validation_gain", row.validation_gain),
         **_bounds("test_gain", row.gain),
+        **_adjusted(row.adjusted_gain),
         **measured,
         **({"timed_on": timings.where} if is_timed and timings.where else {}),
     }
+
+
+def _adjusted(gain: Interval | None) -> Record:
+    """The bounds for all arms of a control at once; nothing where it has one arm only."""
+    return {"test_gain_adjusted_low": gain.low, "test_gain_adjusted_high": gain.high} if gain else {}
 
 
 def _published(found: Published | None) -> Record:

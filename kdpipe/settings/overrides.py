@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel
 
+from kdpipe.settings.addresses import names_weights
 from kdpipe.settings.components import accepted_arguments
 from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.identity import flatten
@@ -156,7 +157,7 @@ def leave_out(plain: dict[str, Any], overrides: Sequence[str]) -> None:
     for key in _forced(overrides):
         section, _, inner = key.partition(".")
         values, name = plain.get(section), inner.partition(".")[0]
-        if not isinstance(values, dict):
+        if not isinstance(values, dict) or names_weights(values.get("weights")):  # the network is the run's
             continue
         if section == "also" and "_target_" not in values:  # there is no second method
             del plain["also"]

@@ -754,11 +754,16 @@ def test_disagreement_is_paired_by_seed() -> None:
     assert comparison.disagreement is not None
     assert comparison.disagreement.gained == share_interval([0.2, 0.3])
     assert comparison.disagreement.lost == share_interval([0.1, 0.1])
+    gain = comparison.disagreement.gain
+    assert gain is not None and gain.low is not None and gain.high is not None
+    low, high = 100 * gain.low, 100 * gain.high
     assert comparison_table.disagreement_sentence(comparison) == [
         "of the test images the distilled student gets 25.0 % [1.1, 90.8] right that the student alone got wrong, "
-        "and 10.0 % [no spread] the other way round (on 2 of 3 seeds)"
+        "and 10.0 % [no spread] the other way round (on 2 of 3 seeds)",
+        "with an interval for the choice of the 10 test images, too, "
+        f"the gain is +15.00 [{low:+.2f}, {high:+.2f}] points",
     ]
-    (sentence,) = comparison_table.disagreement_sentence(comparison)
+    sentence, _ = comparison_table.disagreement_sentence(comparison)
     (described,) = json.loads(frames.to_json([comparison]))
     assert described["gained_images"] == pytest.approx(0.25)
     assert described["lost_images_low"] is None
