@@ -25,7 +25,10 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--where", metavar="KEY=VALUE", action="append", default=[], help="leave out other values")
     parser.add_argument("--mixed", action="store_true", help="compare each kind of data, budget and teacher by itself")
     parser.add_argument("--published", action="store_true", help="add published accuracies of experiment=benchmark/…")
-    formats = ("table", "csv", "json", "html")
+    parser.add_argument(
+        "--runs", metavar="FILE", type=folder, help="runs of --format runs, in place of those of a store"
+    )
+    formats = ("table", "csv", "json", "html", "runs")
     parser.add_argument("--format", choices=formats, default="table", help="default: %(default)s")
     parser.add_argument(
         "--out", metavar="DIR", type=folder, help="write to this folder, with plots, instead of printing"
@@ -44,20 +47,28 @@ def run_comparison(words: list[str] | None = None) -> str:
         raise ConfigError("--where", " --where ".join(arguments.where), "one value for each key")
     if arguments.sweep is not None and arguments.mixed:
         raise ConfigError("--mixed", problem="not with --sweep, which compares each kind by itself anyway")
-    uri = existing_store(arguments)
+    if arguments.runs is not None and arguments.sweep is not None:
+        raise ConfigError("--sweep", arguments.sweep, problem="not with --runs, which has no sweeps")
+    uri = "" if arguments.runs else existing_store(arguments)
     if arguments.out and arguments.out.exists() and not arguments.out.is_dir():
         raise ConfigError("--out", arguments.out, "a folder", "this is a file")
 
     # Seconds of imports, after what can fail sooner.
     from kdpipe.compare import comparison_table, frames
-    from kdpipe.compare.loading import draw_pictures, load_comparisons, open_experiment
+    from kdpipe.compare.loading import compare_records, draw_pictures, load_comparisons, open_experiment
     from kdpipe.compare.published import NONE_PUBLISHED
+    from kdpipe.compare.records import RunFile, RunSource, runs_to_csv
 
-    tracker = open_experiment(uri, arguments.experiment, arguments.output_dir)
-    comparisons = load_comparisons(tracker, arguments.sweep, where, arguments.mixed, arguments.published)
+    source: RunSource
+    if arguments.runs:
+        source = RunFile(arguments.runs)
+        comparisons = compare_records(source.finished_runs(), source, where, arguments.mixed, arguments.published)
+    else:
+        source = tracker = open_experiment(uri, arguments.experiment, arguments.output_dir)
+        comparisons = load_comparisons(tracker, arguments.sweep, where, arguments.mixed, arguments.published)
     pictures = []
-    if arguments.out or arguments.format == "html":
-        pictures = [draw_pictures(comparison, tracker) for comparison in comparisons]
+    if arguments.format == "html" or (arguments.out and arguments.format != "runs"):
+        pictures = [draw_pictures(comparison, source) for comparison in comparisons]
     match arguments.format:
         case "csv":
             text = frames.to_csv(comparisons)
@@ -65,6 +76,9 @@ def run_comparison(words: list[str] | None = None) -> str:
                 print(NONE_PUBLISHED, file=sys.stderr)  # a note in the other formats
         case "json":
             text = frames.to_json(comparisons)
+        case "runs":
+            rows = [row for found in comparisons for row in (*found.rows, found.confirmed) if row]
+            text = runs_to_csv({run.id: run for row in rows for run in row.cell.runs.values()}.values(), source)
         case "html":
             title = f"sweep {arguments.sweep}" if arguments.sweep else arguments.experiment
             text = comparison_table.to_html(title, comparisons, pictures)
@@ -73,8 +87,8 @@ def run_comparison(words: list[str] | None = None) -> str:
             text = "\n\n".join(comparison_table.to_text(comparison, width) for comparison in comparisons)
     if not arguments.out:
         return text
-    suffix = arguments.format.replace("table", "txt")
-    files = {f"comparison.{suffix}": text.encode(), **comparison_table.picture_files(pictures)}
+    name = "runs.csv" if arguments.format == "runs" else f"comparison.{arguments.format.replace('table', 'txt')}"
+    files = {name: text.encode(), **comparison_table.picture_files(pictures)}
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (arguments.out / name).write_bytes(content)

@@ -20,12 +20,13 @@ from kdpipe.compare.comparison import (
 )
 from kdpipe.compare.comparison_table import Picture
 from kdpipe.compare.disagreement import Correct, find_disagreement, read_predictions
+from kdpipe.compare.records import RunSource
 from kdpipe.compare.statistics import CANNOT_TELL
 from kdpipe.runs.moved_store import ARTIFACTS
 from kdpipe.runs.names import CONFUSION, DIFFERING, PREDICTIONS, RELIABILITY
 from kdpipe.settings.errors import ConfigError, one_of
 from kdpipe.system.optional import no_windows
-from kdpipe.tracking import RunRecord, RunStore, Tracker
+from kdpipe.tracking import RunRecord, Tracker
 
 # Pictures among the artifacts of the decisive student's run, with their captions.
 PICTURES_OF_A_RUN = {
@@ -48,22 +49,33 @@ def load_comparisons(
     tracker: Tracker, sweep: str | None, where: Mapping[str, str], mixed: bool, published: bool
 ) -> list[Comparison]:
     """The comparisons of an experiment or a sweep; arguments and errors are those of `kdpipe.compare.compare_runs`."""
-    find = cache(tracker.get_run)
     if sweep is not None:
         comparisons = compare_sweep(tracker, sweep, where)
-    else:
-        cells = make_cells(tracker.finished_runs())
-        if not cells:
-            problem = f"no finished run yet in {tracker.name}; make demo trains three"
-            raise ConfigError("tracking.experiment", tracker.experiment, problem=problem)
-        cells = select_cells(cells, where)
-        if not mixed:
-            check_comparable(cells)
-        groups = families(cells, one_teacher=True) if mixed else [cells]
-        comparisons = [compare_cells(group, find) for group in groups]
+        return [_completed(comparison, tracker, published) for comparison in comparisons]
+    records = tracker.finished_runs()
+    if not records:
+        problem = f"no finished run yet in {tracker.name}; make demo trains three"
+        raise ConfigError("tracking.experiment", tracker.experiment, problem=problem)
+    return compare_records(records, tracker, where, mixed, published)
+
+
+def compare_records(
+    records: Sequence[RunRecord], source: RunSource, where: Mapping[str, str], mixed: bool, published: bool = False
+) -> list[Comparison]:
+    """The comparisons of runs from a store or a file; arguments and errors are those of `load_comparisons`."""
+    cells = select_cells(make_cells(records), where)
+    if not mixed:
+        check_comparable(cells)
+    groups = families(cells, one_teacher=True) if mixed else [cells]
+    find = cache(source.get_run)
+    return [_completed(compare_cells(group, find), source, published) for group in groups]
+
+
+def _completed(comparison: Comparison, source: RunSource, published: bool) -> Comparison:
+    """With published accuracies, and what the predictions say."""
     if published:
-        comparisons = [with_published(comparison, find) for comparison in comparisons]
-    return [with_disagreement(comparison, tracker) for comparison in comparisons]
+        comparison = with_published(comparison, cache(source.get_run))
+    return with_disagreement(comparison, source)
 
 
 def compare_sweep(tracker: Tracker, sweep_id: str, where: Mapping[str, str] | None = None) -> list[Comparison]:
@@ -153,7 +165,7 @@ def _same(one: str | None, other: str) -> bool:
     return one == other
 
 
-def draw_pictures(comparison: Comparison, tracker: Tracker) -> dict[str, Picture]:
+def draw_pictures(comparison: Comparison, tracker: RunSource) -> dict[str, Picture]:
     """The plots for which there is data, and the pictures that the decisive student's best run has stored, by file
     name."""
     with no_windows():  # Matplotlib takes a second to import
@@ -182,7 +194,7 @@ def draw_pictures(comparison: Comparison, tracker: Tracker) -> dict[str, Picture
     return found | pictures
 
 
-def with_disagreement(comparison: Comparison, store: RunStore) -> Comparison:
+def with_disagreement(comparison: Comparison, store: RunSource) -> Comparison:
     """Add where the decisive student and the student alone disagree; reads the predictions of their runs only."""
     decisive = comparison.decisive
     if decisive is None or decisive.control is None:
@@ -196,7 +208,7 @@ def with_disagreement(comparison: Comparison, store: RunStore) -> Comparison:
     return replace(comparison, disagreement=find_disagreement(pairs))
 
 
-def _predictions(run: RunRecord, store: RunStore) -> Correct:
+def _predictions(run: RunRecord, store: RunSource) -> Correct:
     content = store.read(run.id, PREDICTIONS)
     try:
         return {} if content is None else read_predictions(content)

@@ -792,6 +792,24 @@ def test_unreadable_predictions_are_left_out(content: bytes, caplog: pytest.LogC
     assert "run student1: predictions.csv: expected columns image, label, answer" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "No such file"),
+        ("", "No columns"),
+        ("a,b\n1,2\n", "it has no column run_id, seconds, params.seed"),
+        ("a,b\n1,2,3,4\n", "expected a file of kdpipe.compare --format runs"),
+    ],
+)
+def test_what_is_no_file_of_runs_is_refused(content: str | None, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "runs.csv"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ValueError, match=re.escape(f"--runs {file}: ")) as caught:
+        run_comparison(["--runs", str(file)])
+    assert said in str(caught.value)
+
+
 def test_tutorial_end_to_end(
     kdpipe: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -830,6 +848,13 @@ def test_tutorial_end_to_end(
     header, *_ = run_comparison(["--experiment", "three", "--format", "csv"]).split("\n")
     assert list(comparison.frame) == header.split(",")
     assert comparison.frame["test_accuracy"].tolist() == [row["test_accuracy"] for row in described["rows"]]
+
+    # The runs in a file, which has no path of this machine, make the same comparison.
+    run_comparison(["--experiment", "three", "--format", "runs", "--out", "published"])
+    published = Path("published/runs.csv")
+    assert str(Path.cwd()) not in published.read_text()
+    wide = run_comparison(["--experiment", "three", "--wide"])
+    assert run_comparison(["--runs", str(published), "--wide"]) == wide
 
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--format", "html", "--out", "there"])
     cli()
