@@ -74,16 +74,17 @@ def _build_one(
     settings: Settings, invocation: Invocation, teacher: NetworkSettings, data: ImageDataset, tracker: "Tracker"
 ) -> dict[str, Classifier]:
     """The network that teaches, by the run or the file that its weights come from."""
+    classifier = build_network("teacher", teacher, data, freeze="none")
     if teacher.weights != "auto":
         address = str(teacher.weights)
-        classifier = build_network("teacher", teacher, data, freeze="none")
         load_weights("teacher", teacher, classifier, data, tracker)
         log.info("teacher: %s with the weights of %s", teacher.name, address)
         return {address: classifier}
-    build_network("teacher", teacher, data, freeze="none")  # a value that it cannot have is no reason to look for a run
     found = _find_trained(settings, invocation, teacher, data, tracker)
     address = f"runs:/{found.id}"
-    classifier = build_network("teacher", network_of_run(teacher, found.id, tracker), data, freeze="none")
+    theirs = network_of_run(teacher, found.id, tracker)
+    if theirs != teacher:
+        classifier = build_network("teacher", theirs, data, freeze="none")
     load_trained("teacher.weights", address, teacher.name, classifier, data, tracker)
     accuracy = 100 * found.metrics["test/accuracy"]
     log.info("teacher: run %s (%s), test accuracy %.1f %%", found.id, found.name, accuracy)
