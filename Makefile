@@ -69,7 +69,7 @@ test: setup  ## run the tests, one process per core (ARGS=--cov reports coverage
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup $(ARGS)
 
 test-faults: setup  ## run the long tests, of faults and of several processes
-	$(BIN)/python -m pytest -m faults $(ARGS)
+	$(BIN)/python -m pytest -m faults -n auto --maxprocesses 8 --dist loadgroup $(ARGS)
 
 teacher: setup  ## train a teacher: DenseNet-121 on CIFAR-10
 	$(RUN) experiment=teacher $(ARGS)

@@ -309,7 +309,7 @@ FORMATS = {
     "tracking.json": journals,
     "YAML": configs,
 }
-CASES = [pytest.param(200, id="200"), pytest.param(10_000, id="10000", marks=pytest.mark.faults)]
+CASES = [pytest.param(200, id="200"), pytest.param(5_000, id="5000", marks=pytest.mark.faults)]
 
 
 @pytest.mark.parametrize("cases", CASES)

@@ -86,7 +86,10 @@ def check_recorded(name: str, teacher: FrozenTeacher, data: ImageDataset, folder
     for recorded in teacher.recorded:
         positions = data.splits[recorded.split].sort().values
         request = OutputRequest("logits", name, recorded.classifier, recorded.classifier, data, positions)
-        (answers,) = precomputed_outputs(request, folder, math.inf, hardware, logging.DEBUG)
+        level = (
+            logging.DEBUG if (folder / request.key(hardware)).exists() else logging.INFO
+        )  # computing may take minutes
+        (answers,) = precomputed_outputs(request, folder, math.inf, hardware, level)
         right = answers[positions].argmax(dim=1) == data.labels[positions]
         accuracy = float(right.double().mean())
         if accuracy < recorded.accuracy - TOLERANCE:

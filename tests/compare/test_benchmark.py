@@ -132,7 +132,7 @@ def test_teacher_requires_a_model(composed: Composed) -> None:
 def test_unknown_pair_lists_the_known_ones(kdpipe: Callable) -> None:
     outcome = kdpipe("experiment=benchmark/vgg13_vgg9")
     assert outcome.status == 1
-    assert "experiment=benchmark/vgg13_vgg9: did you mean benchmark/vgg13_vgg8" in outcome.errors
+    assert "; did you mean benchmark/vgg13_vgg8 " in outcome.errors
     assert "benchmark/resnet56_resnet20, " in outcome.errors
 
 

@@ -80,7 +80,7 @@ def test_the_card_and_the_config_describe_the_training(
     def trained(*words: str) -> str:
         run = kdpipe(*photos, "model=resnet20", *words)
         assert run.status == 0, run.errors
-        return run.output.rsplit("/runs/", 1)[1].split()[0]
+        return re.search(r"kdpipe\.export (\w+)", run.output)[1]
 
     def exported(run_id: str) -> tuple[str, DictConfig]:
         made = command("export", run_id, "--out", run_id, "--format", "safetensors", *QUICK, *store)

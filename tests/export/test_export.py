@@ -312,7 +312,7 @@ def test_a_missing_run_and_other_images_are_refused(
 
     photos = kdpipe("dataset=image_folder", f"dataset.root={class_folders}", "experiment=student", "train.epochs=0")
     assert photos.status == 0, photos.errors
-    run_id = photos.output.rsplit("/runs/", 1)[1].split()[0]
+    run_id = re.search(r"kdpipe\.export (\w+)", photos.output)[1]
     store = ("--uri", f"sqlite:///{Path('outputs/mlflow.db').resolve()}")
     forget_data()  # as a new process would
     gone = class_folders.rename(class_folders.with_name("elsewhere"))
@@ -331,7 +331,7 @@ def test_class_names_in_any_script_are_kept(command: Callable, kdpipe: Callable,
         (class_folders / folder).rename(class_folders / name)
     run = kdpipe("dataset=image_folder", f"dataset.root={class_folders}", "experiment=student", "train.epochs=0")
     assert run.status == 0, run.errors
-    run_id = run.output.rsplit("/runs/", 1)[1].split()[0]
+    run_id = re.search(r"kdpipe\.export (\w+)", run.output)[1]
     store = ("--uri", f"sqlite:///{Path('outputs/mlflow.db').resolve()}")
     made = command("export", run_id, "--out", "files", "--format", *ALL, *QUICK, *store)
     assert made.status == 0, made.errors

@@ -440,7 +440,7 @@ def test_a_run_that_is_deleted_while_it_trains_loses_nothing(
     shell(restore)
     assert Recovery().recover(folder) == ""
     found = tracker.client.get_run(run.id)
-    assert (found.info.status, found.data.metrics) == ("FINISHED", {"train/loss": 0.5})
+    assert (found.info.status, found.data.metrics["train/loss"]) == ("FINISHED", 0.5)
 
 
 def test_a_run_that_is_gone_for_good_goes_on_as_a_new_one(
@@ -455,7 +455,7 @@ def test_a_run_that_is_gone_for_good_goes_on_as_a_new_one(
     with tracker.run("a run", tmp_path, {}, {}, run_id=run.id, history=read_rows(tmp_path)) as again:
         pass
     assert again.id != run.id
-    assert tracker.client.get_run(again.id).data.metrics == {"train/loss": 1.0}
+    assert tracker.client.get_run(again.id).data.metrics["train/loss"] == 1.0
 
 
 def delete_once_it_has_metrics(tracker: Tracker, run: ActiveRun) -> None:
