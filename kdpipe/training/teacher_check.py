@@ -86,9 +86,8 @@ def check_recorded(name: str, teacher: FrozenTeacher, data: ImageDataset, folder
     for recorded in teacher.recorded:
         positions = data.splits[recorded.split].sort().values
         request = OutputRequest("logits", name, recorded.classifier, recorded.classifier, data, positions)
-        level = (
-            logging.DEBUG if (folder / request.key(hardware)).exists() else logging.INFO
-        )  # computing may take minutes
+        is_known = (folder / request.key(hardware)).exists()  # else it may take minutes
+        level = logging.DEBUG if is_known else logging.INFO
         (answers,) = precomputed_outputs(request, folder, math.inf, hardware, level)
         right = answers[positions].argmax(dim=1) == data.labels[positions]
         accuracy = float(right.double().mean())
