@@ -190,7 +190,7 @@ def _unknown_key(key: str, arguments: Sequence[str], in_sweep: bool) -> str:
         instead = suggestion(key, [*known, *sections, *_groups(), *sorted(elsewhere)])
         if not instead and siblings:
             instead = f"expected {one_of(siblings)}"
-    where = f" with {option}" if option else ""
+    where = f" with {option}" if option and not instead.endswith("?") else ""
     all_keys = f"python -m kdpipe --cfg {'hydra' if key.startswith('hydra.') else 'job'} lists all"
     between = "" if not instead else " " if instead.endswith("?") else "; "
     return f"{key}: no such key{where}; {instead}{between}{all_keys}"

@@ -232,7 +232,7 @@ CE = "{loss:cross_entropy}"
         ([f"chain=[{CE},{CE}]"], "link 2 learns nothing from link 1, its loss is kdpipe.losses.CrossEntropy"),
         (["loss.alpha=0"], "link 2 learns nothing from link 1, its loss is kdpipe.losses.KD, alpha 0"),
         ([f"chain=[{CE},{{}},{{loss.alpha:2}}]"], "loss.alpha=2: expected a number from 0 to 1"),
-        ([f"chain=[{CE},{{}},{{loss.alfa:1}}]"], "loss.alfa: no such key with loss=kd; did you mean loss.alpha?"),
+        ([f"chain=[{CE},{{}},{{loss.alfa:1}}]"], "loss.alfa: no such key; did you mean loss.alpha?"),
         (
             [f"chain=[{CE},{{}},{{model:student_cnn,model.image_size:4}}]"],
             "model.image_size=4: student_cnn cannot take",
