@@ -103,6 +103,7 @@ def assert_complete(server: Server, epochs: int) -> None:
     assert not list(Path("outputs/runs").glob("*/tracking.json"))
 
 
+@pytest.mark.faults
 def test_a_server_that_dies_and_comes_back_misses_nothing(start: Callable[..., Started], mlflow_server: Server) -> None:
     run = start(*LONG, f"tracking.uri={mlflow_server.uri}")
     run.wait_for("epoch 3/15")
@@ -117,6 +118,7 @@ def test_a_server_that_dies_and_comes_back_misses_nothing(start: Callable[..., S
     assert_complete(mlflow_server, 15)
 
 
+@pytest.mark.faults
 def test_sync_delivers_to_a_server_that_was_down_until_the_end(
     start: Callable[..., Started], mlflow_server: Server
 ) -> None:

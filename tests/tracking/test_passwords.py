@@ -78,6 +78,7 @@ def test_a_password_in_a_config_file_or_a_variable_is_not_kept_with_the_run(
     assert_secret(outcome, Path("outputs"))
 
 
+@pytest.mark.faults
 def test_a_sweep_and_its_workers_keep_no_password(kdpipe: Callable, with_password: dict[str, str]) -> None:
     words = ["-m", *RUN, "seed=0,1", "tracking.experiment=secret_sweep", "hydra/launcher=joblib"]
     outcome = kdpipe(*words, f"tracking.uri={with_password['server']}", "hydra.launcher.n_jobs=2")

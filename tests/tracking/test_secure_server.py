@@ -158,6 +158,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process.wait()
 
 
+@pytest.mark.faults
 def test_runs_go_to_a_server_that_asks_for_a_password(
     kdpipe: Callable, guarded: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
