@@ -284,7 +284,7 @@ def test_a_lost_process_does_not_end_the_sweep(kdpipe: Callable, teacher: Run) -
     longer = [*SWEEP, "train.epochs=10", "hydra/launcher=joblib"]
     with Path("log").open("w") as log:
         sweep = subprocess.Popen(command(*longer), stdout=log, stderr=log)
-    while "[2/6]" not in Path("log").read_text():
+    while "2 of 6 done" not in Path("log").read_text():
         assert sweep.poll() is None, Path("log").read_text()
         time.sleep(0.05)
     while not (victims := in_progress()):
