@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -141,9 +142,14 @@ def _why_there_is_no_answer(error: MlflowException) -> str:
     if isinstance(cause, OSError) and "certificate" in str(cause) and "path" in str(cause):  # a file that is missing
         return f"{flat(cause)}; MLFLOW_TRACKING_SERVER_CERT_PATH or REQUESTS_CA_BUNDLE names it"
     return (
-        f"no tracking server answers there ({flat(reason).rpartition('>: ')[2]}); start it and its database, or use "
+        f"no tracking server answers there ({_without_object(flat(reason))}); start it and its database, or use "
         "sqlite:///FILE"
     )
+
+
+def _without_object(text: str) -> str:
+    """What urllib3 says, without the connection or the pool that it begins with."""
+    return re.sub(r"^(<[^>]*>|\w+\([^)]*\)): ", "", text)
 
 
 def _innermost(error: BaseException) -> BaseException:

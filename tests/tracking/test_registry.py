@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -121,7 +122,7 @@ def test_models_go_to_a_server_s_registry_and_back(
 ) -> None:
     student: Outcome = kdpipe("dataset=digits", "experiment=student", "train.epochs=0", f"tracking.uri={server}")
     assert student.status == 0, student.errors
-    run_id = student.output.rsplit("/runs/", 1)[1].split()[0]
+    run_id = re.search(r"kdpipe\.export (\w+)", student.output)[1]
     made = command("export", run_id, "--uri", server, "--out", "files", "--register", "served", *QUICK)
     assert made.status == 0, made.errors
     images = np.zeros((2, 1, 8, 8), np.uint8)

@@ -28,7 +28,7 @@ def test_an_interrupted_run_says_how_it_goes_on_and_does(
     run.send(number)
     sent = time.monotonic()
     assert run.end() == status
-    assert time.monotonic() - sent < 10
+    assert time.monotonic() - sent < 40  # an epoch of 200 takes less than a second, the sweep minutes
     assert the_run().info.status == "KILLED"
     assert number.name in the_run().data.tags["kdpipe.reason"]
     (said,) = [line for line in run.output.splitlines() if line.startswith("kdpipe: interrupted by ")]
