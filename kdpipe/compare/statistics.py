@@ -102,7 +102,8 @@ def shifted(value: Interval, by: float) -> Interval:
 
 
 def interval_with_images(differences: NDArray[np.int8], seed: int = 0) -> Interval | None:
-    """The interval of a gain that covers the sample of test images, too; None for fewer than two seeds.
+    """The interval of a gain that covers the sample of test images, too; None for one seed, and for seeds with the same
+    gain.
 
     A paired bootstrap: in each replicate the images are drawn anew, for all seeds alike, and the mean over seeds varies
     as Student's t says. With no doubt about the images it is `interval`'s.
@@ -128,8 +129,8 @@ def interval_with_images(differences: NDArray[np.int8], seed: int = 0) -> Interv
 
 def seeds_needed(gain: Interval, size: float) -> int | None:
     """How many seeds would show a true gain of this size in four of five experiments, if seeds vary as they do here;
-    None for more than a thousand, or where nothing is known of their spread."""
-    if gain.low is None or gain.high is None:
+    None for more than a thousand, or where their spread is not known: of an interval that is cut at ±1, it is not."""
+    if gain.low is None or gain.high is None or gain.low == -1 or gain.high == 1:
         return None
     deviation = (gain.high - gain.low) / 2 * gain.number**0.5 / float(stdtrit(gain.number - 1, 0.975))
     for number in range(2, MOST_SEEDS + 1):

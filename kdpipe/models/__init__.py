@@ -5,7 +5,7 @@ Four attributes are optional, needed only for what they are for:
     roles: its stages and embedding, for losses that compare features; see `kdpipe.models.roles`;
     imagenet_backbone: a function without arguments that returns the pretrained state dict without the head, for
         `model.weights=imagenet`;
-    imagenet_cache: a function without arguments that returns the folder where these are kept, if not PyTorch's own;
+    imagenet_cache: the folder where these are kept, if not PyTorch's own;
     preprocessing: image_size, mean and std of its pretrained weights, for values that the config leaves at null.
 """
 

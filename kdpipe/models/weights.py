@@ -139,10 +139,11 @@ def check_class_names(key: str, source: str, trained: Sequence[str] | None, expe
         return
     problem = f"trained on {len(trained)} classes ({shorten(trained)})"
     wanted = f"the data set's {len(expected)} ({shorten(expected)})"
-    place = next((n for n, pair in enumerate(zip(trained, expected, strict=False)) if pair[0] != pair[1]), None)
+    pairs = zip(composed(trained), composed(expected), strict=False)
+    place = next((number for number, (one, other) in enumerate(pairs) if one != other), None)
     if place is not None:
         first = f"class {place + 1} is {trained[place]} there and {expected[place]} here"
-        same = sorted(trained) == sorted(expected)
+        same = sorted(composed(trained)) == sorted(composed(expected))
         problem = f"{problem}: {f'the same in another order, {first}' if same else first}"
     raise ConfigError(key, source, wanted, problem)
 

@@ -99,15 +99,14 @@ def fit(training: Training, data: ImageDataset, recipe: Recipe, hooks: Hooks) ->
 
 def select(training: Training, metrics: dict[str, float], best: bool) -> None:
     """Select the weights of the epoch: always, or only if they are the `best` so far, which are kept in any case."""
-    accuracy = metrics.get("val/accuracy")
-    is_best = accuracy is not None and accuracy > training.highest
-    if accuracy is not None and is_best:
-        training.highest, training.best = accuracy, copy_state(training.learner)
+    is_best = metrics.get("val/accuracy", -1.0) > training.highest
+    if is_best:
+        training.highest, training.best = metrics["val/accuracy"], copy_state(training.learner)
     if best and not is_best:
         return
     training.selected = {"selected/epoch": training.epoch}
-    if accuracy is not None:
-        training.selected["selected/accuracy"] = accuracy
+    if "val/accuracy" in metrics:
+        training.selected["selected/accuracy"] = metrics["val/accuracy"]
 
 
 def accuracy_of_other_weights(training: Training, data: ImageDataset, best_are_selected: bool) -> float:

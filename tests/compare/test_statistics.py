@@ -71,6 +71,12 @@ def test_so_many_seeds_find_a_gain_four_times_of_five() -> None:
         assert (found > 0.79) == enough, (seeds, found)
 
 
+def test_of_an_interval_that_is_cut_no_number_of_seeds_follows() -> None:
+    wide = interval([0.3, -0.3])
+    assert wide is not None and (wide.low, wide.high) == (-1, 1)
+    assert seeds_needed(wide, 0.01) is None and "needed" not in verdict(wide)
+
+
 def test_no_evidence_says_how_many_seeds_there_should_be() -> None:
     assert "; seeds that would be needed: 4 for a gain of 1 point, 8 for a gain of 0.5" in verdict(
         interval([0.004, -0.002, 0.003, -0.004, 0.005])

@@ -398,6 +398,12 @@ def test_long_lists_of_classes_show_where_they_differ(tmp_path: Path) -> None:
         check_class_names("teacher.weights", "runs:/a", digits, [*digits[:8], "9", "8"])
 
 
+def test_a_class_in_another_form_of_unicode_is_not_the_first_that_differs() -> None:
+    there = [unicodedata.normalize("NFD", "bébé"), "cat"]
+    with pytest.raises(ConfigError, match=r": class 2 is cat there and dog here;"):
+        check_class_names("teacher.weights", "runs:/a", there, ["bébé", "dog"])
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_named(value: float, tmp_path: Path) -> None:
     state = small_network().state_dict()
