@@ -19,7 +19,6 @@ from torch import distributed
 
 from kdpipe.assembly.datasets import build_data, forget_data
 from kdpipe.assembly.devices import use_hardware
-from kdpipe.assembly.networks import say_size
 from kdpipe.assembly.parts import Parts, build_parts, check_components
 from kdpipe.assembly.preparation import Prepared, cache_folder, prepare
 from kdpipe.assembly.run_networks import with_networks_of_runs
@@ -56,13 +55,13 @@ from kdpipe.system import interruption
 from kdpipe.system.files import write_atomically
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.interruption import Interrupted, InterruptedJobError
+from kdpipe.system.once import log_once
 from kdpipe.system.optional import optional
 from kdpipe.system.progress import IS_OVER, duration, report, report_file
 from kdpipe.system.tables import terminal_width
 from kdpipe.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
 from kdpipe.training.loop import Hooks, fit, with_prefix
 from kdpipe.training.precomputed import logits_of_test_images
-from kdpipe.training.teacher_check import warn_once
 
 if TYPE_CHECKING:
     from kdpipe.tracking import ActiveRun, RunRecord, Tracker
@@ -404,8 +403,7 @@ OmegaConf.register_new_resolver("identity", _identity, replace=True)
 def cli() -> None:
     """`kdpipe` and `python -m kdpipe`: errors as one line, exit status 1; 130 and 143 when interrupted."""
     forget_data()
-    warn_once.cache_clear()
-    say_size.cache_clear()
+    log_once.cache_clear()
     # One of the processes that torchrun started reports on their work.
     if distributed.is_torchelastic_launched() and os.environ["RANK"] != "0":
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115

@@ -3,10 +3,8 @@
 import importlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +23,7 @@ from helpers import (
     postgres,
     postgres_programs,
     restore_later,
+    running_server,
 )
 from PIL import Image
 from sklearn.datasets import load_sample_image
@@ -248,16 +247,5 @@ def server(tmp_path_factory: pytest.TempPathFactory, database: str) -> Iterator[
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", database, "--artifacts-destination", str(folder)]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
-    uri = f"http://127.0.0.1:{port}"
-    for _ in range(240):
-        try:
-            urllib.request.urlopen(f"{uri}/health", timeout=1).close()
-            break
-        except OSError:
-            assert process.poll() is None, (folder / "log").read_text()
-            time.sleep(0.5)
-    yield uri
-    os.killpg(process.pid, signal.SIGTERM)
-    process.wait()
+    with running_server(command, port, folder) as uri:
+        yield uri

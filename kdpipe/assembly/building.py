@@ -1,8 +1,9 @@
 """From a component's settings to the object: its `_target_` is called with its arguments."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from kdpipe.settings.components import find_target, parameters_of
@@ -20,29 +21,24 @@ def build(key: str, component: Component, *inputs: Any, **more: Any) -> Any:
     Raises:
         ConfigError: a value that it does not take.
     """
-    try:
-        return _call(key, component.target, component.arguments, *inputs, **more)
-    except ConfigError as error:
-        raise _with_own_keys(error, key, component) from error
+    return _call(key, component.target, component.arguments, inputs, more, type(component).model_fields)
 
 
 def check_arguments(key: str, component: Component, *inputs: Any, **more: Any) -> None:
     """Raise ConfigError where a component does not exist or does not take its arguments by name: it is built later."""
-    try:
-        _find(key, component.target, component.arguments, *inputs, **more)
-    except ConfigError as error:
-        raise _with_own_keys(error, key, component) from error
+    _find(key, component.target, component.arguments, inputs, more, type(component).model_fields)
 
 
-def _with_own_keys(error: ConfigError, key: str, component: Component) -> ConfigError:
-    """An error about an argument that may be a misspelt key of the section itself, img_size for image_size."""
-    name = error.key.removeprefix(f"{key}.")
-    near = suggestion(name, type(component).model_fields) if error.problem.endswith("leaves it out") else ""
-    return ConfigError(error.key, error.value, error.expected, near) if near else error
-
-
-def _call(key: str, target: str, arguments: Mapping[str, Any], *inputs: Any, **more: Any) -> Any:
-    function = _find(key, target, arguments, *inputs, **more)
+def _call(
+    key: str,
+    target: str,
+    arguments: Mapping[str, Any],
+    inputs: Sequence[Any] = (),
+    more: Mapping[str, Any] = MappingProxyType({}),
+    fields: Iterable[str] = (),
+) -> Any:
+    """What the function that a `_target_` names returns; arguments as for `_find`."""
+    function = _find(key, target, arguments, inputs, more, fields)
     built = {name: _nested(f"{key}.{name}", value) for name, value in arguments.items()}
     try:
         return function(*inputs, **built, **more)
@@ -52,8 +48,20 @@ def _call(key: str, target: str, arguments: Mapping[str, Any], *inputs: Any, **m
         raise ConfigError(f"{key}._target_", target, problem=flat(error)) from error
 
 
-def _find(key: str, target: str, arguments: Mapping[str, Any], *inputs: Any, **more: Any) -> Callable[..., Any]:
-    """The function that a `_target_` names, if it takes these arguments."""
+def _find(
+    key: str,
+    target: str,
+    arguments: Mapping[str, Any],
+    inputs: Sequence[Any],
+    more: Mapping[str, Any],
+    fields: Iterable[str],
+) -> Callable[..., Any]:
+    """The function that a `_target_` names, if it takes these arguments.
+
+    Args:
+        inputs, more: as for `build`.
+        fields: keys of the section itself, which may have been meant: image_size by img_size.
+    """
     function: Callable[..., Any] = find_target(f"{key}._target_", target)
     known = parameters_of(function)
     if known is None:
@@ -64,9 +72,10 @@ def _find(key: str, target: str, arguments: Mapping[str, Any], *inputs: Any, **m
     own = [name for number, name in enumerate(known) if number >= len(inputs) and name not in more]
     for name, value in arguments.items():
         if name not in own:
-            instead = suggestion(name, own) or f"~{key}.{name} leaves it out"
-            none = "" if own else f"{target} takes no arguments; "
-            raise ConfigError(f"{key}.{name}", value, one_of(own) if own else "", f"{none}{instead}")
+            near = suggestion(name, own) or suggestion(name, fields)
+            none = "" if own or near else f"{target} takes no arguments; "
+            instead = near or f"{none}~{key}.{name} leaves it out"
+            raise ConfigError(f"{key}.{name}", value, one_of(own) if own else "", instead)
     for name, parameter in inspect.signature(function).parameters.items():
         is_required = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL
         if is_required and name in own and name not in arguments:

@@ -2,7 +2,6 @@
 
 import logging
 from copy import deepcopy
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,12 +15,11 @@ from kdpipe.models.weights import check_class_names, load_imagenet, load_state, 
 from kdpipe.settings.addresses import file_and_part, run_and_file
 from kdpipe.settings.errors import ConfigError, first_line
 from kdpipe.settings.schema import Freeze, NetworkSettings, Settings
+from kdpipe.system.once import log_once
 from kdpipe.system.randomness import derive_seed
 
 if TYPE_CHECKING:
     from kdpipe.tracking import RunStore
-
-log = logging.getLogger("kdpipe")
 
 
 def build_network(key: str, settings: NetworkSettings, data: ImageDataset, freeze: Freeze) -> Classifier:
@@ -86,18 +84,12 @@ def check_single_images(key: str, name: str, classifier: Classifier, data: Image
         raise ConfigError("train.batch_size", 1, f"2 or more, or a larger {key}.image_size", problem) from error
 
 
-@lru_cache
-def say_size(name: str, key: str, size: int, stored: int) -> None:
+def say_size(key: str, name: str, classifier: Classifier, data: ImageDataset) -> None:
     """Log, once in a command, that a network sees images smaller than they are stored."""
-    log.info(
-        "%s sees the images at %d×%d, smaller than stored (%d×%d); %s is its size",
-        name,
-        size,
-        size,
-        stored,
-        stored,
-        key,
-    )
+    size, stored = classifier.image_size, max(data.images.shape[2:])
+    if size < stored:
+        message = "%s sees the images at %d×%d, smaller than stored (%d×%d); %s.image_size is its size"
+        log_once(logging.INFO, message, name, size, size, stored, stored, key)
 
 
 def build_model(settings: Settings, data: ImageDataset, store: "RunStore") -> Classifier:

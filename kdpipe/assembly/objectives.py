@@ -16,11 +16,11 @@ from kdpipe.models import Classifier
 from kdpipe.settings.errors import ConfigError, first_line
 from kdpipe.settings.schema import Settings
 from kdpipe.system.hardware import Hardware
+from kdpipe.system.once import warn_once
 from kdpipe.system.randomness import derive_seed
 from kdpipe.training.loop import batches
 from kdpipe.training.observed import Observed
 from kdpipe.training.teacher import Teacher
-from kdpipe.training.teacher_check import warn_once
 
 
 def build_loss(settings: Settings) -> Loss:

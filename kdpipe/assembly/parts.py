@@ -87,8 +87,7 @@ def build_parts(settings: Settings, invocation: Invocation, tracker: "Tracker", 
     if teacher and isinstance(teacher.classifier, Classifier):
         networks["teacher"] = (settings.teacher.name, teacher.classifier)
     for part, (name, network) in networks.items():
-        if network.image_size < (stored := max(data.images.shape[2:])):
-            say_size(name, f"{part}.image_size", network.image_size, stored)
+        say_size(part, name, network, data)
         learns = part == "model" or (teacher and teacher.learns)
         if learns and settings.train.epochs > 0 and 1 in (settings.train.batch_size, len(data.splits["train"])):
             check_single_images(part, name, network, data)

@@ -154,11 +154,9 @@ def refuse(
     """
     for key, (own, its) in differing.items():
         if stated is None or key in stated:
-            without = its is None
-            problem = (
-                f"{section}.weights={ours.weights} was trained {'without it' if without else f'with {as_typed(its)}'}"
-            )
-            expected = "leave it out" if without else f"{as_typed(its)}, or leave it out"
+            trained = "without it" if its is None else f"with {as_typed(its)}"
+            expected = "leave it out" if its is None else f"{as_typed(its)}, or leave it out"
+            problem = f"{section}.weights={ours.weights} was trained {trained}"
             raise ConfigError(f"{section}.{key}", own, expected, problem)
 
 

@@ -20,9 +20,9 @@ from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.identity import SPLIT, TEST_SPLIT, canonical, other_split
 from kdpipe.settings.saved import read_network_settings
 from kdpipe.settings.schema import EnsembleSettings, NetworkSettings, Settings
+from kdpipe.system.once import warn_once
 from kdpipe.system.randomness import derive_seed
 from kdpipe.training.teacher import FrozenTeacher, Peer, RecordedAccuracy, Teacher
-from kdpipe.training.teacher_check import warn_once
 
 if TYPE_CHECKING:
     from kdpipe.tracking import RunRecord, RunStore, Tracker

@@ -87,8 +87,9 @@ def run_comparison(words: list[str] | None = None) -> str:
             text = "\n\n".join(comparison_table.to_text(comparison, width) for comparison in comparisons)
     if not arguments.out:
         return text
-    name = "runs.csv" if arguments.format == "runs" else f"comparison.{arguments.format.replace('table', 'txt')}"
-    files = {name: text.encode(), **comparison_table.picture_files(pictures)}
+    suffix = arguments.format.replace("table", "txt")
+    written_to = "runs.csv" if arguments.format == "runs" else f"comparison.{suffix}"
+    files = {written_to: text.encode(), **comparison_table.picture_files(pictures)}
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (arguments.out / name).write_bytes(content)

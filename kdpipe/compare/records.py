@@ -12,15 +12,20 @@ from typing import Protocol
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from kdpipe.compare.disagreement import read_predictions
 from kdpipe.runs.names import PREDICTIONS
 from kdpipe.settings.errors import ConfigError, first_line
-from kdpipe.settings.identity import PLACES
+from kdpipe.settings.identity import is_place
 from kdpipe.tracking import RunRecord
 
 HISTORY = "val/accuracy"
-REQUIRED = ("run_id", "seconds", "params.seed", "params.model.name", "metrics.test/accuracy", "tags.kdpipe.stage")
+REQUIRED = (
+    *("run_id", "seconds", "params.seed", "params.model.name", "params.dataset.name", "params.train.epochs"),
+    *("params.loss._target_", "metrics.test/accuracy", "tags.kdpipe.stage", "tags.kdpipe.data", "name", "ended"),
+)
+FILE = "a file of kdpipe.compare --format runs"
 
 
 class RunSource(Protocol):
@@ -50,16 +55,12 @@ def _row(record: RunRecord, source: RunSource) -> dict[str, object]:
         "name": record.name,
         "ended": round(record.ended),
         "seconds": round(record.seconds, 1),
-        **{f"params.{key}": _without_folder(text) for key, text in record.params.items() if not _is_place(key)},
+        **{f"params.{key}": _without_folder(text) for key, text in record.params.items() if not is_place(key)},
         **{f"metrics.{key}": float(f"{value:.8g}") for key, value in record.metrics.items()},
         **{f"tags.{key}": _without_folder(text) for key, text in tags.items()},
         "history": " ".join(f"{value:.6g}" for _, value in source.history(record.id, HISTORY)),
         "right": _packed(source.read(record.id, PREDICTIONS)),
     }
-
-
-def _is_place(key: str) -> bool:
-    return key in PLACES or key.startswith(tuple(f"{place}." for place in PLACES))
 
 
 def _without_folder(text: str) -> str:
@@ -76,28 +77,39 @@ def _packed(predictions: bytes | None) -> str:
     return f"{len(bits)}:{base64.b85encode(zlib.compress(np.packbits(bits).tobytes(), 9)).decode()}"
 
 
+def _unpacked(right: str) -> NDArray[np.uint8]:
+    """The bits of `_packed`, none for ""."""
+    number, _, packed = right.partition(":")
+    content = zlib.decompress(base64.b85decode(packed)) if packed else b""
+    return np.unpackbits(np.frombuffer(content, np.uint8), count=int(number or 0))
+
+
 class RunFile:
     """The runs in a file of `runs_to_csv`, as a `RunSource`.
 
     Raises:
-        ConfigError: it cannot be read, or lacks a column.
+        ConfigError: it cannot be read, lacks a column, or has a value that is none.
     """
 
     def __init__(self, file: Path) -> None:
         try:
             frame = pd.read_csv(file, dtype=str, keep_default_na=False)
         except (OSError, ValueError) as error:
-            raise ConfigError("--runs", file, "a file of kdpipe.compare --format runs", first_line(error)) from error
+            raise ConfigError("--runs", file, FILE, first_line(error)) from error
         if missing := [column for column in REQUIRED if column not in frame]:
-            expected = "a file of kdpipe.compare --format runs"
-            raise ConfigError("--runs", file, expected, f"it has no column {', '.join(missing)}")
-        self._rows = {row["run_id"]: row for row in frame.to_dict("records")}
+            raise ConfigError("--runs", file, FILE, f"it has no column {', '.join(missing)}")
+        self._rows: dict[str, dict[str, str]] = {row["run_id"]: row for row in frame.to_dict("records")}
+        try:
+            self._records = {run_id: _record(row) for run_id, row in self._rows.items()}
+            self._right = {run_id: _unpacked(row.get("right", "")) for run_id, row in self._rows.items()}
+        except (ValueError, zlib.error) as error:
+            raise ConfigError("--runs", file, FILE, f"a value cannot be read ({first_line(error)})") from error
 
     def finished_runs(self) -> list[RunRecord]:
-        return [_record(row) for row in self._rows.values()]
+        return list(self._records.values())
 
     def get_run(self, run_id: str) -> RunRecord | None:
-        return _record(self._rows[run_id]) if run_id in self._rows else None
+        return self._records.get(run_id)
 
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
         values = self._rows[run_id].get("history", "").split() if metric == HISTORY else []
@@ -105,12 +117,10 @@ class RunFile:
 
     def read(self, run_id: str, name: str) -> bytes | None:
         """The predictions, as far as they are known: which are right."""
-        number, _, packed = self._rows[run_id].get("right", "").partition(":")
-        if name != PREDICTIONS or not packed:
+        right = self._right[run_id]
+        if name != PREDICTIONS or not len(right):
             return None
-        bits = np.unpackbits(np.frombuffer(zlib.decompress(base64.b85decode(packed)), np.uint8), count=int(number))
-        answers = pd.DataFrame({"image": range(len(bits)), "label": 1, "answer": bits})
-        return answers.to_csv(index=False).encode()
+        return pd.DataFrame({"image": range(len(right)), "label": 1, "answer": right}).to_csv(index=False).encode()
 
 
 def _record(row: dict[str, str]) -> RunRecord:

@@ -11,7 +11,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from kdpipe.data.duplicates import Comparable, Duplicates, duplicates_of
-from kdpipe.settings.errors import ConfigError
+from kdpipe.settings.errors import ConfigError, shortened
 from kdpipe.settings.values import SplitSeed, TestShare, TrainShare, ValidationShare, check_shares, checked
 
 
@@ -208,8 +208,7 @@ def _indivisible(key: str, fraction: float, count: int, source: Source, position
     single = [name for name, number in zip(source.class_names, left, strict=True) if number == 1]
     if not single:
         return ConfigError(key, fraction, "another share, or more images", problem)
-    named = ", ".join(single[:3]) + (f" and {len(single) - 3} more" if len(single) > 3 else "")
-    problem += f", and no share works: of {named} one image is left to divide"
+    problem += f", and no share works: of {shortened(single)} one image is left to divide"
     return ConfigError(key, fraction, f"at least {parts} images of each class, one for each part", problem)
 
 

@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from kdpipe.settings.errors import ConfigError
+from kdpipe.settings.errors import ConfigError, shortened
 from kdpipe.settings.values import composed
 
 log = logging.getLogger("kdpipe")
 
-# What operating systems, network drives, archives and tools keep beside files, in lower case; names that begin with a
-# dot come on top.
+# What operating systems, network drives, archives and tools keep beside files, in lower case; so are all names that
+# begin with a dot.
 LEFT_BY_SYSTEMS = frozenset(
     {
         *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "$recycle.bin", "recycler"),  # Windows
@@ -34,11 +34,11 @@ SPLIT_WORDS = {
 SPLIT_NAME = re.compile(
     rf"({'|'.join(SPLIT_WORDS)})[ _.-]*(set|data|dataset|split|folder|images?|imgs?|photos?|pictures?)?"
 )
-NAMED = 5  # names in one message
+NAMED = 5  # files and folders in one message
 
 
 def is_left_by_system(name: str) -> bool:
-    """Whether a file or folder of this name is none of the user's images."""
+    """Whether a system or a tool has left a file or folder of this name behind."""
     lower = name.lower()
     return name.startswith(".") or lower in LEFT_BY_SYSTEMS or lower.endswith(STREAM)
 
@@ -76,23 +76,16 @@ class LeftOut:
     def report(self) -> None:
         """Name it in a line, as a warning where it may have been meant to be read."""
         if self.others:
-            log.warning(
-                "%s=%s: not read: %s", self.key, self.root, shortened(map(self._described, sorted(self.others)))
-            )
+            named = shortened(map(self._described, sorted(self.others)), NAMED)
+            log.warning("%s=%s: not read: %s", self.key, self.root, named)
         if self.remains:
             counts = sorted(Counter(Path(path).name for path in self.remains).items())
             found = [f"{name} ({number}×)" if number > 1 else name for name, number in counts]
-            log.info("%s=%s: left by systems and tools, not read: %s", self.key, self.root, shortened(found))
+            log.info("%s=%s: left by systems and tools, not read: %s", self.key, self.root, shortened(found, NAMED))
 
     def _described(self, path: str) -> str:
         name = os.path.relpath(path, self.root) + ("/" if Path(path).is_dir() else "")
         return f"{name} ({self.others[path]})" if self.others[path] else name
-
-
-def shortened(names: Iterable[str], most: int = NAMED) -> str:
-    """Names with commas, the first ones of many."""
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def folder_content(folder: Path | str, left_out: LeftOut | None = None) -> tuple[list[str], list[str]]:

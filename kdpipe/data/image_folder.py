@@ -10,16 +10,16 @@ from kdpipe.data.dataset import Source
 from kdpipe.data.decode import ImageFile, ImageSize, OnBadImage, decoded_source, image_file
 from kdpipe.data.dogs_vs_cats import NAME as KAGGLE_NAME
 from kdpipe.data.folders import (
+    NAMED,
     LeftOut,
     class_folders,
     files_below,
     folder_content,
     refuse_broken_links,
-    shortened,
     split_named,
     split_within,
 )
-from kdpipe.settings.errors import ConfigError
+from kdpipe.settings.errors import ConfigError, shortened
 from kdpipe.settings.values import checked
 
 log = logging.getLogger("kdpipe")
@@ -83,7 +83,7 @@ def _split_folders(top: Path, left_out: LeftOut) -> dict[Path, str | None]:
         if len(several) > 1:
             names = " and ".join(f"{folder.name}/" for folder in several)
             raise ConfigError("root", top, f"one folder of {split} images", f"it has {names}")
-    parts = {split: _inmost(several[0]) for split, several in by_split.items()}
+    parts = {split: _innermost_split(several[0]) for split, several in by_split.items()}
     if not folder_content(parts["train"])[0]:
         if others and len(parts) == 1:
             return {}  # a class of trains among other classes
@@ -96,14 +96,14 @@ def _split_folders(top: Path, left_out: LeftOut) -> dict[Path, str | None]:
     return {parts["train"]: None} | {parts[split]: split for split in ("test", "validation") if split in parts}
 
 
-def _inmost(folder: Path) -> Path:
+def _innermost_split(folder: Path) -> Path:
     """A split's folder, or the one within that is of the same split: archives are often unpacked into a folder of their
     own name (training_set/training_set)."""
     folders, files = folder_content(folder)
     inner = Path(folders[0]) if len(folders) == 1 and not files else folder
     if inner == folder or inner.is_symlink() or split_named(inner.name) != split_named(folder.name):
         return folder
-    return _inmost(inner)
+    return _innermost_split(inner)
 
 
 def _refuse_splits_as_classes(top: Path, folders: Sequence[Path]) -> None:
@@ -122,7 +122,7 @@ def _refuse_splits_as_classes(top: Path, folders: Sequence[Path]) -> None:
         suspects = whole if differ(whole) else nested if differ(nested) else [one for one in nested if one in whole]
     if suspects:
         taken = "classes, but seem to be splits" if len(suspects) > 1 else "a class, but seems to be a split"
-        names = shortened(f"{folder.name}/" for folder in suspects)
+        names = shortened((f"{folder.name}/" for folder in suspects), NAMED)
         raise ConfigError("root", top, LAYOUTS, f"{names} would be {taken}")
 
 
@@ -151,7 +151,7 @@ def _check_classes(top: Path, first: Path, inner: Mapping[str, set[str]]) -> Non
 
 
 def _listed(names: set[str]) -> str:
-    return shortened(f"{name}/" for name in sorted(names))
+    return shortened((f"{name}/" for name in sorted(names)), NAMED)
 
 
 def _too_few_classes(top: Path, first: Path, found: Mapping[str, Sequence[Path]]) -> ConfigError:

@@ -214,6 +214,11 @@ def too_few(images: int, least: int) -> str:
     return f"it compares the images of a batch, {least} or more, and batches have {images} (train.batch_size)"
 
 
+def only_a_sign(dimensions: int) -> str:
+    """Why the direction of an embedding teaches nothing; "" where it does."""
+    return "the direction of an embedding of one dimension is a sign" if dimensions == 1 else ""
+
+
 def idle_caveats(weights: Mapping[str, float], idle: Mapping[str, str]) -> list[ConfigError]:
     """The parts of a term that teach nothing.
 

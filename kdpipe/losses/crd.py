@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from kdpipe.losses.base import Plan, WeightedLoss, idle_caveats, temperature_caveats
+from kdpipe.losses.base import Plan, WeightedLoss, idle_caveats, only_a_sign, temperature_caveats
 from kdpipe.losses.outputs import Outputs, wide
 from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.values import NonNegative, Positive, PositiveInt, checked
@@ -162,8 +162,7 @@ class CRD(WeightedLoss):
         if self.contrast_temperature > LARGEST_USEFUL_TEMPERATURE:
             problem = "cosines, which differ by 2 at most, tell no image from another when they are divided by so much"
             found.append(ConfigError("contrast_temperature", self.contrast_temperature, problem=problem))
-        problem = "the direction of an embedding of one dimension is a sign" if self.dimensions == 1 else ""
-        return found + idle_caveats({"dimensions": self.dimensions}, {"dimensions": problem})
+        return found + idle_caveats({"dimensions": self.dimensions}, {"dimensions": only_a_sign(self.dimensions)})
 
     def candidates(self, indices: Tensor, epoch: int) -> Tensor:
         """Rows of the memory for training images: each image's own, then its negatives, int64 [N, 1 + K]."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kdpipe.losses.base import Plan, WeightedLoss, idle_caveats, too_few
+from kdpipe.losses.base import Plan, WeightedLoss, idle_caveats, only_a_sign, too_few
 from kdpipe.losses.outputs import Outputs, wide
 from kdpipe.settings.errors import ConfigError
 
@@ -43,9 +43,8 @@ class PKT(WeightedLoss):
     compares_images = True
 
     def caveats(self, plan: Plan, student: Outputs, teacher: Outputs) -> list[ConfigError]:
-        idle = too_few(plan.images, least=2)
-        if student.embedding is not None and student.embedding.shape[1] == 1:
-            idle = "the direction of an embedding of one dimension is a sign"
+        assert student.embedding is not None
+        idle = only_a_sign(student.embedding.shape[1]) or too_few(plan.images, least=2)
         return idle_caveats({"weight": self.weight}, {"weight": idle})
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor, indices: Tensor, epoch: int) -> Tensor:

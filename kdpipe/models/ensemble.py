@@ -34,9 +34,8 @@ class Ensemble(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        form = (
-            ", in a form that does not cancel" if self.temperature > LARGE_TEMPERATURE else ""
-        )  # other cached answers
+        # Part of the key of cached answers, which are others in that form.
+        form = ", in a form that does not cancel" if self.temperature > LARGE_TEMPERATURE else ""
         return f"shares={self.shares.tolist()}, temperature={self.temperature}{form}"
 
     def forward(self, images: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import re
 import zipfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from kdpipe.settings.errors import shortened
 
 State = dict[str, Tensor]
 
@@ -54,7 +56,7 @@ def load_tensors(path: Path) -> Any:
         names = [name for _, name in named] or re.findall(r"GLOBAL (\S+)", str(error))
         if not names:
             raise
-        raise ValueError(f"it has {shorten(names)}, whose code is not run; {SAVE}") from error
+        raise ValueError(f"it has {shortened(names)}, whose code is not run; {SAVE}") from error
 
 
 def _empty(*args: object) -> dict[object, object]:
@@ -126,7 +128,7 @@ def _described(content: Any, found: Mapping[str, State]) -> str:
     if isinstance(content, StandIn):
         return f"it has a whole {type(content).__name__}, whose code is not run; {SAVE}"
     if isinstance(content, Mapping) and content:
-        return f"its keys are {shorten([str(key) for key in content], 8)}, none with a state dict; {SAVE}"
+        return f"its keys are {shortened(content, 8)}, none with a state dict; {SAVE}"
     return f"the file holds something else; {SAVE}"
 
 
@@ -163,8 +165,3 @@ def under_names_of(expected: Collection[str], state: State) -> tuple[State, list
     best = fitting[0] if fitting else max(prefixes, key=lambda prefix: (len(needed & below(prefix).keys()), not prefix))
     others = [name.partition(".")[0] for name in state if fitting and not name.startswith(best)]
     return below(best), list(dict.fromkeys(others))
-
-
-def shorten(names: Sequence[str], limit: int = 3) -> str:
-    """The first names of a list."""
-    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
-from kdpipe.models.found_states import COUNTERS, State, choose_state, load_tensors, shorten, under_names_of
-from kdpipe.settings.errors import ConfigError, first_line, flat
+from kdpipe.models.found_states import COUNTERS, State, choose_state, load_tensors, under_names_of
+from kdpipe.settings.errors import ConfigError, first_line, flat, shortened
 from kdpipe.settings.values import composed
 from kdpipe.system.files import write_atomically
 
@@ -111,7 +111,7 @@ def load_state(key: str, source: str, network: nn.Module, state: State, name: st
     except ValueError as error:
         raise ConfigError(key, source, f"weights of {name}", str(error).replace("FILE", source)) from error
     if others:
-        log.info("%s: %s left out, which the network does not have", source, shorten(others))
+        log.info("%s: %s left out, which the network does not have", source, shortened(others))
     state = {name: tensor for name, tensor in expected.items() if name.endswith(COUNTERS)} | state
     problems = []
     if missing := [name for name in expected if name not in state]:
@@ -137,8 +137,8 @@ def check_class_names(key: str, source: str, trained: Sequence[str] | None, expe
     one name."""
     if trained is None or composed(trained) == composed(expected):
         return
-    problem = f"trained on {len(trained)} classes ({shorten(trained)})"
-    wanted = f"the data set's {len(expected)} ({shorten(expected)})"
+    problem = f"trained on {len(trained)} classes ({shortened(trained)})"
+    wanted = f"the data set's {len(expected)} ({shortened(expected)})"
     pairs = zip(composed(trained), composed(expected), strict=False)
     place = next((number for number, (one, other) in enumerate(pairs) if one != other), None)
     if place is not None:

@@ -12,7 +12,7 @@ from kdpipe.runs.sqlite_address import sqlite_file
 log = logging.getLogger("kdpipe")
 
 ARTIFACTS = "mlartifacts"  # the folder beside a local store
-PATIENCE = 20  # seconds to wait for another process that writes to the store
+LOCK_SECONDS = 20  # to wait for another process that writes to the store
 UPDATES = {
     "runs": "UPDATE runs SET artifact_uri = ? WHERE run_uuid = ? AND artifact_uri = ?",
     "experiments": "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ? AND artifact_location = ?",
@@ -36,7 +36,7 @@ def correct_artifacts(uri: str, artifacts: Path) -> None:
     beside = file.resolve().parent / ARTIFACTS
     other = artifacts.expanduser().resolve()
     try:
-        with closing(sqlite3.connect(file, timeout=PATIENCE)) as database:
+        with closing(sqlite3.connect(file, timeout=LOCK_SECONDS)) as database:
             found = _corrections(database, beside, other)
             if not any(found.values()):
                 return
@@ -56,7 +56,7 @@ def _corrections(database: sqlite3.Connection, beside: Path, other: Path) -> dic
     roots: dict[str, str] = {}  # the new place of the artifacts of an experiment, by its former one
     for run_id, address in database.execute("SELECT run_uuid, artifact_uri FROM runs"):
         inner = f"/{run_id}/artifacts"
-        if not _is_local(address) or not address.endswith(inner):
+        if not is_local_address(address) or not address.endswith(inner):
             continue
         former = address.removesuffix(inner)
         for root in [beside] if _path(address).exists() else [beside, other]:
@@ -66,7 +66,7 @@ def _corrections(database: sqlite3.Connection, beside: Path, other: Path) -> dic
                 break
     experiments: list[Correction] = []
     for number, address in database.execute("SELECT experiment_id, artifact_location FROM experiments"):
-        if not _is_local(address):
+        if not is_local_address(address):
             continue
         gone = _path(address).name == ARTIFACTS and not _path(address).exists()
         places = [place.as_uri() for place in (beside, other) if place.is_dir()] if gone else []
@@ -76,8 +76,9 @@ def _corrections(database: sqlite3.Connection, beside: Path, other: Path) -> dic
     return {"runs": runs, "experiments": experiments}
 
 
-def _is_local(address: str | None) -> bool:
-    return bool(address) and str(address).startswith(("file:", "/"))
+def is_local_address(address: str | None) -> bool:
+    """Whether MLflow keeps artifacts in a folder of this machine, and not on a server."""
+    return str(address).startswith(("file:", "/"))
 
 
 def _path(address: str) -> Path:

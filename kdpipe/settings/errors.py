@@ -67,6 +67,12 @@ def one_of(choices: Iterable[object]) -> str:
     return texts[0] if len(texts) == 1 else f"one of {', '.join(texts)}"
 
 
+def shortened(names: Iterable[object], most: int = 3) -> str:
+    """Names with commas between them: the first ones of many, and how many more there are."""
+    texts = list(map(str, names))
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
+
+
 def suggestion(word: str, known: Iterable[str]) -> str:
     """`did you mean …?`, with up to three near misses; "" where there are none. A dotted key is looked for among its
     neighbours first (loss.alfa among those of loss), then by its last part anywhere (alpha, train.alpha)."""

@@ -98,13 +98,18 @@ def temperature_of(flat: Mapping[str, Any]) -> Any:
     return None
 
 
+def is_place(key: str) -> bool:
+    """Whether a setting is one of `PLACES`, or in one."""
+    return key.startswith(tuple(f"{place}." for place in PLACES)) or key in PLACES
+
+
 def what_matters(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The flat settings that a result depends on, also from MLflow's params; a loss whose alpha 0 leaves the labels
     alone is cross-entropy then, and a second one is none."""
     matters = {
         key: canonical_target(str(value)) if key.endswith("._target_") else value
         for key, value in flat.items()
-        if key not in PLACES and not key.startswith(tuple(f"{place}." for place in PLACES))
+        if not is_place(key)
     }
     for key, absent in LATER.items():
         if str(matters.get(key)) == absent:

@@ -35,19 +35,22 @@ COMPONENTS: dict[str, type[Section]] = {
 }
 
 
-def _text_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def _types(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The keys of a section, with those of the sections in it, and their types."""
     for name, field in model.model_fields.items():
+        key = f"{prefix}{field.alias or name}"
+        yield key, field.annotation
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _text_keys(field.annotation, f"{prefix}{name}.")
-        elif takes_text(field.annotation):
-            yield f"{prefix}{field.alias or name}"
+            yield from _types(field.annotation, f"{key}.")
 
 
+TYPES = {
+    **dict(_types(Settings)),
+    **{f"teacher.{key}": kind for part in (NetworkSettings, EnsembleSettings) for key, kind in _types(part)},
+}
 # Keys whose values are names, paths or lists of them. A component's own arguments have no types here.
 TEXT_KEYS = {
-    *_text_keys(Settings),
-    *_text_keys(EnsembleSettings, "teacher."),
-    *(f"{network}.{key}" for network in ("model", "teacher") for key in _text_keys(NetworkSettings)),
+    *(key for key, kind in TYPES.items() if takes_text(kind)),
     *(f"{network}.{key}" for network in ("model", "teacher") for key in ("architecture", "stages")),
     *("dataset.root", "dataset.cache_dir"),
 }
@@ -126,22 +129,9 @@ def read_numbers(plain: dict[str, Any], raw: Mapping[str, Any], prefix: str = ""
         if isinstance(value, dict) and isinstance(before, Mapping):
             read_numbers(value, before, f"{key}.")
         elif isinstance(value, str) and str(before).startswith("${oc.env:") and str(before).endswith("}"):
-            own = arguments.get(name, Any) if key not in _FIELDS else Any
-            if key not in TEXT_KEYS and name != "_target_" and (key in _FIELDS or not takes_text(own)):
+            takes_values = key in TYPES or not takes_text(arguments.get(name, Any))
+            if key not in TEXT_KEYS and name != "_target_" and takes_values:
                 plain[name] = _decoded(str(before), value)
-
-
-def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        yield f"{prefix}{name}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _fields(field.annotation, f"{prefix}{name}.")
-
-
-_FIELDS = {
-    *_fields(Settings),
-    *(f"teacher.{key}" for part in (NetworkSettings, EnsembleSettings) for key in _fields(part)),
-}
 
 
 def _decoded(interpolation: str, text: str) -> object:
@@ -161,11 +151,11 @@ def leave_out(plain: dict[str, Any], overrides: Sequence[str]) -> None:
             continue
         if section == "also" and "_target_" not in values:  # there is no second method
             del plain["also"]
-        elif not has_argument(section, values, name):
+        elif not _has_argument(section, values, name):
             values.pop(name, None)
 
 
-def has_argument(section: str, values: Mapping[str, Any], name: str) -> bool:
+def _has_argument(section: str, values: Mapping[str, Any], name: str) -> bool:
     """Whether the component in a section of the config takes a value."""
     if name in ("_target_", "_partial_"):
         return True

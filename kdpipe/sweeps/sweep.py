@@ -27,7 +27,7 @@ from kdpipe.runs.journal import is_unfinished
 from kdpipe.runs.moved_store import ARTIFACTS
 from kdpipe.runs.store_address import PATIENCE
 from kdpipe.settings.composition import left_out_keys
-from kdpipe.settings.errors import ConfigError
+from kdpipe.settings.errors import ConfigError, shortened
 from kdpipe.settings.hydra_errors import explain
 from kdpipe.settings.schema import JobSettings, Settings
 from kdpipe.sweeps.chain import check_links, compose_link, draft, links_of, networks_of
@@ -393,8 +393,7 @@ def failures(failed: dict[str, str], total: int, left_out: int = 0) -> str:
         by_reason.setdefault(reason, []).append(name)
     groups = []
     for reason, names in by_reason.items():
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        groups.append(f"{', '.join(names[:5])}{more} ({reason})")
+        groups.append(f"{shortened(names, 5)} ({reason})")
     if left_out:
         groups.append(f"{left_out} that they would have taught left out")
     return f"{len(failed)} of {total} runs failed: {'; '.join(groups)}; the same command trains what is missing"

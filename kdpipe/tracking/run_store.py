@@ -16,6 +16,7 @@ from mlflow.store.entities import PagedList
 from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 
 from kdpipe.runs.journal import FINISHED, now
+from kdpipe.runs.moved_store import is_local_address
 from kdpipe.runs.names import CHARTED, ONE_THREAD, TIMED_ON
 from kdpipe.runs.store_address import describe_error, is_server, uri_error
 from kdpipe.settings.addresses import epoch_file
@@ -154,8 +155,7 @@ class RunStore:
     def _download(self, run_id: str, name: str, key: str, folder: str) -> Path:
         try:
             place = self.client.get_run(run_id).info.artifact_uri
-            is_local = place.startswith(("file:", "/"))
-            return self._fetch(run_id, name, None if is_local else folder)
+            return self._fetch(run_id, name, None if is_local_address(place) else folder)
         except (MlflowException, OSError) as error:
             if self.get_run(run_id):
                 similar = [file for file in self.artifacts(run_id) if Path(file).suffix == Path(name).suffix]

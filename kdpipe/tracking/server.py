@@ -14,11 +14,10 @@ from mlflow.utils.rest_utils import http_request
 from requests import Response
 from requests.exceptions import SSLError
 
-from kdpipe.runs.store_address import check_uri, is_server, uri_error
+from kdpipe.runs.store_address import TIMEOUT, check_uri, is_server, uri_error
 from kdpipe.settings.credentials import server_address
 from kdpipe.settings.errors import flat
 
-TIMEOUT = 5  # seconds to connect, and again to answer
 NAME, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"  # of MLflow's client
 
 log = logging.getLogger("kdpipe")

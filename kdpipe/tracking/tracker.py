@@ -62,9 +62,9 @@ COLUMNS = (
 )
 IS_FINISHED = "attributes.status = 'FINISHED'"
 
-log = logging.getLogger("kdpipe")
-
 FAR = ("dataset.name", "kdpipe.data", "model.name")  # what sets a teacher apart from the one that is wanted
+
+log = logging.getLogger("kdpipe")
 
 
 class Tracker(RunStore):

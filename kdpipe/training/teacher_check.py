@@ -2,7 +2,6 @@
 
 import logging
 import math
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from kdpipe.data import ImageDataset
 from kdpipe.data.dataset import subsample
 from kdpipe.settings.errors import ConfigError
 from kdpipe.system.hardware import Hardware
+from kdpipe.system.once import warn_once
 from kdpipe.training.precomputed import OutputRequest, precomputed_outputs
 from kdpipe.training.teacher import FrozenTeacher, Teacher
 
@@ -98,12 +98,6 @@ def check_recorded(name: str, teacher: FrozenTeacher, data: ImageDataset, folder
                 problem=f"{100 * accuracy:.1f} % of the {len(positions):,} {recorded.split} images are right here, "
                 f"{100 * recorded.accuracy:.1f} % were in its own run: this is not the network that was trained there",
             )
-
-
-@cache
-def warn_once(message: str, *values: object) -> None:
-    """Warn once in a process, not in each run of a sweep."""
-    log.warning(message, *values)
 
 
 def mean_entropy(logits: Tensor, temperature: float) -> float:

@@ -382,7 +382,7 @@ def test_class_names_may_be_in_another_form_of_unicode() -> None:
     [
         (["dog", "cat"], ": the same in another order, class 1 is cat there and dog here; 2 (dog, cat)"),
         (["cat", "fish"], ": class 2 is dog there and fish here; 2 (cat, fish)"),
-        (["cat", "dog", "elk", "fox"], "; 4 (cat, dog, elk, …)"),
+        (["cat", "dog", "elk", "fox"], "; 4 (cat, dog, elk and 1 more)"),
     ],
 )
 def test_class_names_that_differ_are_refused(classes: list[str], named: str, tmp_path: Path) -> None:

@@ -3,12 +3,9 @@
 import ipaddress
 import os
 import re
-import signal
 import ssl
-import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import ThreadingHTTPServer
@@ -20,7 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from helpers import Forwarding, assert_refused, free_port
+from helpers import Forwarding, assert_refused, free_port, running_server
 from mlflow import MlflowClient
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
@@ -134,17 +131,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "MLFLOW_AUTH_ADMIN_PASSWORD": ADMIN[PASSWORD],
         "MLFLOW_FLASK_SERVER_SECRET_KEY": "of this test",
     }
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"{uri}/health", timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None, (folder / "log").read_text()
-                time.sleep(0.5)
+    with running_server(command, port, folder, environment) as uri:
         with pytest.MonkeyPatch.context() as environment_of_admin:
             for name, value in ADMIN.items():
                 environment_of_admin.setenv(name, value)
@@ -153,9 +140,6 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             assert made.status_code == 200, made.text
             MlflowClient(uri).create_experiment("readable")
         yield uri
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
 
 
 @pytest.mark.faults

@@ -19,8 +19,9 @@ from kdpipe.models import Classifier
 from kdpipe.models.resnet import ResNet
 from kdpipe.settings.errors import ConfigError
 from kdpipe.system.hardware import Hardware
+from kdpipe.system.once import log_once
 from kdpipe.training.teacher import FrozenTeacher
-from kdpipe.training.teacher_check import check_teacher, mean_entropy, no_better_than_chance, warn_once
+from kdpipe.training.teacher_check import check_teacher, mean_entropy, no_better_than_chance
 
 CPU = Hardware(torch.device("cpu"))
 DIGITS = split(digits(), "digits", train_fraction=1, val_fraction=0.2, test_fraction=0.2, split_seed=0)
@@ -28,7 +29,7 @@ DIGITS = split(digits(), "digits", train_fraction=1, val_fraction=0.2, test_frac
 
 @pytest.fixture(autouse=True)
 def nothing_warned() -> None:
-    warn_once.cache_clear()
+    log_once.cache_clear()
 
 
 def untrained() -> Classifier:
