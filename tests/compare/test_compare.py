@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -855,6 +856,11 @@ def test_tutorial_end_to_end(
     assert str(Path.cwd()) not in published.read_text()
     wide = run_comparison(["--experiment", "three", "--wide"])
     assert run_comparison(["--runs", str(published), "--wide"]) == wide
+    table = pd.read_csv(published, dtype=str)
+    for column, value in {"metrics.test/accuracy": "high", "right": "449:~~", "seconds": "long"}.items():
+        table.assign(**{column: value}).to_csv("damaged.csv", index=False)
+        with pytest.raises(ValueError, match=r"^--runs damaged\.csv: a value cannot be read \(.*; expected a file of"):
+            run_comparison(["--runs", "damaged.csv"])
 
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--format", "html", "--out", "there"])
     cli()

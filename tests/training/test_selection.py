@@ -1,0 +1,53 @@
+"""Which weights a training ends with, and the test accuracy of the others."""
+
+import pytest
+import torch
+from helpers import classifier, some_digits
+from torch import nn
+
+from kdpipe.losses import CrossEntropy
+from kdpipe.system.hardware import Hardware
+from kdpipe.system.interruption import Interrupted
+from kdpipe.training import loop
+from kdpipe.training.checkpoint import copy_state
+from kdpipe.training.loop import Hooks, Recipe, fit
+from kdpipe.training.observed import Observed
+from kdpipe.training.schedules import constant
+from kdpipe.training.state import Training
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("select_best", [False, True])
+def test_an_interruption_while_the_other_weights_are_tested_loses_nothing(
+    select_best: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, data = classifier(), some_digits()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    training = Training(
+        Observed(model), CrossEntropy(), optimizer, constant(optimizer, 3, 1), Hardware(torch.device("cpu"))
+    )
+    recipe, last = Recipe(3, batch_size=50, seed=0, select_best=select_best), {}
+
+    def evaluate_once(network: nn.Module, *arguments: object) -> dict[str, float]:
+        if "test" in arguments:
+            raise Interrupted(15)
+        return evaluate(network, *arguments)
+
+    def keep() -> None:
+        last.update(copy_state(model))
+        # Others than the last ones, whatever the validation images say.
+        training.best = {name: tensor + 1 for name, tensor in last.items()}
+
+    evaluate = loop.evaluate
+    with monkeypatch.context() as interrupted, pytest.raises(Interrupted):
+        interrupted.setattr(loop, "evaluate", evaluate_once)
+        fit(training, data, recipe, Hooks(on_checkpoint=keep))
+    assert equal(training.state()["learner"], last)  # what is kept to continue from
+
+    other = "test/accuracy_last" if select_best else "test/accuracy_best"
+    assert other in fit(training, data, recipe, Hooks())
+    assert equal(copy_state(model), training.best if select_best else last)
