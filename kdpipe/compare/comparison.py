@@ -118,7 +118,7 @@ def compare_cells(
         text = verdict(decisive.gain)
     notes = _notes(best, confirmed, distilled, get_run)
     if (several := max(arms.values(), default=0)) > 1:
-        notes.append(f"adjusted gains: their intervals hold for all {several} students with one student alone at once")
+        notes.append(f"the adjusted intervals hold jointly for all {several} students compared with the same one alone")
     return Comparison(rows, best, confirmed, text, notes, teacher_accuracy(decisive.cell, get_run))
 
 

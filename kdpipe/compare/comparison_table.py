@@ -131,10 +131,8 @@ def disagreement_sentence(comparison: Comparison) -> list[str]:
 def _gain_with_images(disagreement: Disagreement) -> list[str]:
     if disagreement.gain is None:
         return []
-    gain = _bracketed(disagreement.gain, "+.2f")
-    return [
-        f"with an interval for the choice of the {disagreement.images:,} test images, too, the gain is {gain} points"
-    ]
+    gain, images = _bracketed(disagreement.gain, "+.2f"), f"{disagreement.images:,}"
+    return [f"with an interval that also covers the sampling of the {images} test images, the gain is {gain} points"]
 
 
 def to_html(title: str, comparisons: Sequence[Comparison], pictures: Sequence[Mapping[str, Picture]]) -> str:

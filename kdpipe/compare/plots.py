@@ -250,10 +250,11 @@ def _legend(points: Sequence[Point], is_numbered: bool) -> list[Line2D]:
         shown = {point.stage: (STAGES[point.stage][2], replace(point, is_decisive=False)) for point in points}
         decisive = [(VERDICT.removeprefix(", "), point) for point in points if point.is_decisive]
         entries = [*(shown[stage] for stage in STAGES if stage in shown), *decisive]
+    bars = "bars: 95 % intervals (none: one seed, or equal seeds)"
     return [
         *(Line2D([], [], label=label, linestyle="none", markersize=9, **_marker(point)) for label, point in entries),
         Line2D([], [], color=FRONT, label="Pareto front: best for its size or latency"),
-        Line2D([], [], linestyle="none", label="bars: 95 % intervals (none: one seed, or equal seeds)"),
+        Line2D([], [], linestyle="none", label=f"{bars}\nside by side: equal size or latency"),
     ]
 
 

@@ -171,7 +171,7 @@ def _power(gain: Interval) -> str:
     """How many seeds gains of one point and of half a point would take; "" where it would be thousands."""
     needed = {text: seeds_needed(gain, size) for text, size in (("1 point", 0.01), ("0.5", 0.005))}
     known = [f"{seeds} for a gain of {text}" for text, seeds in needed.items() if seeds]
-    return f"; seeds that would be needed: {', '.join(known)}" if known else ""
+    return f"; seeds needed: {', '.join(known)}" if known else ""
 
 
 def signed(fraction: float) -> str:

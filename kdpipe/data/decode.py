@@ -52,7 +52,7 @@ class ImageFile:
 
 
 def image_file(path: str, root: Path, label: int, split: str | None = None) -> ImageFile:
-    """An `ImageFile` for a file on disk, below `root`; reading what is no file, such as a link that leads nowhere,
+    """An `ImageFile` for a file on disk, below `root`. Reading something that is not a file, such as a broken link,
     raises ValueError."""
     try:
         status = os.stat(path)  # noqa: PTH116 - there are many files, and making a Path takes longer than its status
@@ -66,7 +66,7 @@ def image_file(path: str, root: Path, label: int, split: str | None = None) -> I
 
 
 def _refuse(path: Path) -> bytes:
-    """What reading something else than a file comes to; reading a pipe would take for ever."""
+    """Refuse to read what is not a file; reading a pipe would never end."""
     raise ValueError(f"a link to {path.readlink()}, which does not exist" if path.is_symlink() else "not a file")
 
 

@@ -18,7 +18,7 @@ SMALLEST_TEMPERATURE = 1e-6  # below it a term of T² leaves nothing in float32
 
 @dataclass(frozen=True)
 class Plan:
-    """What a loss is in for: so many classes, images in a batch, and epochs."""
+    """What a loss will be used on: the number of classes, of images in a batch, and of epochs."""
 
     classes: int
     images: int

@@ -24,8 +24,8 @@ AVERAGED = "n_averaged"  # of torch.optim.swa_utils.AveragedModel, whose weights
 
 
 class StandIn(list[Any]):
-    """Stands where a file has an object of a class that is not PyTorch's own: the class is not imported, and nothing of
-    it is run. What the file says of the object is dropped."""
+    """Takes the place of an object whose class is not PyTorch's own: the class is not imported, none of its code runs,
+    and what the file says of the object is dropped."""
 
     def __new__(cls, *args: object, **kwargs: object) -> "StandIn":
         return super().__new__(cls)
@@ -99,7 +99,7 @@ def choose_state(content: Any, part: str = "") -> tuple[State, str, str]:
 
 
 def _states_in(content: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, State]]:
-    """All mappings from names to tensors, with the wrappers that they are in; what an optimizer remembers is none."""
+    """All mappings from names to tensors, with the wrappers that they are in; an optimizer's state is left out."""
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
         return
     if all(map(is_plain, content.values())) and (content or not depth):

@@ -44,7 +44,7 @@ def sign_in(uri: str) -> str:
 
 @contextmanager
 def signed_in(uri: str) -> Iterator[str]:
-    """`sign_in` for a while."""
+    """`sign_in` within the block."""
     earlier, now = dict(_replaced), {name: os.environ.get(name) for name in (NAME, PASSWORD)}
     try:
         yield sign_in(uri)

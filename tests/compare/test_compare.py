@@ -761,7 +761,7 @@ def test_disagreement_is_paired_by_seed() -> None:
     assert comparison_table.disagreement_sentence(comparison) == [
         "of the test images the distilled student gets 25.0 % [1.1, 90.8] right that the student alone got wrong, "
         "and 10.0 % [no spread] the other way round (on 2 of 3 seeds)",
-        "with an interval for the choice of the 10 test images, too, "
+        "with an interval that also covers the sampling of the 10 test images, "
         f"the gain is +15.00 [{low:+.2f}, {high:+.2f}] points",
     ]
     sentence, _ = comparison_table.disagreement_sentence(comparison)

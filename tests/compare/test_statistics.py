@@ -78,7 +78,7 @@ def test_of_an_interval_that_is_cut_no_number_of_seeds_follows() -> None:
 
 
 def test_no_evidence_says_how_many_seeds_there_should_be() -> None:
-    assert "; seeds that would be needed: 4 for a gain of 1 point, 8 for a gain of 0.5" in verdict(
+    assert "; seeds needed: 4 for a gain of 1 point, 8 for a gain of 0.5" in verdict(
         interval([0.004, -0.002, 0.003, -0.004, 0.005])
     )
     assert "needed" not in verdict(interval(SOME_GAINS))
