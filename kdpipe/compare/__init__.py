@@ -11,7 +11,7 @@
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from kdpipe.runs.command_line import existing_store
 
@@ -26,6 +26,8 @@ def compare_runs(
     where: Mapping[str, str] | None = None,
     mixed: bool = False,
     published: bool = False,
+    epoch: int | None = None,
+    select: Literal["last", "best"] | None = None,
     uri: str | None = None,
     output_dir: str | Path = "outputs",
 ) -> "list[Comparison]":
@@ -38,13 +40,20 @@ def compare_runs(
         where: settings by key; runs with another value are left out.
         mixed: allow students of different data, budgets or teachers in an experiment, and compare each kind by itself.
         published: add published accuracies.
+        epoch: students as after this epoch, of runs with `train.test_each_epoch`; not with `sweep`.
+        select: students with these weights (default: those that each run selected); not with `sweep`.
         uri: the MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db in `output_dir`).
         output_dir: where the runs were written.
     """
     output_dir = Path(output_dir).expanduser()
     store = existing_store(argparse.Namespace(uri=uri, output_dir=output_dir))
 
-    from kdpipe.compare.loading import load_comparisons, open_experiment  # imports mlflow, which takes seconds
+    # They import mlflow, which takes seconds.
+    from kdpipe.compare.loading import load_comparisons, load_sweep, open_experiment
+    from kdpipe.compare.other_weights import OtherWeights
 
     tracker = open_experiment(store, experiment, output_dir)
-    return load_comparisons(tracker, sweep, where or {}, mixed, published)
+    if sweep is not None:
+        return load_sweep(tracker, sweep, where or {}, published)
+    source = OtherWeights(tracker, epoch, select) if epoch or select else tracker
+    return load_comparisons(source, where or {}, mixed, published)

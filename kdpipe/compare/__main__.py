@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import replace
 
 from kdpipe.runs.command_line import (
     add_store_arguments,
@@ -24,10 +25,15 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sweep", metavar="ID", help="only the runs of a sweep, and students alone from elsewhere")
     parser.add_argument("--where", metavar="KEY=VALUE", action="append", default=[], help="leave out other values")
     parser.add_argument("--mixed", action="store_true", help="compare each kind of data, budget and teacher by itself")
+    parser.add_argument("--sort", choices=("gain",), help="the rows with a gain by it, the largest first")
     parser.add_argument("--published", action="store_true", help="add published accuracies of experiment=benchmark/…")
     parser.add_argument(
         "--runs", metavar="FILE", type=folder, help="runs of --format runs, in place of those of a store"
     )
+    parser.add_argument(
+        "--epoch", metavar="N", type=int, help="students as after N epochs (of runs with train.test_each_epoch)"
+    )
+    parser.add_argument("--select", choices=("last", "best"), help="students with these weights (default: as trained)")
     formats = ("table", "csv", "json", "html", "runs")
     parser.add_argument("--format", choices=formats, default="table", help="default: %(default)s")
     parser.add_argument(
@@ -38,6 +44,23 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError for arguments that do not go together."""
+    if arguments.sweep is not None and arguments.mixed:
+        raise ConfigError("--mixed", problem="not with --sweep, which compares each kind by itself anyway")
+    if arguments.runs is not None and arguments.sweep is not None:
+        raise ConfigError("--sweep", arguments.sweep, problem="not with --runs, which has no sweeps")
+    if arguments.epoch is not None and arguments.epoch < 1:
+        raise ConfigError("--epoch", arguments.epoch, "an integer, 1 or more")
+    for option, value in {"--epoch": arguments.epoch, "--select": arguments.select}.items():
+        if value and (arguments.sweep is not None or arguments.format == "runs"):
+            raise ConfigError(
+                option, value, problem="not with --sweep and --format runs, which have runs as they ended"
+            )
+    if arguments.out and arguments.out.exists() and not arguments.out.is_dir():
+        raise ConfigError("--out", arguments.out, "a folder", "this is a file")
+
+
 def run_comparison(words: list[str] | None = None) -> str:
     """Run the command with these arguments (default: the command line's); the text to print. Raises ValueError if there
     is no store or no run, or if the runs cannot be compared."""
@@ -45,27 +68,30 @@ def run_comparison(words: list[str] | None = None) -> str:
     where = dict(map(_pair, arguments.where))
     if len(where) < len(arguments.where):
         raise ConfigError("--where", " --where ".join(arguments.where), "one value for each key")
-    if arguments.sweep is not None and arguments.mixed:
-        raise ConfigError("--mixed", problem="not with --sweep, which compares each kind by itself anyway")
-    if arguments.runs is not None and arguments.sweep is not None:
-        raise ConfigError("--sweep", arguments.sweep, problem="not with --runs, which has no sweeps")
+    _check(arguments)
     uri = "" if arguments.runs else existing_store(arguments)
-    if arguments.out and arguments.out.exists() and not arguments.out.is_dir():
-        raise ConfigError("--out", arguments.out, "a folder", "this is a file")
 
     # Seconds of imports, after what can fail sooner.
     from kdpipe.compare import comparison_table, frames
-    from kdpipe.compare.loading import compare_records, draw_pictures, load_comparisons, open_experiment
+    from kdpipe.compare.comparison import by_gain
+    from kdpipe.compare.loading import draw_pictures, load_comparisons, load_sweep, open_experiment
+    from kdpipe.compare.other_weights import OtherWeights
     from kdpipe.compare.published import NONE_PUBLISHED
     from kdpipe.compare.records import RunFile, RunSource, runs_to_csv
 
     source: RunSource
     if arguments.runs:
         source = RunFile(arguments.runs)
-        comparisons = compare_records(source.finished_runs(), source, where, arguments.mixed, arguments.published)
     else:
         source = tracker = open_experiment(uri, arguments.experiment, arguments.output_dir)
-        comparisons = load_comparisons(tracker, arguments.sweep, where, arguments.mixed, arguments.published)
+    if arguments.epoch or arguments.select:
+        source = OtherWeights(source, arguments.epoch, arguments.select)
+    if arguments.sweep is not None:
+        comparisons = load_sweep(tracker, arguments.sweep, where, arguments.published)
+    else:
+        comparisons = load_comparisons(source, where, arguments.mixed, arguments.published)
+    if arguments.sort:
+        comparisons = [replace(found, rows=by_gain(found.rows)) for found in comparisons]
     pictures = []
     if arguments.format == "html" or (arguments.out and arguments.format != "runs"):
         pictures = [draw_pictures(comparison, source) for comparison in comparisons]
@@ -78,7 +104,7 @@ def run_comparison(words: list[str] | None = None) -> str:
             text = frames.to_json(comparisons)
         case "runs":
             rows = [row for found in comparisons for row in (*found.rows, found.confirmed) if row]
-            text = runs_to_csv({run.id: run for row in rows for run in row.cell.runs.values()}.values(), source)
+            text = runs_to_csv([run for row in rows for run in row.cell.runs.values()], source)
         case "html":
             title = f"sweep {arguments.sweep}" if arguments.sweep else arguments.experiment
             text = comparison_table.to_html(title, comparisons, pictures)

@@ -1,6 +1,7 @@
 """The gain over the student alone: a row for each cell, the best cell by validation accuracy, and the verdict on it by
 test accuracy."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -120,6 +121,11 @@ def compare_cells(
     if (several := max(arms.values(), default=0)) > 1:
         notes.append(f"the adjusted intervals hold jointly for all {several} students compared with the same one alone")
     return Comparison(rows, best, confirmed, text, notes, teacher_accuracy(decisive.cell, get_run))
+
+
+def by_gain(rows: Sequence[ComparisonRow]) -> list[ComparisonRow]:
+    """The rows without a gain, then the others from the largest gain to the smallest."""
+    return sorted(rows, key=lambda row: -row.gain.mean if row.gain else -math.inf)
 
 
 def with_published(comparison: Comparison, get_run: GetRun) -> Comparison:

@@ -10,6 +10,7 @@ from pathlib import Path
 from kdpipe.compare.cells import Cell, Controls, make_cells, teacher_runs
 from kdpipe.compare.comparison import (
     Comparison,
+    ComparisonRow,
     GetRun,
     best_run,
     check_comparable,
@@ -20,6 +21,7 @@ from kdpipe.compare.comparison import (
 )
 from kdpipe.compare.comparison_table import Picture
 from kdpipe.compare.disagreement import Correct, find_disagreement, read_predictions
+from kdpipe.compare.other_weights import OtherWeights
 from kdpipe.compare.records import RunSource
 from kdpipe.compare.statistics import CANNOT_TELL
 from kdpipe.runs.moved_store import ARTIFACTS
@@ -35,6 +37,8 @@ PICTURES_OF_A_RUN = {
     DIFFERING: "The test images on which the distilled student and its teacher differ most",
 }
 
+MAX_CURVES = 7  # more cannot be told apart
+
 log = logging.getLogger("kdpipe")
 
 
@@ -46,29 +50,27 @@ def open_experiment(uri: str, experiment: str, output_dir: Path) -> Tracker:
 
 
 def load_comparisons(
-    tracker: Tracker, sweep: str | None, where: Mapping[str, str], mixed: bool, published: bool
+    source: RunSource, where: Mapping[str, str], mixed: bool, published: bool = False
 ) -> list[Comparison]:
-    """The comparisons of an experiment or a sweep; arguments and errors are those of `kdpipe.compare.compare_runs`."""
-    if sweep is not None:
-        comparisons = compare_sweep(tracker, sweep, where)
-        return [_completed(comparison, tracker, published) for comparison in comparisons]
-    records = tracker.finished_runs()
+    """The comparisons of an experiment's runs; arguments and errors are those of `kdpipe.compare.compare_runs`."""
+    records = source.finished_runs()
     if not records:
-        problem = f"no finished run yet in {tracker.name}; make demo trains three"
-        raise ConfigError("tracking.experiment", tracker.experiment, problem=problem)
-    return compare_records(records, tracker, where, mixed, published)
-
-
-def compare_records(
-    records: Sequence[RunRecord], source: RunSource, where: Mapping[str, str], mixed: bool, published: bool = False
-) -> list[Comparison]:
-    """The comparisons of runs from a store or a file; arguments and errors are those of `load_comparisons`."""
+        problem = f"no finished run yet in {source.name}; make demo trains three"
+        raise ConfigError("tracking.experiment", problem=problem)
     cells = select_cells(make_cells(records), where)
     if not mixed:
         check_comparable(cells)
     groups = families(cells, one_teacher=True) if mixed else [cells]
     find = cache(source.get_run)
-    return [_completed(compare_cells(group, find), source, published) for group in groups]
+    comparisons = [_completed(compare_cells(group, find), source, published) for group in groups]
+    if isinstance(source, OtherWeights):
+        comparisons = [replace(found, notes=[source.note, *found.notes]) for found in comparisons]
+    return comparisons
+
+
+def load_sweep(tracker: Tracker, sweep: str, where: Mapping[str, str], published: bool = False) -> list[Comparison]:
+    """The comparisons of a sweep; arguments and errors are those of `kdpipe.compare.compare_runs`."""
+    return [_completed(comparison, tracker, published) for comparison in compare_sweep(tracker, sweep, where)]
 
 
 def _completed(comparison: Comparison, source: RunSource, published: bool) -> Comparison:
@@ -174,24 +176,31 @@ def draw_pictures(comparison: Comparison, tracker: RunSource) -> dict[str, Pictu
 
     drawn = {
         "pareto": (plots.pareto(comparison), plots.pareto_caption(comparison)),
+        "gains": (plots.gains(comparison), "Gain over the student alone on the test images, with its 95 % interval"),
         "heatmap": (plots.heatmap(comparison), "Gain over the student alone at each alpha and temperature"),
     }
     pictures = {}
     if decisive := comparison.decisive:
-        shown = {"student distilled": decisive.cell}
-        if decisive.control:
-            shown = {"student alone": decisive.control.only(decisive.cell.runs), **shown}
         curves = {
             name: {seed: tracker.history(run.id, "val/accuracy") for seed, run in cell.runs.items()}
-            for name, cell in shown.items()
+            for name, cell in _cells_with_curves(comparison, decisive).items()
         }
-        drawn["curves"] = plots.curves(curves), "Validation accuracy during training"
+        drawn["curves"] = plots.curves(curves), "Validation accuracy during training, and the gain"
         seed, best = best_run(decisive.cell)
         for name, caption in PICTURES_OF_A_RUN.items():
             if content := tracker.read(best.id, name):
                 pictures[name] = Picture(content, f"{caption} (run {best.name or best.id}, seed {seed})")
     found = {f"{name}.png": Picture(as_png(figure), caption) for name, (figure, caption) in drawn.items() if figure}
     return found | pictures
+
+
+def _cells_with_curves(comparison: Comparison, decisive: ComparisonRow) -> dict[str, Cell]:
+    """The student alone, and all that are compared with it if they are few, else the decisive one."""
+    alone = {"student alone": decisive.control.only(decisive.cell.runs)} if decisive.control else {}
+    rivals = [row.cell for row in comparison.rows if row.control and row.control is decisive.control]
+    if 2 <= len(rivals) < MAX_CURVES and not comparison.confirmed:
+        return alone | {cell.loss: cell for cell in rivals}
+    return alone | {"student distilled": decisive.cell}
 
 
 def with_disagreement(comparison: Comparison, store: RunSource) -> Comparison:

@@ -6,7 +6,7 @@ Blue and orange can be told apart with any kind of colour vision (Okabe & Ito 20
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -24,7 +24,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullF
 from kdpipe.compare.cell_metrics import average
 from kdpipe.compare.cells import Cell, differences
 from kdpipe.compare.comparison import Comparison, uses_final_weights
-from kdpipe.compare.statistics import Interval, share_interval, signed
+from kdpipe.compare.statistics import Interval, interval, share_interval, signed
 from kdpipe.compare.student_summary import students_of
 
 ALONE, DISTILLED, TEACHER, FRONT = "#D55E00", "#0072B2", "#555555", "#999999"
@@ -39,7 +39,13 @@ MAX_NUMBERED = 12  # more points than this show their stage only
 MAX_DIFFERENCE = 50  # characters
 MAX_BARS = 60  # more points than this have no error bars
 WIDTH, HEIGHT = 660, 230  # of all panels of `pareto`, roughly, in typographic points
-LINES = {"student alone": (ALONE, "--"), "student distilled": (DISTILLED, "-")}
+ALONE_NAME = "student alone"
+# Of curves, the student alone first (Okabe & Ito, too).
+STYLES = (
+    *((ALONE, "--"), (DISTILLED, "-"), ("#009E73", "-."), ("#CC79A7", ":")),
+    *(("#E69F00", "-"), ("#56B4E9", "-."), (TEACHER, ":")),
+)
+MAX_GAINS = 60  # more rows than this have no picture of gains
 Curves = Mapping[int, Sequence[tuple[int, float]]]  # epochs and validation accuracies by seed
 Place = tuple[float, float]  # alpha and temperature
 
@@ -97,34 +103,85 @@ def _panel(axis: Axes, gains: Mapping[Place, Interval | None], limit: float, cho
     return axis.imshow(grid, cmap="PuOr", norm=norm, origin="lower", aspect="auto")
 
 
-def curves(named: Mapping[str, Curves]) -> Figure | None:
-    """Validation accuracy by epoch of "student alone" and "student distilled", the mean over seeds with its 95 %
-    interval. None for fewer than two epochs."""
-    drawn: list[Interval] = []
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axis = figure.subplots()
-    for name, runs in named.items():
-        color, style = LINES[name]
-        accuracies = pd.DataFrame({seed: dict(run) for seed, run in runs.items()}).dropna().sort_index()
-        if len(accuracies) < 2:
-            continue
-        means = [mean for values in accuracies.to_numpy().tolist() if (mean := share_interval(values))]
-        drawn += means
-        seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
-        middle = np.array([100 * mean.mean for mean in means])
-        below, above = 100 * np.transpose([mean.arms for mean in means])
-        axis.plot(accuracies.index, middle, color=color, linestyle=style, label=f"{name}, {seeds}")
-        axis.fill_between(accuracies.index, middle - below, middle + above, color=color, alpha=0.2, linewidth=0)
-    if not axis.lines:
+def gains(comparison: Comparison) -> Figure | None:
+    """The gain of each student over the same one alone, on the test images: its 95 % interval, and thinner the adjusted
+    one. None for fewer than two, or more than can be read."""
+    rows = [row for row in comparison.rows if row.gain]
+    if not 2 <= len(rows) <= MAX_GAINS:
         return None
-    axis.set_xlabel("epoch")
-    axis.set_ylabel("validation accuracy, %")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set_ylim(*(100 * limit for limit in _limits(drawn)))
-    axis.set_title("mean over seeds, 95 % interval shaded (none: one seed, or equal seeds)", fontsize=10)
-    axis.legend(loc="lower right", frameon=False)
+    names = _names([row.cell for row in rows])
+    figure = Figure(figsize=(9, 1.3 + 0.32 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    for place, row in enumerate(rows):
+        color, marker, _ = STAGES[row.cell.stage]
+        drawn = [(found, width) for found, width in ((row.adjusted_gain, 1), (row.gain, 3)) if found]
+        for found, width in drawn:
+            low, high = found.ends
+            axis.plot([100 * low, 100 * high], [place, place], color=color, linewidth=width, solid_capstyle="butt")
+            axis.plot(100 * found.mean, place, color=color, marker=marker, markeredgecolor="white", markersize=8)
+    axis.axvline(0, color=FRONT, linewidth=1, zorder=0)
+    texts = [f"{name}  {signed(row.gain.mean)}" for name, row in zip(names, rows, strict=True) if row.gain]
+    axis.set_yticks(range(len(rows)), texts)
+    axis.invert_yaxis()
+    axis.set_xlabel("gain over the student alone on the test images, points")
+    thin = "; thin: for all rows at once" if any(row.adjusted_gain for row in rows) else ""
+    axis.set_title(f"mean over seeds with its 95 % interval{thin}", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def curves(named: Mapping[str, Curves]) -> Figure | None:
+    """Validation accuracy by epoch, and the gain over the first curves, "student alone", paired by seed; means over
+    seeds with their 95 % intervals. None for fewer than two epochs."""
+    found = {
+        name: accuracies
+        for name, runs in named.items()
+        if len(accuracies := pd.DataFrame({seed: dict(run) for seed, run in runs.items()}).dropna().sort_index()) > 1
+    }
+    if not found:
+        return None
+    styles = dict(zip(named, STYLES, strict=False))
+    paired = {
+        name: differences
+        for name, accuracies in list(found.items())[1:]
+        if ALONE_NAME in found
+        and len(differences := (accuracies - found[ALONE_NAME]).dropna(axis=1, how="all").dropna())
+    }
+    figure = Figure(figsize=(12 if paired else 7, 4.2 + 0.2 * max(0, len(found) - 4)), layout="constrained")
+    axis, *others = figure.subplots(1, 2 if paired else 1, squeeze=False)[0]
+    drawn = [mean for name in found for mean in _band(axis, name, found[name], share_interval, styles[name])]
+    axis.set_ylabel("validation accuracy, %")
+    axis.set_ylim(*(100 * limit for limit in _limits(drawn)))
+    axis.legend(loc="lower right", frameon=False)
+    for other in others:
+        for name, differences in paired.items():
+            _band(other, name, differences, interval, styles[name])
+        other.axhline(0, color=FRONT, linewidth=1, zorder=0)
+        other.set_ylabel("gain over the student alone, paired by seed, points")
+    for each in (axis, *others):
+        each.set_xlabel("epoch")
+        each.xaxis.set_major_locator(MaxNLocator(integer=True))
+        each.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("mean over seeds, 95 % interval shaded (none: one seed, or equal seeds)", fontsize=10)
+    return figure
+
+
+def _band(
+    axis: Axes,
+    name: str,
+    values: pd.DataFrame,
+    interval_of: Callable[[list[float]], Interval | None],
+    style: tuple[str, str],
+) -> list[Interval]:
+    """Draw the mean over the columns, one per seed, with its interval."""
+    means = [mean for row in values.to_numpy().tolist() if (mean := interval_of(row))]
+    middle = np.array([100 * mean.mean for mean in means])
+    below, above = 100 * np.transpose([mean.arms for mean in means])
+    seeds = f"{values.shape[1]} seed{'s' if values.shape[1] > 1 else ''}"
+    color, line = style
+    axis.plot(values.index, middle, color=color, linestyle=line, label=f"{name}, {seeds}")
+    axis.fill_between(values.index, middle - below, middle + above, color=color, alpha=0.2, linewidth=0)
+    return means
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """Finished runs in one CSV file: to publish them, and to compare them again without their store.
 
 Columns are named as by `mlflow.search_runs` (`run_id`, `params.…`, `metrics.…`, `tags.…`). Beside them, `history` has
-the validation accuracy after each epoch, and `right` a bit for each test image: whether the answer is right.
+the validation accuracy after each epoch, `tests` the test accuracy where it was measured after each epoch, and `right`
+a bit for each test image: whether the answer is right.
 """
 
 import base64
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -14,22 +15,28 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from kdpipe.compare.cells import teacher_runs
 from kdpipe.compare.disagreement import read_predictions
 from kdpipe.runs.names import PREDICTIONS
+from kdpipe.settings.addresses import run_and_file
 from kdpipe.settings.errors import ConfigError, first_line
 from kdpipe.settings.identity import is_place
 from kdpipe.tracking import RunRecord
 
-HISTORY = "val/accuracy"
+HISTORIES = {"val/accuracy": "history", "test/accuracy": "tests"}  # columns, by metric
 REQUIRED = (
     *("run_id", "seconds", "params.seed", "params.model.name", "params.dataset.name", "params.train.epochs"),
     *("params.loss._target_", "metrics.test/accuracy", "tags.kdpipe.stage", "tags.kdpipe.data", "name", "ended"),
 )
+LISTED = "listed"  # whether a comparison has it, rather than only its students
 FILE = "a file of kdpipe.compare --format runs"
 
 
 class RunSource(Protocol):
     """What a comparison asks of the place where runs are: a store, or a file."""
+
+    @property
+    def name(self) -> str: ...
 
     def finished_runs(self) -> list[RunRecord]: ...
 
@@ -41,11 +48,29 @@ class RunSource(Protocol):
 
 
 def runs_to_csv(records: Iterable[RunRecord], source: RunSource) -> str:
-    """A row for each run. What says where things are on a machine stays out."""
-    frame = pd.DataFrame([_row(record, source) for record in records])
-    place = {"params": 1, "metrics": 2, "tags": 3, "history": 4, "right": 5}
+    """A row for each run, and for each that its weights or its teacher come from. What says where things are on a
+    machine stays out."""
+    listed = {record.id: record for record in records}
+    rows = [{**_row(record, source), LISTED: True} for record in listed.values()]
+    rows += [{**_row(record, source), LISTED: False} for record in _sources(listed, source)]
+    frame = pd.DataFrame(rows)
+    place = {"params": 1, "metrics": 2, "tags": 3, LISTED: 4, "history": 5, "tests": 6, "right": 7}
     columns = sorted(frame, key=lambda column: (place.get(column.partition(".")[0], 0), "." in column and column))
     return frame[columns].to_csv(index=False, lineterminator="\n")
+
+
+def _sources(listed: Mapping[str, RunRecord], source: RunSource) -> list[RunRecord]:
+    """The runs that these learned from or began with, and those before them, without these themselves."""
+    found = dict(listed)
+    waiting = list(listed.values())
+    for record in waiting:  # it grows
+        begun_with = record.params.get("model.weights", "")
+        before = [run_and_file(begun_with)[0]] if begun_with.startswith("runs:/") else []
+        for run_id in (*teacher_runs(record), *before):
+            if run_id not in found and (run := source.get_run(run_id)):
+                found[run_id] = run
+                waiting.append(run)
+    return [record for run_id, record in found.items() if run_id not in listed]
 
 
 def _row(record: RunRecord, source: RunSource) -> dict[str, object]:
@@ -58,9 +83,15 @@ def _row(record: RunRecord, source: RunSource) -> dict[str, object]:
         **{f"params.{key}": _without_folder(text) for key, text in record.params.items() if not is_place(key)},
         **{f"metrics.{key}": float(f"{value:.8g}") for key, value in record.metrics.items()},
         **{f"tags.{key}": _without_folder(text) for key, text in tags.items()},
-        "history": " ".join(f"{value:.6g}" for _, value in source.history(record.id, HISTORY)),
+        **{column: _history(source.history(record.id, metric)) for metric, column in HISTORIES.items()},
         "right": _packed(source.read(record.id, PREDICTIONS)),
     }
+
+
+def _history(points: list[tuple[int, float]]) -> str:
+    """The values after epochs 1, 2, …; "" where there are not those of all epochs."""
+    values = dict(sorted(points))
+    return " ".join(f"{value:.8g}" for value in values.values()) if [*values] == [*range(1, len(values) + 1)] else ""
 
 
 def _without_folder(text: str) -> str:
@@ -92,6 +123,7 @@ class RunFile:
     """
 
     def __init__(self, file: Path) -> None:
+        self.name = str(file)
         try:
             frame = pd.read_csv(file, dtype=str, keep_default_na=False)
         except (OSError, ValueError) as error:
@@ -106,13 +138,13 @@ class RunFile:
             raise ConfigError("--runs", file, FILE, f"a value cannot be read ({first_line(error)})") from error
 
     def finished_runs(self) -> list[RunRecord]:
-        return list(self._records.values())
+        return [record for run_id, record in self._records.items() if self._rows[run_id].get(LISTED) != "False"]
 
     def get_run(self, run_id: str) -> RunRecord | None:
         return self._records.get(run_id)
 
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
-        values = self._rows[run_id].get("history", "").split() if metric == HISTORY else []
+        values = self._rows[run_id].get(HISTORIES.get(metric, ""), "").split()
         return [(epoch, float(value)) for epoch, value in enumerate(values, start=1)]
 
     def read(self, run_id: str, name: str) -> bytes | None:
