@@ -162,7 +162,7 @@ class TutorialLoop:
         for network in (model, teacher):
             if network:
                 network = network.cpu().to(memory_format=torch.contiguous_format)
-                vars(network).pop("imagenet_backbone", None)  # a closure, which cannot be sent
+                vars(network).pop("imagenet_weights", None)  # a closure, which cannot be sent
             networks.append(network)
         arguments = (far_end, data.images[torch.arange(len(data.labels))].cpu(), data.labels.cpu(), device, *networks)
         multiprocessing.get_context("spawn").Process(target=serve_tutorial, args=arguments, daemon=True).start()

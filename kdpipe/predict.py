@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kdpipe.export.predictor import Predictor
+    from kdpipe.settings.values import Resize
 
 CHUNK = 256  # images in memory at once
 NAME = "kdpipe.predict"
@@ -84,7 +85,7 @@ def _prediction_rows(
     readable = []
     for name in names:
         try:
-            images.append(load_image(Path(name), [network.image_shape for network in networks]))
+            images.append(load_image(Path(name), [(network.image_shape, network.resize) for network in networks]))
             readable.append(name)
         except (ValueError, OSError) as error:
             unreadable[name] = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -104,23 +105,23 @@ def _prediction_rows(
     return rows
 
 
-def load_image(file: Path, shapes: Sequence[tuple[int, int, int]]) -> "list[NDArray[np.uint8]]":
-    """An image file as uint8 arrays of these shapes (C, H, W), prepared as the images of a data set are.
+def load_image(file: Path, forms: "Sequence[tuple[tuple[int, int, int], Resize]]") -> "list[NDArray[np.uint8]]":
+    """An image file as uint8 arrays of these shapes (C, H, W), resized as said, prepared as the images of a data set
+    are.
 
     Raises:
         ValueError: it is not an image.
         OSError: it cannot be read.
     """
     import numpy as np
-    from PIL import Image
 
-    from kdpipe.data.decode import read_file, read_image
+    from kdpipe.data.decode import fitted, read_file, read_image
 
     photo = read_image(read_file(file))
     views = []
-    for channels, height, width in shapes:
+    for (channels, height, width), resize in forms:
         view = photo.convert("L") if channels == 1 else photo
-        pixels = np.asarray(view.resize((width, height), Image.Resampling.BILINEAR))
+        pixels = np.asarray(fitted(view, (width, height), resize))
         views.append(pixels[None] if channels == 1 else pixels.transpose(2, 0, 1))
     return views
 

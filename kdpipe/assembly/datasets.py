@@ -61,7 +61,7 @@ def _read_unlabelled(described: str, cache: str) -> ImageDataset:
     settings, data = DatasetSettings.model_validate_json(described), _read(described)
     on_bad_image = settings.arguments.get("on_bad_image", "stop")
     try:
-        data = with_unlabelled(data, str(settings.unlabelled_root), on_bad_image, cache)
+        data = with_unlabelled(data, str(settings.unlabelled_root), on_bad_image, cache, settings.resize)
     except ConfigError as error:
         raise error.under("dataset") from error
     log.info("images without labels: %s", f"{int((data.labels < 0).sum()):,}")

@@ -14,6 +14,7 @@ from kdpipe.models import Classifier
 from kdpipe.models.weights import check_class_names, load_imagenet, load_state, read_weights
 from kdpipe.settings.addresses import file_and_part, run_and_file
 from kdpipe.settings.errors import ConfigError, first_line
+from kdpipe.settings.identity import FIRST_RESIZING
 from kdpipe.settings.schema import Freeze, NetworkSettings, Settings
 from kdpipe.system.once import log_once
 from kdpipe.system.randomness import derive_seed
@@ -27,10 +28,12 @@ def build_network(key: str, settings: NetworkSettings, data: ImageDataset, freez
     network = build(key, settings, num_classes=data.num_classes)
     # A network of a library knows what its pretrained weights expect.
     own = getattr(network, "preprocessing", {})
+    chosen = {name: getattr(settings, name) for name in ("image_size", "mean", "std", *FIRST_RESIZING)}
     preprocessing: dict[str, Any] = {
-        name: own.get(name) if getattr(settings, name) is None else getattr(settings, name)
-        for name in ("image_size", "mean", "std")
+        name: own.get(name, FIRST_RESIZING.get(name)) if value is None else value for name, value in chosen.items()
     }
+    if settings.crop_pct is None and preprocessing["image_size"] != own.get("image_size"):
+        preprocessing["crop_pct"] = 1  # nothing to cut off that its weights would have been trained without
     try:
         classifier = Classifier(network, **preprocessing, freeze=freeze)
     except ConfigError as error:
@@ -105,7 +108,7 @@ def load_weights(
 ) -> None:
     """Load the weights that the config names into a network: none, ImageNet's, a run's or a file's."""
     if settings.weights == "imagenet":
-        load_imagenet(f"{key}.weights", classifier.network, settings.name)
+        load_imagenet(f"{key}.weights", classifier.network, settings.name, data.class_names)
     elif settings.weights is not None:
         theirs = trained_network(f"{key}.weights", settings.weights, lambda: store)
         if theirs is not None:  # which the settings have already, unless they are of another way in than a command

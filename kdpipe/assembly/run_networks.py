@@ -16,7 +16,7 @@ from kdpipe.runs.names import CONFIG, PEER_WEIGHTS
 from kdpipe.settings.addresses import file_and_part, names_weights, run_and_file
 from kdpipe.settings.composition import Invocation, stated_of_network
 from kdpipe.settings.errors import ConfigError, as_typed
-from kdpipe.settings.identity import canonical, flatten, what_matters
+from kdpipe.settings.identity import FIRST_RESIZING, canonical, flatten, what_matters
 from kdpipe.settings.saved import read_network_settings
 from kdpipe.settings.schema import EnsembleSettings, NetworkSettings, Settings, validated
 
@@ -122,7 +122,7 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tu
 def _described(network: NetworkSettings) -> dict[str, Any]:
     """What a network is, as flat settings that can be compared: those that mean the same are written alike."""
     flat = {f"model.{key}": canonical(value) for key, value in flatten(network.plain).items() if key not in USE}
-    return {key.removeprefix("model."): value for key, value in what_matters(flat).items()}
+    return {**FIRST_RESIZING, **{key.removeprefix("model."): value for key, value in what_matters(flat).items()}}
 
 
 def _of_library(network: NetworkSettings, described: Mapping[str, Any]) -> dict[str, Any]:

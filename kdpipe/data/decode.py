@@ -17,13 +17,14 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field
 from torch import Tensor
 
 from kdpipe.data.dataset import Source
 from kdpipe.data.pixels import as_rgb
 from kdpipe.settings.errors import ConfigError, flat
+from kdpipe.settings.values import Resize
 from kdpipe.system.disk_cache import META, ensure_entry, mapped_array, new_array, read_meta
 from kdpipe.system.progress import progress
 
@@ -106,11 +107,13 @@ def decoded_source(
     image_size: int | None,
     on_bad_image: str,
     cache_dir: str,
+    resize: Resize = "squeeze",
 ) -> Source:
     """The `Source` of `files`, from the cache if they were decoded before.
 
     Args:
         image_size: side in pixels of the stored squares; None keeps the images' size, which must be the same for all.
+        resize: whether photos are squeezed into squares, or cropped to their centre.
         on_bad_image: "stop", or "skip" to leave out files that are not readable images.
         cache_dir: folder of the decoded arrays.
 
@@ -121,11 +124,12 @@ def decoded_source(
         "image_size": image_size,
         "on_bad_image": on_bad_image,
         "class_names": class_names,
+        **({"resize": resize} if resize != "squeeze" else {}),
         "files": [(file.name, file.label, *file.stamp) for file in files],
     }
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     entry = Path(cache_dir).expanduser() / key
-    decode = partial(_decode, files, class_names, image_size, on_bad_image == "skip")
+    decode = partial(_decode, files, class_names, image_size, resize, on_bad_image == "skip")
     ensure_entry(entry, partial(_is_complete, files, len(class_names)), decode)
     meta = json.loads((entry / META).read_text())
     if bad := meta["bad"]:
@@ -150,13 +154,14 @@ def _decode(
     files: Sequence[ImageFile],
     class_names: tuple[str, ...],
     image_size: int | None,
+    resize: Resize,
     skips: bool,
     folder: Path,
 ) -> None:
     """Write images.npy, labels.npy and meta.json into `folder`."""
     width, height = (image_size, image_size) if image_size else _first_size(files)
     images = new_array(folder / "images.npy", (len(files), 3, height, width), np.uint8)
-    bad = _decode_into(images, files, resizes=image_size is not None)
+    bad = _decode_into(images, files, resize if image_size else None)
     if bad and not skips:
         names = "; ".join(f"{name} ({reason})" for name, reason in sorted(bad.items()))
         problem = f"{len(bad)} of {len(files)} files are not readable images; remove them, or set skip: {names}"
@@ -183,8 +188,21 @@ def _decode(
     (folder / META).write_text(json.dumps(meta))
 
 
-def _decode_into(images: np.memmap, files: Sequence[ImageFile], resizes: bool) -> Mapping[str, str]:
-    """Decode files into images uint8 [N, 3, H, W], and return those that are not readable images, with the reasons."""
+def fitted(photo: Image.Image, size: tuple[int, int], resize: Resize) -> Image.Image:
+    """A photo at this size (width, height): squeezed, or what is around its centre."""
+    if photo.size == size:
+        return photo
+    if resize == "crop":
+        return ImageOps.fit(photo, size, Image.Resampling.BILINEAR)
+    return photo.resize(size, Image.Resampling.BILINEAR)
+
+
+def _decode_into(images: np.memmap, files: Sequence[ImageFile], resize: Resize | None) -> Mapping[str, str]:
+    """Decode files into images uint8 [N, 3, H, W], and return those that are not readable images, with the reasons.
+
+    Args:
+        resize: how to fit photos of other sizes; None to refuse them.
+    """
     size = (images.shape[3], images.shape[2])
     bad: dict[str, str] = {}
     other_sizes: list[str] = []
@@ -198,12 +216,10 @@ def _decode_into(images: np.memmap, files: Sequence[ImageFile], resizes: bool) -
         except Exception as error:  # zipfile raises all kinds
             bad[file.name] = flat(error)
             return
-        if pixels.size != size and not resizes:
+        if pixels.size != size and resize is None:
             other_sizes.append(f"{file.name} has {pixels.width}×{pixels.height}")
             return
-        if pixels.size != size:
-            pixels = pixels.resize(size, Image.Resampling.BILINEAR)
-        images[position] = np.asarray(pixels).transpose(2, 0, 1)
+        images[position] = np.asarray(fitted(pixels, size, resize or "squeeze")).transpose(2, 0, 1)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress("decoding images", len(files)) as bar:
         for start in range(0, len(files), QUEUED):

@@ -11,7 +11,7 @@ from kdpipe.data.dataset import Source
 from kdpipe.data.decode import MAX_BYTES, ImageFile, ImageSize, OnBadImage, decoded_source, image_file
 from kdpipe.data.folders import LeftOut, files_below, folder_content, split_named
 from kdpipe.settings.errors import ConfigError, flat
-from kdpipe.settings.values import checked
+from kdpipe.settings.values import Resize, checked
 
 CLASS_NAMES = ("cat", "dog")
 MAX_NESTED = 1_000_000_000  # bytes of the train.zip in dogs-vs-cats.zip, which is read into memory; Kaggle's has 0.57e9
@@ -19,7 +19,9 @@ NAME = re.compile(r"(?:.*/)?(cat|dog)\.\d+\.jpg")
 
 
 @checked
-def dogs_vs_cats(root: str, image_size: ImageSize, on_bad_image: OnBadImage, cache_dir: str) -> Source:
+def dogs_vs_cats(
+    root: str, image_size: ImageSize, on_bad_image: OnBadImage, cache_dir: str, resize: Resize = "squeeze"
+) -> Source:
     """Photos as uint8 [N, 3, image_size, image_size]; classes cat and dog, no splits of its own but those that have
     folders of such files beside `train` (`validation/cats/cat.2000.jpg`).
 
@@ -40,7 +42,7 @@ def dogs_vs_cats(root: str, image_size: ImageSize, on_bad_image: OnBadImage, cac
         kaggle = "Kaggle's train folder (train/cat.0.jpg, …), train.zip or dogs-vs-cats.zip"
         raise ConfigError("root", root, kaggle, problem)
     files.sort(key=lambda file: file.name)
-    return decoded_source(files, CLASS_NAMES, image_size, on_bad_image, cache_dir)
+    return decoded_source(files, CLASS_NAMES, image_size, on_bad_image, cache_dir, resize)
 
 
 def _files_below(top: Path) -> list[ImageFile]:

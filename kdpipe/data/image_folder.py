@@ -20,7 +20,7 @@ from kdpipe.data.folders import (
     split_within,
 )
 from kdpipe.settings.errors import ConfigError, shortened
-from kdpipe.settings.values import checked
+from kdpipe.settings.values import Resize, checked
 
 log = logging.getLogger("kdpipe")
 
@@ -29,7 +29,9 @@ LAYOUTS = "folders of classes (cat/1.jpg), or train/ (train/cat/1.jpg) with test
 
 
 @checked
-def image_folder(root: str, image_size: ImageSize | None, on_bad_image: OnBadImage, cache_dir: str) -> Source:
+def image_folder(
+    root: str, image_size: ImageSize | None, on_bad_image: OnBadImage, cache_dir: str, resize: Resize = "squeeze"
+) -> Source:
     """Images as uint8 [N, 3, H, W] from `root/<class>/*`, or from `root/train/<class>/*` with a folder of test images,
     one of validation images, both or neither next to it; these may have other common names, such as `Training` and
     `test_set`. What is not read is logged.
@@ -61,7 +63,7 @@ def image_folder(root: str, image_size: ImageSize | None, on_bad_image: OnBadIma
             files += [image_file(path, top, label, parts[part]) for path in paths]
     _check_classes(top, first, inner)
     left_out.report()
-    return decoded_source(files, class_names, image_size, on_bad_image, cache_dir)
+    return decoded_source(files, class_names, image_size, on_bad_image, cache_dir, resize)
 
 
 def _split_folders(top: Path, left_out: LeftOut) -> dict[Path, str | None]:

@@ -13,6 +13,7 @@ from kdpipe.data.decode import decoded_source, image_file
 from kdpipe.data.duplicates import Comparable, duplicates_of, examples_of
 from kdpipe.data.folders import LeftOut, files_below
 from kdpipe.settings.errors import ConfigError
+from kdpipe.settings.values import Resize
 
 log = logging.getLogger("kdpipe")
 
@@ -43,7 +44,9 @@ class Concatenated:
         return type(self)(self.first.to(device), self.second.to(device))
 
 
-def with_unlabelled(data: ImageDataset, root: str, on_bad_image: str, cache_dir: str) -> ImageDataset:
+def with_unlabelled(
+    data: ImageDataset, root: str, on_bad_image: str, cache_dir: str, resize: Resize = "squeeze"
+) -> ImageDataset:
     """The data set with all images below `root` among its training images: after the others, decoded to their size,
     with the label −1. Raises ConfigError if there are none, or if the data set's images are not square or not RGB."""
     top, images = Path(root).expanduser(), data.images
@@ -59,7 +62,7 @@ def with_unlabelled(data: ImageDataset, root: str, on_bad_image: str, cache_dir:
         if not files:
             problem = "no file in this folder" if top.is_dir() else "no such folder"
             raise ConfigError("root", problem=problem, expected="a folder with images")
-        source = decoded_source(files, ("unlabelled",), height, on_bad_image, cache_dir)
+        source = decoded_source(files, ("unlabelled",), height, on_bad_image, cache_dir, resize)
     except ConfigError as error:
         if error.key != "root":
             raise

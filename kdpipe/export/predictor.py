@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from kdpipe.runs.names import CONFIG
 from kdpipe.settings.addresses import WEIGHTS
 from kdpipe.settings.errors import flat
 from kdpipe.settings.saved import read_network_settings
+from kdpipe.settings.values import Resize
 from kdpipe.tracking import RunStore
 
 METADATA_FILE = "about.json"  # within a .pt2 file
@@ -44,6 +45,7 @@ class Predictor:
         forward: from raw images, uint8 [N, C, H, W], to logits, float32 [N, classes]; N must fit into memory.
         class_names: in the order of the logits.
         image_shape: (C, H, W) of the images that it takes.
+        resize: how photos become images of that shape.
         temperature: probabilities are softmax(logits / temperature).
     """
 
@@ -52,6 +54,7 @@ class Predictor:
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     temperature: float = 1.0
+    resize: Resize = "squeeze"
 
     def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Logits [N, classes] of uint8 images [N, C, H, W], batch by batch."""
@@ -83,21 +86,27 @@ def model_metadata(run: FinishedRun) -> dict[str, str]:
     }
     if (temperature := fitted_temperature(run)) != 1:
         metadata["temperature"] = repr(temperature)
+    if run.settings.dataset.resize != "squeeze":
+        metadata["resize"] = run.settings.dataset.resize
     return metadata
 
 
-def _parse_metadata(source: str, metadata: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[int, int, int], float]:
-    """The class names, image shape and temperature that a file claims."""
+def _parse_metadata(
+    source: str, metadata: Mapping[str, str]
+) -> tuple[tuple[str, ...], tuple[int, int, int], float, Resize]:
+    """The class names, image shape, temperature and resizing that a file claims."""
     try:
         class_names = json.loads(metadata["class_names"])
         channels, height, width = map(int, metadata["image_shape"].split("x"))
         temperature = float(metadata.get("temperature", 1))
+        resize = metadata.get("resize", "squeeze")
         valid = (
             isinstance(class_names, list)
             and all(isinstance(name, str) for name in class_names)
             and channels in (1, 3)
             and 0 < min(height, width) <= max(height, width) <= LARGEST_SIDE
             and LEAST_TEMPERATURE <= temperature <= 1 / LEAST_TEMPERATURE
+            and resize in get_args(Resize)
         )
     except (KeyError, ValueError, RecursionError):
         valid = False
@@ -106,7 +115,7 @@ def _parse_metadata(source: str, metadata: Mapping[str, str]) -> tuple[tuple[str
             f"{source}: its metadata lacks valid class names or image shape; expected a file written by "
             "python -m kdpipe.export"
         )
-    return tuple(class_names), (channels, height, width), temperature
+    return tuple(class_names), (channels, height, width), temperature, cast(Resize, resize)
 
 
 def _described_predictor(source: str, forward: Forward, metadata: Mapping[str, str]) -> Predictor:
@@ -168,7 +177,8 @@ def _open_run_predictor(address: str, open_store: Callable[[], RunStore]) -> Pre
             f"{address}: no file or folder has this name, and it cannot be opened as a run: {error}"
         ) from error
     forward = numpy_forward(run.classifier)
-    return Predictor(run.address, forward, run.class_names, run.image_shape, fitted_temperature(run))
+    resize = run.settings.dataset.resize
+    return Predictor(run.address, forward, run.class_names, run.image_shape, fitted_temperature(run), resize)
 
 
 def numpy_forward(network: nn.Module) -> Forward:
@@ -261,9 +271,9 @@ def open_weights(path: Path) -> Predictor:
     if not file.is_file():
         raise ValueError(f"{path}: {CONFIG} next to it is missing, which describes its network")
     state, class_names = read_weights("file", path)
-    known, image_shape, temperature = _parse_metadata(str(path), metadata_in(path))
+    known, image_shape, temperature, resize = _parse_metadata(str(path), metadata_in(path))
     model = read_network_settings(file)
     classifier = build_network("model", model, blank_images(known, image_shape), freeze="none")
     check_class_names("file", str(path), class_names, known)
     load_state("file", str(path), classifier.network, state, str(model.name), len(known))
-    return Predictor(str(path), numpy_forward(classifier.eval()), known, image_shape, temperature)
+    return Predictor(str(path), numpy_forward(classifier.eval()), known, image_shape, temperature, resize)

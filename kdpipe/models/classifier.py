@@ -1,5 +1,6 @@
 """A network together with the preprocessing that its weights were trained with."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, Self
@@ -7,9 +8,11 @@ from typing import Literal, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import center_crop
 
 from kdpipe.settings.errors import ConfigError, as_typed
-from kdpipe.settings.values import Number, Positive, PositiveInt, checked
+from kdpipe.settings.identity import FIRST_RESIZING
+from kdpipe.settings.values import Interpolation, Number, Positive, PositiveInt, PositiveShare, Resize, checked
 
 
 class Classifier(nn.Module):
@@ -17,8 +20,12 @@ class Classifier(nn.Module):
 
     Args:
         network: from float [N, len(mean), image_size, image_size] to logits [N, classes].
-        image_size: height and width in pixels; other images are resized (bilinear, antialiased).
+        image_size: height and width in pixels; other images are resized (antialiased).
         mean, std: of each channel, for pixels in [0, 1].
+        resize: "squeeze" both sides to the same length, or the shorter side with the ratio kept, of which the centre
+            is "crop"ped.
+        interpolation: of resizing.
+        crop_pct: the centre that is kept, as a share of the length that images are resized to.
         freeze: "none", or "backbone": only the network's head is trained, and the backbone's BatchNorm and dropout
             stay in evaluation mode.
 
@@ -33,6 +40,9 @@ class Classifier(nn.Module):
         image_size: PositiveInt,
         mean: Sequence[Number],
         std: Sequence[Positive],
+        resize: Resize = "squeeze",
+        interpolation: Interpolation = "bilinear",
+        crop_pct: PositiveShare = 1,
         freeze: Literal["none", "backbone"] = "none",
     ) -> None:
         super().__init__()
@@ -40,6 +50,7 @@ class Classifier(nn.Module):
             raise ConfigError("std", std, f"as many values as in mean={as_typed(mean)}")
         self.network = network.to(memory_format=torch.channels_last)
         self.image_size = image_size
+        self.resize, self.interpolation, self.crop_pct = resize, interpolation, crop_pct
         self.mean = nn.Buffer(torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
         self.std = nn.Buffer(torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
         self.frozen_backbone = freeze == "backbone"
@@ -51,7 +62,14 @@ class Classifier(nn.Module):
 
     def extra_repr(self) -> str:
         """The preprocessing, which predictions depend on as much as on the weights."""
-        return f"image_size={self.image_size}, mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
+        size = f"image_size={self.image_size}, mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
+        if self._resizes_as_first:
+            return size
+        return f"{size}, resize={self.resize}, interpolation={self.interpolation}, crop_pct={self.crop_pct}"
+
+    @property
+    def _resizes_as_first(self) -> bool:
+        return {name: getattr(self, name) for name in FIRST_RESIZING} == FIRST_RESIZING
 
     @property
     def head(self) -> nn.Module:
@@ -65,6 +83,9 @@ class Classifier(nn.Module):
             images = images.expand(-1, channels, -1, -1)
         elif images.shape[1] != channels:
             raise ValueError(f"images have {images.shape[1]} channels; expected {channels} or 1")
+        if not self._resizes_as_first:
+            pixels = (self._resized(images) / 255 - self.mean) / self.std
+            return pixels.contiguous(memory_format=torch.channels_last)
         pixels = images.float() / 255
         size = (self.image_size, self.image_size)
         if max(pixels.shape[-2:]) > self.image_size:
@@ -74,6 +95,21 @@ class Classifier(nn.Module):
         if pixels.shape[-2:] != size:
             pixels = enlarge(pixels, self.image_size)
         return pixels.contiguous(memory_format=torch.channels_last)
+
+    def _resized(self, images: Tensor) -> Tensor:
+        """uint8 images [N, C, H, W] as float [N, C, image_size, image_size], from 0 to 255, as torchvision's and timm's
+        transforms resize them: pixels are rounded, and cropped afterwards."""
+        height, width = images.shape[-2:]
+        length = math.floor(self.image_size / self.crop_pct + 1e-6)  # 224 / (224 / 232) is less than 232
+        size = (length, length)
+        if self.resize == "crop":
+            shorter = min(height, width)
+            size = (int(length * height / shorter), int(length * width / shorter))
+        pixels = images.float()
+        if size != (height, width):
+            pixels = F.interpolate(pixels, size=size, mode=self.interpolation, antialias=True)
+            pixels = pixels.clamp(0, 255).round()
+        return center_crop(pixels, [self.image_size, self.image_size])
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, classes] of uint8 images [N, C, H, W]."""

@@ -47,19 +47,22 @@ def classifier(architecture: str, num_classes: int, stages: Sequence[str] | None
         raise ConfigError("name", architecture, "a network with one head", f"its heads are {', '.join(name)}")
     network.head_name = name
     network.roles = _roles_of(network, stages)
-    expected = network.pretrained_cfg
-    network.preprocessing = {"image_size": expected["input_size"][1], "mean": expected["mean"], "std": expected["std"]}
-
-    if not (expected.get("hf_hub_id") or expected.get("url")):
+    expected = timm.data.resolve_model_data_config(network)
+    network.preprocessing = {
+        **{"image_size": expected["input_size"][1], "mean": expected["mean"], "std": expected["std"]},
+        "resize": "squeeze" if expected["crop_mode"] == "squash" else "crop",
+        **{"interpolation": expected["interpolation"], "crop_pct": expected["crop_pct"]},
+    }
+    published = network.pretrained_cfg
+    if not (published.get("hf_hub_id") or published.get("url")):
         return network  # nobody has published weights of it
 
-    def imagenet_backbone() -> dict[str, Tensor]:
+    def imagenet_weights() -> dict[str, Tensor]:
         with _without_retries():
-            pretrained = timm.create_model(architecture, pretrained=True)
-        return {key: tensor for key, tensor in pretrained.state_dict().items() if not key.startswith(f"{name}.")}
+            return timm.create_model(architecture, pretrained=True).state_dict()
 
-    network.imagenet_backbone = imagenet_backbone
-    if expected.get("hf_hub_id"):
+    network.imagenet_weights = imagenet_weights
+    if published.get("hf_hub_id"):
         from huggingface_hub import constants
 
         network.imagenet_cache = constants.HF_HUB_CACHE

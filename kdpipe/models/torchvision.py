@@ -47,15 +47,21 @@ def classifier(architecture: str, num_classes: int, stages: Sequence[str] | None
                 setattr(network, name, None)
     network.head_name = path
     network.roles = _roles_of(network) if stages is None else {"stages": check_stages(network, stages), "layout": None}
-    expected = torchvision.models.get_model_weights(architecture)["DEFAULT"].transforms()
-    network.preprocessing = {"image_size": expected.crop_size[0], "mean": expected.mean, "std": expected.std}
+    published = torchvision.models.get_model_weights(architecture)["DEFAULT"]
+    expected = published.transforms()
+    network.preprocessing = {
+        **{"image_size": expected.crop_size[0], "mean": expected.mean, "std": expected.std},
+        **{"resize": "crop", "interpolation": expected.interpolation.value},
+        "crop_pct": expected.crop_size[0] / expected.resize_size[0],
+    }
 
-    def imagenet_backbone() -> dict[str, Tensor]:
-        heads = (f"{path}.", "AuxLogits.", "aux1.", "aux2.")
+    def imagenet_weights() -> dict[str, Tensor]:
+        auxiliary = ("AuxLogits.", "aux1.", "aux2.")
         pretrained = torchvision.models.get_model(architecture, weights="DEFAULT").state_dict()
-        return {name: tensor for name, tensor in pretrained.items() if not name.startswith(heads)}
+        return {name: tensor for name, tensor in pretrained.items() if not name.startswith(auxiliary)}
 
-    network.imagenet_backbone = imagenet_backbone
+    network.imagenet_weights = imagenet_weights
+    network.imagenet_classes = tuple(published.meta["categories"])
     return network
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from kdpipe.system.files import write_atomically
 
 log = logging.getLogger("kdpipe")
 OTHERS = "a file or runs:/<run id>"
+IMAGENET_CLASSES = 1000
 
 
 def read_weights(key: str, path: Path, part: str = "") -> tuple[State, list[str] | None]:
@@ -148,26 +150,40 @@ def check_class_names(key: str, source: str, trained: Sequence[str] | None, expe
     raise ConfigError(key, source, wanted, problem)
 
 
-def load_imagenet(key: str, network: nn.Module, name: str) -> None:
-    """Load the ImageNet weights into all of `network` but its head.
+def load_imagenet(key: str, network: nn.Module, name: str, class_names: Sequence[str] = ()) -> None:
+    """Load the ImageNet weights into `network`: into its head as well where the classes are ImageNet's.
 
     Raises:
         ConfigError: there are none for this network, or they cannot be downloaded.
     """
-    if not hasattr(network, "imagenet_backbone"):
+    if not hasattr(network, "imagenet_weights"):
         raise ConfigError(key, "imagenet", f"null, {OTHERS}", f"{name} has no ImageNet weights")
     if "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" not in os.environ:  # PyTorch takes only one of the two
         os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # for the library that loads them
     try:
-        backbone = network.imagenet_backbone()  # type: ignore[operator]
+        pretrained = network.imagenet_weights()  # type: ignore[operator]
     except Exception as error:  # a refused connection, a broken file in the cache, …
         where = getattr(network, "imagenet_cache", f"{torch.hub.get_dir()}/checkpoints")
         problem = f"the ImageNet weights of {name} are not in {where} and cannot be downloaded ({first_line(error)})"
         raise ConfigError(key, "imagenet", f"null (random weights), {OTHERS}", problem) from error
-    incompatible = network.load_state_dict(backbone, strict=False)
-    head = f"{network.head_name}."
+    head, own = f"{network.head_name}.", network.state_dict()
+    if not (
+        is_imagenet(class_names, getattr(network, "imagenet_classes", ()))
+        and all(key in pretrained and pretrained[key].shape == own[key].shape for key in own if key.startswith(head))
+    ):
+        pretrained = {key: tensor for key, tensor in pretrained.items() if not key.startswith(head)}
+    incompatible = network.load_state_dict(pretrained, strict=False)
     assert not incompatible.unexpected_keys, incompatible.unexpected_keys
     assert all(name.startswith(head) for name in incompatible.missing_keys), incompatible.missing_keys
+
+
+def is_imagenet(class_names: Sequence[str], categories: Sequence[str]) -> bool:
+    """Whether these are ImageNet's 1,000 classes in the order of pretrained heads: WordNet's ids (n01440764, …), as
+    folders have them, or the library's `categories`."""
+    are_ids = len(class_names) == IMAGENET_CLASSES and all(re.fullmatch(r"n\d{8}", name) for name in class_names)
+    return (are_ids and list(class_names) == sorted(class_names)) or (
+        len(categories) > 0 and tuple(class_names) == tuple(categories)
+    )
 
 
 def weights_digest(network: nn.Module, without: str | None = None) -> str:

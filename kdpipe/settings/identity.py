@@ -37,11 +37,15 @@ LOSSES = "kdpipe.losses."
 FORMER_NAMES = {"kdpipe.training.schedules.": "kdpipe.schedulers."}
 
 UNLABELLED = "dataset.unlabelled_root"  # more images for what a teacher says; the student alone has none
+# How each network resized images before it could be set.
+FIRST_RESIZING = {"resize": "squeeze", "interpolation": "bilinear", "crop_pct": 1}
 # Settings that were added later, as MLflow has them (params are text), with the value that means what was done before.
 LATER = {
     **dict.fromkeys(("train.clip_norm", "train.mixup", "train.cutmix", UNLABELLED), "None"),
     **dict.fromkeys(("model.stages", "teacher.stages"), "None"),
     "loss.standardize": "False",
+    **{f"{network}.{key}": str(value) for network in ("model", "teacher") for key, value in FIRST_RESIZING.items()},
+    "dataset.resize": "squeeze",
 }
 
 

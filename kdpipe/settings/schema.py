@@ -15,11 +15,14 @@ from kdpipe.settings.addresses import epoch_file, file_and_part, names_weights
 from kdpipe.settings.components import loss_class
 from kdpipe.settings.errors import ConfigError, as_typed
 from kdpipe.settings.values import (
+    Interpolation,
     NonNegative,
     NonNegativeInt,
     Number,
     Positive,
     PositiveInt,
+    PositiveShare,
+    Resize,
     SplitSeed,
     TestShare,
     TrainShare,
@@ -103,6 +106,11 @@ class DatasetSettings(Component):
     split_seed: SplitSeed
     unlabelled_root: str | None = None
 
+    @property
+    def resize(self) -> Resize:
+        """How photos become squares; for data sets of other images, too."""
+        return self.arguments.get("resize", "squeeze")
+
     @model_validator(mode="after")
     def _leaves_training_images(self) -> Self:
         try:
@@ -121,9 +129,12 @@ class NetworkSettings(Component):
     """A network with the preprocessing that its weights were trained with."""
 
     name: Annotated[str, Field(description="a name")]
-    image_size: PositiveInt | None  # None, as for mean and std: what its library's weights were trained with
+    image_size: PositiveInt | None  # None, as for the others: what its library's weights were trained with
     mean: list[Number] | None
     std: list[Positive] | None
+    resize: Resize | None = "squeeze"
+    interpolation: Interpolation | None = "bilinear"
+    crop_pct: PositiveShare | None = 1
     weights: str | None = None
     freeze: Freeze = "none"
 

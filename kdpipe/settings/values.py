@@ -20,8 +20,12 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]  # 0 and 1 included
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
+# How images become a network's input, or those of a data set.
+Resize = Literal["squeeze", "crop"]
+Interpolation = Literal["bilinear", "bicubic"]
 # Of images: those to train on, to validate on and to test on.
-TrainShare = Annotated[float, Field(gt=0, le=1)]
+TrainShare = PositiveShare
 ValidationShare = Annotated[float, Field(ge=0, lt=1)]
 TestShare = Annotated[float, Field(gt=0, lt=1)]
 MAX_SEED = 2**32 - 1  # of NumPy

@@ -185,6 +185,6 @@ def test_data_sets_unlabelled_images_and_predict_read_alike(tmp_path: Path, phot
     data = split(held_out, "photos", train_fraction=1, val_fraction=0, test_fraction=0.5, split_seed=0)
     unlabelled = with_unlabelled(data, str(tmp_path / "more"), "stop", str(tmp_path / "cache")).images
     for position, name in enumerate(("clear.png", "deep.pgm", "phone.jpg")):
-        (predicted,) = load_image(tmp_path / "more" / name, [(3, 16, 16)])
+        (predicted,) = load_image(tmp_path / "more" / name, [((3, 16, 16), "squeeze")])
         np.testing.assert_array_equal(source.images[position], predicted)
         np.testing.assert_array_equal(unlabelled[torch.tensor([4 + position])][0], predicted)

@@ -81,6 +81,7 @@ NETWORKS = [
     ("student_cnn", (3, 32, 32)),  # enlarged to 128
     ("student_cnn", (1, 8, 8)),  # and grey
     ("resnet20", (3, 48, 40)),  # made smaller; its shortcuts pad channels
+    ("resnet32", (3, 48, 40)),  # cropped as libraries do
     ("mobilenetv2_half", (3, 24, 32)),
     pytest.param("resnet56", (3, 32, 32), marks=pytest.mark.faults),
     pytest.param("shufflenetv1", (3, 32, 32), marks=pytest.mark.faults),
@@ -96,8 +97,10 @@ NETWORKS = [
 def test_exported_networks_of_all_families_compute_the_same(
     composed: Callable[..., DictConfig], tmp_path: Path, name: str, shape: tuple[int, int, int]
 ) -> None:
-    preprocessing = ["model.image_size=64", "model.mean=[0.5,0.5,0.5]", "model.std=[0.5,0.5,0.5]"]
-    config = composed("experiment=student", f"model={name}", *(preprocessing if "i" in name and name[0] == "t" else []))
+    cropped = ["model.resize=crop", "model.interpolation=bicubic", "model.crop_pct=0.875"]
+    smaller = ["model.image_size=64", "model.mean=[0.5,0.5,0.5]", "model.std=[0.5,0.5,0.5]", *cropped]
+    preprocessing = {"timm": smaller, "torchvision": smaller, "resnet32": cropped}
+    config = composed("experiment=student", f"model={name}", *preprocessing.get(name, []))
     torch.manual_seed(0)
     classifier = build_network("model", config.model, blank_images(("a", "b", "c"), shape), freeze="none").eval()
     metadata = {"class_names": '["a", "b", "c"]', "image_shape": "x".join(map(str, shape)), "kdpipe.version": "0"}

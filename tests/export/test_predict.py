@@ -299,7 +299,7 @@ def test_an_exported_temperature_is_applied(taught: Taught, exported: Path) -> N
 
 def test_photos_are_prepared_as_images_of_a_data_set_are(tmp_path: Path, photo: Callable) -> None:
     photo(0, size=(60, 40)).save(tmp_path / "photo.png")
-    colour, grey = load_image(tmp_path / "photo.png", [(3, 40, 60), (1, 8, 10)])
+    colour, grey = load_image(tmp_path / "photo.png", [((3, 40, 60), "squeeze"), ((1, 8, 10), "squeeze")])
     np.testing.assert_array_equal(colour, np.asarray(photo(0, size=(60, 40))).transpose(2, 0, 1))
     assert grey.shape == (1, 8, 10) and grey.dtype == np.uint8
 

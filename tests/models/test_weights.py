@@ -464,6 +464,6 @@ def test_pretrained_weights_that_a_library_loads_run_no_code(tmp_path: Path, mon
     file = tmp_path / "whole network.pt"
     torch.save(nn.Linear(1, 1), file)
     network = nn.Linear(1, 1)
-    network.imagenet_backbone = lambda: torch.load(file, weights_only=False)
+    network.imagenet_weights = lambda: torch.load(file, weights_only=False)
     with pytest.raises(ConfigError, match="Weights only load failed"):
         load_imagenet("model.weights", network, "theirs")
