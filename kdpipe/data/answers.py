@@ -127,7 +127,8 @@ def _read_table(path: Path, class_names: Sequence[str]) -> Rows:
     try:
         if path.suffix == ".parquet":
             frame = pd.read_parquet(path)
-            frame = frame.reset_index(drop=isinstance(frame.index, pd.RangeIndex))
+            is_number = frame.index.name is None and not {*NAMES, POSITIONS}.isdisjoint(frame.columns)  # of a row
+            frame = frame.reset_index(drop=is_number or isinstance(frame.index, pd.RangeIndex))
         else:
             # A name such as 0017 is text. Not pandas' own parser of numbers: it is wrong in the last digit.
             frame = pd.read_csv(path, dtype=dict.fromkeys(NAMES, str), float_precision="round_trip")
@@ -216,13 +217,13 @@ def _problems_of_images(images: pd.Index, known: pd.Index, data: ImageDataset) -
     """What is wrong with the images that the rows are about."""
     if images.has_duplicates:
         twice = images[images.duplicated()].unique()
-        yield f"more than one row for {len(twice):,} images ({shortened(twice)})"
+        yield f"more than one row for {_number(twice)} ({shortened(twice)})"
     rows = images.unique()
     train = known[data.splits["train"].sort().values.numpy()]
     if len(missing := train[rows.get_indexer(train) < 0]):
         yield f"no answer for {len(missing):,} of {len(train):,} training images ({shortened(missing)})"
     if len(unknown := rows[known.get_indexer(rows) < 0]):
-        yield f"{len(unknown):,} images that are not {known[0]} to {known[-1]} of {data.name} ({shortened(unknown)})"
+        yield f"{_number(unknown)} not among {known[0]} to {known[-1]} of {data.name} ({shortened(unknown)})"
 
 
 def _problems_of_values(values: NDArray[np.number], kind: str, images: pd.Index) -> Iterator[str]:
@@ -231,13 +232,17 @@ def _problems_of_values(values: NDArray[np.number], kind: str, images: pd.Index)
     with np.errstate(over="ignore"):
         is_wrong = ~np.isfinite(values.astype(np.float32, copy=False)).all(axis=1)
     if is_wrong.any():
-        yield f"NaN or infinite values for {is_wrong.sum():,} images ({shortened(images[is_wrong])})"
+        yield f"NaN or infinite values for {_number(images[is_wrong])} ({shortened(images[is_wrong])})"
     if kind != "probabilities":
         return
     is_negative = (values < 0).any(axis=1)
     if is_negative.any():
-        yield f"probabilities below 0 for {is_negative.sum():,} images ({shortened(images[is_negative])})"
+        yield f"probabilities below 0 for {_number(images[is_negative])} ({shortened(images[is_negative])})"
     sums = values.sum(axis=1, dtype=np.float64)
     if (is_off := (abs(sums - 1) > OFF_BY) & ~is_wrong).any():
-        first = f"{images[is_off][0]}: {sums[is_off][0]:.4g}"
-        yield f"probabilities that do not sum to 1 for {is_off.sum():,} images ({first}), unless teacher.values=logits"
+        first = f"{images[is_off][0]}: {sums[is_off][0]:.4g}; teacher.values=logits takes them as logits"
+        yield f"probabilities that do not sum to 1 for {_number(images[is_off])} ({first})"
+
+
+def _number(images: pd.Index) -> str:
+    return f"{len(images):,} image{'s' * (len(images) > 1)}"
