@@ -130,8 +130,7 @@ def _read_table(path: Path, class_names: Sequence[str]) -> Rows:
             is_number = frame.index.name is None and not {*NAMES, POSITIONS}.isdisjoint(frame.columns)  # of a row
             frame = frame.reset_index(drop=is_number or isinstance(frame.index, pd.RangeIndex))
         else:
-            # A name such as 0017 is text. Not pandas' own parser of numbers: it is wrong in the last digit.
-            frame = pd.read_csv(path, dtype=dict.fromkeys(NAMES, str), float_precision="round_trip")
+            frame = pd.read_csv(path, dtype=dict.fromkeys(NAMES, str))  # a name such as 0017 is text
     except Exception as error:  # pandas and pyarrow raise all kinds
         raise ValueError(f"not a readable {path.suffix} file ({first_line(error)})") from error
     frame.columns = frame.columns.map(str)
