@@ -134,6 +134,8 @@ def _read_table(path: Path, class_names: Sequence[str]) -> Rows:
     except Exception as error:  # pandas and pyarrow raise all kinds
         raise ValueError(f"not a readable {path.suffix} file ({first_line(error)})") from error
     frame.columns = frame.columns.map(str)
+    if frame.empty:
+        raise ValueError("it has no rows")
     own = [name for name in (*NAMES, POSITIONS) if name in frame.columns and name not in class_names]
     if len(own) != 1:
         found = " and ".join(own) or f"none of them, but {shortened(frame.columns)}"

@@ -156,6 +156,7 @@ WRONG: dict[str, tuple[pd.DataFrame, str]] = {
         changed(lambda frame: frame.assign(image=frame["image"].where(frame.index > 2))),
         "3 of its 1,797",
     ),
+    "no rows": (changed(lambda frame: frame[:0]), "it has no rows"),
     "no column for the image": (
         changed(lambda frame: frame.drop(columns="image")),
         "expected one column image, name, file or index, for what the row is about; it has none of them, but a, b, c",
