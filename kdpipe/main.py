@@ -62,6 +62,7 @@ from kdpipe.system.tables import terminal_width
 from kdpipe.training.checkpoint import load_checkpoint, remove_checkpoints, save_checkpoint
 from kdpipe.training.loop import Hooks, fit, with_prefix
 from kdpipe.training.precomputed import logits_of_test_images
+from kdpipe.training.teacher import FileTeacher, NetworkTeacher, Peer
 
 if TYPE_CHECKING:
     from kdpipe.tracking import ActiveRun, RunRecord, Tracker
@@ -204,10 +205,12 @@ def _examine(
     teacher, logits = prepared.recipe.teacher, None
     if teacher and not teacher.learns and hardware.rank == 0:
         cache = cache_folder(settings, "teacher")
-        logits = logits_of_test_images(teacher.classifier, settings.teacher.name, parts.data, cache, hardware)
+        logits = logits_of_test_images(teacher, settings.teacher.name, parts.data, cache, hardware)
     exam = examine(prepared.learner, prepared.data, hardware, logits)
     metrics = metrics | exam.metrics()
-    if teacher and teacher.learns:
+    if isinstance(teacher, FileTeacher) and (validation := teacher.accuracy(parts.data, "validation")) is not None:
+        metrics["teacher/val_accuracy"] = validation
+    if isinstance(teacher, Peer):
         metrics |= with_prefix(teacher.role, evaluate(teacher.classifier, prepared.data, "test", hardware))
     return metrics, exam
 
@@ -279,7 +282,7 @@ def _save_earlier_epochs(settings: Settings, current: "ActiveRun", epoch: int) -
 def _cost_of(settings: Settings, parts: Parts, hardware: Hardware) -> dict[str, float]:
     """The cost of the trained network, and of its teacher."""
     networks: dict[str, Classifier | Ensemble] = {"model": parts.model}
-    if parts.teacher:
+    if isinstance(parts.teacher, NetworkTeacher):
         networks[parts.teacher.role] = parts.teacher.classifier
     images = parts.data.images[parts.data.splits["test"][:BATCH]]
     return cost(networks, images, hardware, settings.evaluation.timing_seconds, attempt=optional)
@@ -292,7 +295,7 @@ def _write_results(settings: Settings, parts: Parts, exam: Exam, folder: Path) -
     files = [folder / WEIGHTS, *write_exam(exam, parts.data, folder, settings.evaluation.pictures)]
     for caveat in caveats(exam, class_names, parts.data.duplicates):
         log.warning(caveat)
-    if parts.teacher and parts.teacher.learns:
+    if isinstance(parts.teacher, Peer):
         files.append(folder / PEER_WEIGHTS)
         save_weights(parts.teacher.classifier.network, files[-1], class_names)
     return files

@@ -41,6 +41,18 @@ def test_the_loss_the_data_set_and_the_network_run(
         assert done.returncode == 0, done.stderr
 
 
+def test_the_script_that_asks_a_teacher_writes_what_teaches(class_folders: Path, kdpipe: Callable) -> None:
+    script = next(text for text in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "answers.parquet" in text)
+    (command,) = re.findall(r"^    python -m kdpipe (.*teacher.file=answers.parquet.*)$", README, re.MULTILINE)
+    asks = "def ask(file):\n    share = 0.9 if 'temple' in str(file) else 0.2\n"
+    Path("my_teacher.py").write_text(f"{asks}    return {{'temple': share, 'flower': 1 - share}}\n")
+    subprocess.run([sys.executable, "-c", script], check=True)
+    done = kdpipe(*command.split(), "dataset.val_fraction=0.2", "train.epochs=1", "train.threads=1")
+    assert done.status == 0, done.errors
+    assert "teacher answers: 100.0 % of 8 validation images" in done.output
+    assert "teacher: probabilities for 40 images from answers.parquet" in done.output
+
+
 def test_every_option_of_every_group_is_in_the_table() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", README, re.MULTILINE))
     for group in (folder for folder in (ROOT / "conf").iterdir() if folder.is_dir()):

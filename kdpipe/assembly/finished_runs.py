@@ -16,7 +16,7 @@ from kdpipe.runs.names import CONFIG, IMAGE_SHAPE
 from kdpipe.settings.addresses import WEIGHTS, run_and_file, weights_address
 from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.saved import read_run_settings
-from kdpipe.settings.schema import DatasetSettings, EnsembleSettings, Settings, validated
+from kdpipe.settings.schema import AnswersSettings, DatasetSettings, EnsembleSettings, Settings, validated
 
 if TYPE_CHECKING:
     from kdpipe.tracking import RunRecord, RunStore
@@ -47,12 +47,14 @@ class FinishedRun:
 
     @property
     def teacher_weights(self) -> list[str]:
-        """The runs or the file that its teacher's weights come from; several for an ensemble."""
+        """The runs or the file that its teacher's weights, or its answers, come from; several for an ensemble."""
         teacher, source = self.settings.teacher, self.record.tags.get("kdpipe.teacher_run", "")
         if not source:
             return []
         if isinstance(teacher, EnsembleSettings):
             return teacher.members
+        if isinstance(teacher, AnswersSettings):
+            return [teacher.file]
         return [f"runs:/{source}" if teacher.weights == "auto" else str(teacher.weights)]
 
     @property
@@ -109,12 +111,12 @@ def blank_images(class_names: Sequence[str], shape: tuple[int, int, int]) -> Ima
 
 
 def open_teacher(run: FinishedRun, store: "RunStore") -> tuple[Classifier | Ensemble, str] | None:
-    """The network that taught a run, in evaluation mode, and its name; None where none did.
+    """The network that taught a run, in evaluation mode, and its name; None where none did, or only a file did.
 
     Raises:
         ConfigError: its weights are gone, or have changed.
     """
-    if not run.teacher_weights:
+    if not run.teacher_weights or isinstance(run.settings.teacher, AnswersSettings):
         return None
     teacher, images = run.settings.teacher, blank_images(run.class_names, run.image_shape)
     if isinstance(teacher, EnsembleSettings):

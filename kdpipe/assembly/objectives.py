@@ -20,7 +20,7 @@ from kdpipe.system.once import warn_once
 from kdpipe.system.randomness import derive_seed
 from kdpipe.training.loop import batches
 from kdpipe.training.observed import Observed
-from kdpipe.training.teacher import Teacher
+from kdpipe.training.teacher import NetworkTeacher, Teacher
 
 
 def build_loss(settings: Settings) -> Loss:
@@ -108,11 +108,12 @@ def fit_loss(
     positions = data.splits["train"].sort().values
     images = data.images[positions[:2]].to(device)
     student.model.eval()
-    outputs, targets = student(images), teacher.answer(images)
+    outputs, targets = student(images), teacher(images, positions[:2], 1)
     if loss.roles and not any(tensor.requires_grad for tensor in outputs.tensors[1:]):
         problem = f"the loss compares {', '.join(loss.roles)}, which stay as they are"
         raise ConfigError("model.freeze", settings.model.freeze, "none", problem)
-    loss.adopt(teacher.classifier)
+    if isinstance(teacher, NetworkTeacher):
+        loss.adopt(teacher.classifier)
     torch.manual_seed(derive_seed(settings.seed, "loss"))
     for key, part in loss.components.items():
         try:

@@ -15,8 +15,8 @@ from kdpipe.models import Classifier
 from kdpipe.models.weights import weights_digest
 from kdpipe.settings.composition import Invocation
 from kdpipe.settings.errors import ConfigError
-from kdpipe.settings.schema import ENSEMBLE, EnsembleSettings, Settings
-from kdpipe.training.teacher import Teacher
+from kdpipe.settings.schema import EnsembleSettings, NetworkSettings, Settings
+from kdpipe.training.teacher import NetworkTeacher, Teacher
 
 if TYPE_CHECKING:
     from kdpipe.tracking import Tracker
@@ -45,7 +45,7 @@ def check_components(settings: Settings) -> None:
     loss = build_loss(settings)
     check_arguments("dataset", settings.dataset)
     check_arguments("model", settings.model, num_classes=2)
-    if settings.teacher.target != ENSEMBLE:
+    if isinstance(settings.teacher, NetworkSettings):
         check_arguments("teacher", settings.teacher, num_classes=2)
     check_outputs(settings)
     train = settings.train
@@ -57,8 +57,9 @@ def check_components(settings: Settings) -> None:
         if value is not None and loss.one_label:
             raise ConfigError(key, value, "null", "the loss needs one label for each image")
     check_step(settings, loss)
-    if isinstance(settings.teacher, EnsembleSettings) and settings.needs_teacher and loss.roles:
-        problem = f"an ensemble answers with logits alone, and the loss compares {', '.join(loss.roles)}"
+    if not isinstance(settings.teacher, NetworkSettings) and settings.needs_teacher and loss.roles:
+        what = "an ensemble answers" if isinstance(settings.teacher, EnsembleSettings) else "a file of answers teaches"
+        problem = f"{what} with logits alone, and the loss compares {', '.join(loss.roles)}"
         raise ConfigError("model@teacher", settings.teacher.name, "one network", problem)
 
 
@@ -77,14 +78,14 @@ def build_parts(settings: Settings, invocation: Invocation, tracker: "Tracker", 
         known = {}
     elif settings.needs_teacher:
         key = json.dumps([settings.dataset.plain, settings.teacher.plain])
+    if settings.needs_teacher and settings.dataset.unlabelled_root is not None:
+        data = build_unlabelled(settings)
     if key not in known:
         known[key] = build_teacher(settings, invocation, data, tracker)
     teacher, teacher_source = known[key]
-    if teacher and settings.dataset.unlabelled_root is not None:
-        data = build_unlabelled(settings)
     model = build_model(settings, data, tracker)
     networks = {"model": (settings.model.name, model)}
-    if teacher and isinstance(teacher.classifier, Classifier):
+    if isinstance(teacher, NetworkTeacher) and isinstance(teacher.classifier, Classifier):
         networks["teacher"] = (settings.teacher.name, teacher.classifier)
     for part, (name, network) in networks.items():
         say_size(part, name, network, data)
@@ -102,8 +103,7 @@ def build_parts(settings: Settings, invocation: Invocation, tracker: "Tracker", 
 
 def _inputs_digest(data: ImageDataset, teacher: Teacher | None, model: Classifier, is_rearranged: bool) -> str:
     """What the config only points to: the images, the teacher's weights, the first weights."""
-    networks = [model.network] + ([teacher.classifier.network] if teacher else [])
     images = [data.fingerprint, data.unlabelled] if data.unlabelled else [data.fingerprint]
     if is_rearranged:  # before 0.5 such maps were compared with their height as channels
         images.append("rearranged")
-    return "-".join([*images, *(weights_digest(network) for network in networks)])
+    return "-".join([*images, weights_digest(model.network), *([teacher.digest] if teacher else [])])

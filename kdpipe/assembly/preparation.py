@@ -61,16 +61,18 @@ def prepare(settings: Settings, parts: Parts, hardware: Hardware, start: dict[st
         fit_loss(settings, loss, student, teacher, parts.data, device)
     check_sharing(loss, parts.data.unlabelled != "", hardware)
     views = build_views(settings, parts.data)
-    if isinstance(teacher, FrozenTeacher) and train.epochs > 0:
+    if teacher and not teacher.learns and train.epochs > 0:
         cache = cache_folder(settings, "teacher")
-        check_recorded(settings.teacher.name, teacher, parts.data, cache, hardware)
+        if isinstance(teacher, FrozenTeacher):
+            check_recorded(settings.teacher.name, teacher, parts.data, cache, hardware)
         check_teacher(settings.teacher.name, teacher, settings.softening, parts.data, cache, hardware)
-        _answer_in_advance(settings, teacher, parts.data, views, hardware)
+        if isinstance(teacher, FrozenTeacher):
+            _answer_in_advance(settings, teacher, parts.data, views, hardware)
     # A head on a frozen backbone trains on the backbone's features, as if they were the images.
     features = None if views else _build_features(settings, model, loss, teacher, parts.data, hardware)
     learner, data = (model.head, features) if features else (model, parts.data)
     data = data.moved_to(device)
-    if isinstance(teacher, FrozenTeacher):
+    if teacher:
         teacher.stay_near(device)
     steps_per_epoch = len(batches(data.splits["train"], train.batch_size, hardware.processes))
     optimizer, scheduler = build_optimizer(settings, learner, loss, steps_per_epoch)

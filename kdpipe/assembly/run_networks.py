@@ -1,4 +1,5 @@
-"""What is known of the weights that a command names: the network that they were trained in, which comes with them.
+"""What is known of the weights and answers that a command names: the network that weights were trained in, which comes
+with them, and what a file of answers is.
 
 A run's weights belong to its architecture and its preprocessing. Where a command leaves these to the defaults of an
 option, they are the run's; where it sets them itself, they have to be the run's.
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdpipe.assembly.building import build
 from kdpipe.assembly.stores import reach_store
+from kdpipe.data.answers import digest_of_file
 from kdpipe.models.weights import metadata_in
 from kdpipe.runs.names import CONFIG, PEER_WEIGHTS
 from kdpipe.settings.addresses import file_and_part, names_weights, run_and_file
@@ -18,7 +20,7 @@ from kdpipe.settings.composition import Invocation, stated_of_network
 from kdpipe.settings.errors import ConfigError, as_typed
 from kdpipe.settings.identity import FIRST_RESIZING, canonical, flatten, what_matters
 from kdpipe.settings.saved import read_network_settings
-from kdpipe.settings.schema import EnsembleSettings, NetworkSettings, Settings, validated
+from kdpipe.settings.schema import AnswersSettings, NetworkSettings, Settings, validated
 
 if TYPE_CHECKING:
     from kdpipe.tracking import RunStore
@@ -30,14 +32,17 @@ USE = ("weights", "freeze", "stages")
 
 
 def with_networks_of_runs(settings: Settings, invocation: Invocation, say: bool = False) -> Settings:
-    """The settings of a command, with the networks of the runs whose weights it names.
+    """The settings of a command, with the networks of the runs whose weights it names, and the digest of its file of
+    answers.
 
     Args:
         say: log what they have instead of the command's defaults.
 
     Raises:
-        ConfigError: a setting of the command's own that the run did not have; or the store cannot be reached.
+        ConfigError: a setting of the command's own that the run did not have; the store cannot be reached; no such file
+            of answers, or another one.
     """
+    settings = _with_digest_of_answers(settings)
 
     def store() -> "RunStore":
         uri = reach_store(settings)
@@ -62,10 +67,23 @@ def with_networks_of_runs(settings: Settings, invocation: Invocation, say: bool 
     return validated(Settings, settings.plain | {section: network.plain for section, network in found.items()})
 
 
+def _with_digest_of_answers(settings: Settings) -> Settings:
+    teacher = settings.teacher
+    if not settings.needs_teacher or not isinstance(teacher, AnswersSettings):
+        return settings
+    try:
+        digest = digest_of_file(teacher.file)
+    except ConfigError as error:
+        raise error.under("teacher") from error
+    if teacher.digest not in (None, digest):
+        raise ConfigError("teacher.digest", teacher.digest, f"{digest}, that of {teacher.file}")
+    return validated(Settings, settings.plain | {"teacher": teacher.plain | {"digest": digest}})
+
+
 def _named(settings: Settings) -> dict[str, NetworkSettings]:
     """The networks of a command that may have the weights of a run or a file, by their section."""
     networks = {"model": settings.model}
-    if settings.needs_teacher and not isinstance(settings.teacher, EnsembleSettings):
+    if settings.needs_teacher and isinstance(settings.teacher, NetworkSettings):
         networks["teacher"] = settings.teacher
     others = (None, "auto", "imagenet")
     return {section: network for section, network in networks.items() if network.weights not in others}

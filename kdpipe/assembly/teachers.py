@@ -1,4 +1,4 @@
-"""The teacher: one network, several as one, or a second student."""
+"""The teacher: one network, several as one, a file of answers, or a second student."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ import torch
 from kdpipe.assembly.networks import build_network, load_trained, load_weights
 from kdpipe.assembly.run_networks import network_differences, replaced, trained_network
 from kdpipe.data import ImageDataset
+from kdpipe.data.answers import read_answers
 from kdpipe.models import Classifier, Ensemble
 from kdpipe.models.weights import metadata_in
 from kdpipe.runs.commands import teacher_command
@@ -19,10 +20,10 @@ from kdpipe.settings.composition import Invocation
 from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.identity import SPLIT, TEST_SPLIT, canonical, other_split
 from kdpipe.settings.saved import read_network_settings
-from kdpipe.settings.schema import EnsembleSettings, NetworkSettings, Settings
+from kdpipe.settings.schema import AnswersSettings, EnsembleSettings, NetworkSettings, Settings
 from kdpipe.system.once import warn_once
 from kdpipe.system.randomness import derive_seed
-from kdpipe.training.teacher import FrozenTeacher, Peer, RecordedAccuracy, Teacher
+from kdpipe.training.teacher import FileTeacher, FrozenTeacher, Peer, RecordedAccuracy, Teacher
 
 if TYPE_CHECKING:
     from kdpipe.tracking import RunRecord, RunStore, Tracker
@@ -36,16 +37,20 @@ KnownTeachers = dict[str, tuple[Teacher | None, str]]
 def build_teacher(
     settings: Settings, invocation: Invocation, data: ImageDataset, tracker: "Tracker"
 ) -> tuple[Teacher | None, str]:
-    """The teacher, and the run or file that its weights come from; None where the loss needs none.
+    """The teacher, and the run or file that its weights come from, of a file of answers its digest; None where the loss
+    needs none.
 
     Raises:
-        ConfigError: no teacher found, or weights that do not fit.
+        ConfigError: no teacher found, or weights or answers that do not fit.
     """
     teacher = settings.teacher
     if not settings.needs_teacher:
         return None, ""
     if settings.teacher_learns:
         return _build_peer(settings, data, tracker), ""
+    if isinstance(teacher, AnswersSettings):
+        of_file = _build_from_file(teacher, data)
+        return of_file, of_file.digest
     if isinstance(teacher, EnsembleSettings):
         key, members = "teacher.members", build_members(teacher, data, tracker)
         frozen = FrozenTeacher(build_ensemble(teacher, members))
@@ -68,6 +73,21 @@ def _build_peer(settings: Settings, data: ImageDataset, tracker: "Tracker") -> P
     if teacher.weights != "auto":
         load_weights("teacher", teacher, classifier, data, tracker)
     return Peer(classifier)
+
+
+def _build_from_file(settings: AnswersSettings, data: ImageDataset) -> FileTeacher:
+    assert settings.digest is not None  # the file's, since the command was read
+    try:
+        teacher = FileTeacher(read_answers(data, settings.file, settings.values, settings.floor), settings.digest)
+    except ConfigError as error:
+        raise error.under("teacher") from error
+    for split in ("validation", "test"):
+        positions = data.splits.get(split, torch.empty(0))
+        if not teacher.covers(positions):
+            number = int(torch.isin(positions, teacher.answers.positions).sum())
+            answered = f"{number:,} of {len(positions):,}" if number else "none"
+            log.info("teacher: answers for %s of the %s images, so what needs all of them is left out", answered, split)
+    return teacher
 
 
 def _build_one(

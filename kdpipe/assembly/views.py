@@ -8,7 +8,8 @@ from kdpipe.data.augmentation import DRAWS, Augmentation, Views
 from kdpipe.data.mixing import Mixing
 from kdpipe.settings.errors import ConfigError, first_line
 from kdpipe.settings.identity import canonical
-from kdpipe.settings.schema import Settings
+from kdpipe.settings.schema import AnswersSettings, Settings
+from kdpipe.system.once import warn_once
 
 
 def build_augmentation(settings: Settings) -> Augmentation | None:
@@ -54,6 +55,8 @@ def check_outputs(settings: Settings) -> None:
     """Raise ConfigError for a way to get the teacher's answers that the views of the images rule out."""
     outputs, key = settings.distillation.outputs, "distillation.outputs"
     has_views = build_augmentation(settings) is not None
+    if settings.needs_teacher and isinstance(settings.teacher, AnswersSettings):
+        return _check_views_of_answers(settings, has_views)
     if outputs == "cached" and has_views:
         raise ConfigError(key, outputs, "auto, online or views", "augmentation gives each epoch other views")
     if outputs in ("cached", "views") and settings.train.mixes:
@@ -61,3 +64,15 @@ def check_outputs(settings: Settings) -> None:
         raise ConfigError(key, outputs, "auto or online", problem)
     if outputs == "views" and not has_views:
         raise ConfigError(key, outputs, "auto, cached or online", "without augmentation there is only one view")
+
+
+def _check_views_of_answers(settings: Settings, has_views: bool) -> None:
+    """Raise ConfigError for images that a file has no answers for; warn where it has one answer for all views."""
+    problem = "a file of answers knows the images as they are stored"
+    for name in ("mixup", "cutmix"):
+        if (value := getattr(settings.train, name)) is not None:
+            raise ConfigError(f"train.{name}", value, "null", f"{problem}, and no others")
+    if (outputs := settings.distillation.outputs) not in ("auto", "cached"):
+        raise ConfigError("distillation.outputs", outputs, "auto or cached", f"{problem}, and no others")
+    if has_views:
+        warn_once("augmentation: %s, so each view of an image is taught the same answer", problem)

@@ -18,7 +18,8 @@ COST = (
 METRICS = (
     *(f"test/{name}" for name in (*QUALITY, "loss_scaled", "ece_scaled")),
     "model/temperature",
-    *(f"teacher/{name}" for name in ("accuracy", *QUALITY, "agreement", "agreement_where_wrong", "kl")),
+    *(f"teacher/{name}" for name in ("accuracy", "val_accuracy", *QUALITY)),
+    *(f"teacher/{name}" for name in ("agreement", "agreement_where_wrong", "kl")),
     *(f"{group}/{name}" for group in ("model", "teacher") for name in COST),
     *(f"speedup/{name}{threads}" for threads in ("", ONE_THREAD) for name in ("latency", "throughput")),
 )

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -247,7 +248,10 @@ def _leak(source: str, cell: Cell, get_run: GetRun) -> str:
         seen.add(source)
         run = get_run(source)
         if run is None:
-            return f"the teacher's weights come from {source}: it may have been trained on the {images}"
+            what, where = "weights", source
+            if cell.settings.get("teacher.digest") == source:
+                what, where = "answers", Path(cell.first.params.get("teacher.file", source)).name
+            return f"the teacher's {what} come from {where}: it may have been trained on the {images}"
         if run.tags.get("kdpipe.data") != cell.first.tags["kdpipe.data"]:
             return "the teacher was trained on other images than these: it may have seen validation and test images"
         if other := other_split(run.params, cell.first.params):

@@ -34,11 +34,13 @@ def summarize_student(comparison: Comparison) -> StudentSummary | None:
     where, threads = timings.where, timings.threads
     costs = ("size_mb", "flops", f"latency_ms{threads}", "images_per_second")
     metrics = averages(distilled, timings)
+    validation = metrics.get("teacher/val_accuracy")
     rows: dict[str, list[float | None]] = {}
     if distilled.teacher_run:  # two students that learn from each other have none
         quality = [comparison.teacher_accuracy, metrics.get("teacher/ece"), metrics.get("teacher/loss")]
-        name = f"teacher {distilled.first.params.get('teacher.name', '')}"
-        rows[name] = [*quality, *(metrics.get(f"teacher/{cost}") for cost in costs)]
+        values = [*quality, *(metrics.get(f"teacher/{cost}") for cost in costs)]
+        if any(value is not None for value in values):  # of answers in a file, nothing may be known
+            rows[f"teacher {distilled.first.params.get('teacher.name', '')}"] = values
     for name, cell in (("student alone", alone), ("student distilled", distilled)):
         if cell:
             quality = [average(cell, f"test/{metric}") for metric in ("accuracy", "ece", "loss")]
@@ -48,7 +50,8 @@ def summarize_student(comparison: Comparison) -> StudentSummary | None:
         ratios = _ratios(metrics, threads)
         columns |= {heading: ["", *[text] * (len(rows) - 1)] for heading, text in ratios.items()}
     lines = [[name, *(column[number] for column in columns.values())] for number, name in enumerate(rows)]
-    notes = ["loss and ECE (expected calibration error) on the test images"] if "ECE %" in columns else []
+    notes = [] if validation is None else [f"its teacher gets {100 * validation:.2f} % of the validation images right"]
+    notes += ["loss and ECE (expected calibration error) on the test images"] if "ECE %" in columns else []
     if "ms" in columns:
         one, several = (" on one thread", " on all") if threads else ("", "")
         here = f", timed on {where}" if where else ""

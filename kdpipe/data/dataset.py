@@ -25,7 +25,7 @@ class Source:
     class_names: tuple[str, ...]
     given: dict[str, Tensor] = field(default_factory=dict)  # "validation" and "test", if any, as positions int64 [n]
     fingerprint: str = ""  # 16 hex digits that identify all of the above; computed by default
-    names: Sequence[str] = ()  # of the images' files, for messages
+    names: Sequence[str] = ()  # of the images' files
 
     def __post_init__(self) -> None:
         _check_tensor("images", self.images, torch.uint8, 4)
@@ -112,7 +112,7 @@ class ImageDataset:
     splits: dict[str, Tensor]  # positions, int64 [n]
     fingerprint: str
     unlabelled: str = ""  # fingerprint of the training images that have no label (−1); "" without such images
-    names: Sequence[str] = ()  # of the images' files, for messages; without those that have no label
+    names: Sequence[str] = ()  # of the images' files
     duplicates: tuple[Duplicates, ...] = ()  # images of the test and validation splits that are also in another
 
     @property

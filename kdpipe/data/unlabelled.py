@@ -88,5 +88,6 @@ def with_unlabelled(
         labels=torch.cat([data.labels, torch.full_like(source.labels, -1)]),
         splits=data.splits | {"train": torch.cat([data.splits["train"], new])},
         unlabelled=source.fingerprint,
+        names=(*data.names, *source.names) if data.names else (),
         duplicates=(*data.duplicates, *duplicates),
     )

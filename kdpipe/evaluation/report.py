@@ -34,6 +34,7 @@ def result_table(metrics: Mapping[str, float], width: int | None = None) -> str:
         "the same, scaled": scaled and f"{scaled} (probabilities at temperature {metrics['model/temperature']:.2f})",
         "second student's": percent("peer/accuracy"),
         "teacher's accuracy": percent("teacher/accuracy"),
+        "teacher's, validation": percent("teacher/val_accuracy"),
         "agrees with it": percent("teacher/agreement") + (where_wrong and f" (where it is wrong: {where_wrong})"),
     }
     return text_table(("", ""), [(title, text) for title, text in rows.items() if text], left=(0, 1), width=width)

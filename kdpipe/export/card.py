@@ -17,7 +17,7 @@ from kdpipe.export.sources import Sources, fitted_temperature, public_settings
 from kdpipe.export.writers import strip_folders
 from kdpipe.runs.names import UNLABELLED_IMAGES
 from kdpipe.settings.identity import canonical
-from kdpipe.settings.schema import EnsembleSettings
+from kdpipe.settings.schema import NetworkSettings
 from kdpipe.system.tables import markdown_table
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
@@ -125,7 +125,8 @@ def _training_settings(run: FinishedRun) -> dict[str, Any]:
         "optimizer": True,
         "scheduler": True,
         "augmentation": not settings.augmentation.target.endswith(".no_augmentation"),
-        "teacher": is_distilled and isinstance(settings.teacher, EnsembleSettings),  # for the shares of its members
+        # For the shares of its members, or how its file was read.
+        "teacher": is_distilled and not isinstance(settings.teacher, NetworkSettings),
         "distillation": is_distilled and settings.distillation.outputs == "views",
     }
     shown = {section: sections[section] for section, counts in has_effect.items() if counts}

@@ -3,7 +3,7 @@
 import shlex
 
 from kdpipe.settings.composition import Invocation
-from kdpipe.settings.schema import EnsembleSettings, Settings
+from kdpipe.settings.schema import NetworkSettings, Settings
 
 
 def compare_command(settings: Settings) -> str:
@@ -31,7 +31,7 @@ def teacher_command(settings: Settings, invocation: Invocation) -> str:
     if str(choices.get("experiment")).startswith("benchmark/"):  # whose pairs name the teacher themselves
         experiment = "benchmark/teacher"
         overrides.append(f"model={choices['model@teacher']}")
-        if not isinstance(settings.teacher, EnsembleSettings) and "shortcut" in settings.teacher.arguments:
+        if isinstance(settings.teacher, NetworkSettings) and "shortcut" in settings.teacher.arguments:
             overrides.append(f"model.shortcut={settings.teacher.arguments['shortcut']}")
     for override in invocation.overrides:
         key, _, value = override.partition("=")

@@ -15,6 +15,7 @@ PLACES = (
     "tracking",
     "dataset.root",
     "dataset.cache_dir",
+    "teacher.file",  # its content counts, teacher.digest
     "train.device",
     "train.threads",
     "train.resume",

@@ -18,10 +18,9 @@ from kdpipe.settings.components import accepted_arguments
 from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.identity import flatten
 from kdpipe.settings.schema import (
-    ENSEMBLE,
+    TEACHERS,
     Component,
     DatasetSettings,
-    EnsembleSettings,
     NetworkSettings,
     Section,
     Settings,
@@ -46,7 +45,7 @@ def _types(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]
 
 TYPES = {
     **dict(_types(Settings)),
-    **{f"teacher.{key}": kind for part in (NetworkSettings, EnsembleSettings) for key, kind in _types(part)},
+    **{f"teacher.{key}": kind for part in (NetworkSettings, *TEACHERS.values()) for key, kind in _types(part)},
 }
 # Keys whose values are names, paths or lists of them. A component's own arguments have no types here.
 TEXT_KEYS = {
@@ -159,11 +158,12 @@ def _has_argument(section: str, values: Mapping[str, Any], name: str) -> bool:
     """Whether the component in a section of the config takes a value."""
     if name in ("_target_", "_partial_"):
         return True
-    model = EnsembleSettings if values.get("_target_") == ENSEMBLE else COMPONENTS[section]
+    is_special = values.get("_target_") in TEACHERS  # its keys are those of its settings alone
+    model = TEACHERS[values["_target_"]] if is_special else COMPONENTS[section]
     if name in model.model_fields:
         return True
     accepted = accepted_arguments(values)
-    return model is not EnsembleSettings and (accepted is None or name in accepted)
+    return not is_special and (accepted is None or name in accepted)
 
 
 def _forced(overrides: Sequence[str]) -> list[str]:

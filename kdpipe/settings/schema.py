@@ -33,6 +33,7 @@ from kdpipe.settings.values import (
 
 log = logging.getLogger("kdpipe")
 ENSEMBLE = "kdpipe.models.Ensemble"
+ANSWERS = "kdpipe.data.answers.read_answers"
 RUN_LIST = "a list of runs, [runs:/<run id>,runs:/<run id>]"
 Freeze = Literal["none", "backbone"]
 Model = TypeVar("Model", bound="Section")
@@ -165,14 +166,39 @@ class EnsembleSettings(Component):
             raise ConfigError("teacher.weights", self.weights, "auto", "an ensemble has the weights of its members")
 
 
+class AnswersSettings(Component):
+    """A file of answers in the place of a network that gives them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[str, Field(description="a name")]
+    file: Annotated[str, Field(description="a .npz, .parquet or .csv file")]
+    values: Literal["auto", "logits", "probabilities"] = "auto"
+    floor: Annotated[float, Field(gt=0, lt=1)] = 1e-8
+    digest: str | None = None  # what the file is, wherever it lies; the command line fills it in
+    weights: str | None = "auto"
+    freeze: Literal["none"] = "none"
+
+    def check(self) -> None:
+        """Raise ConfigError for weights, which a file of answers does not have."""
+        if self.weights != "auto":
+            raise ConfigError("teacher.weights", self.weights, "auto", f"the answers are those of {self.file}")
+
+
+# What may teach besides one network, by its target.
+TEACHERS: dict[str, type[EnsembleSettings] | type[AnswersSettings]] = {
+    ENSEMBLE: EnsembleSettings,
+    ANSWERS: AnswersSettings,
+}
+
+
 def _teacher(value: object) -> object:
     if not isinstance(value, Mapping):
         return value
-    model = EnsembleSettings if value.get("_target_") == ENSEMBLE else NetworkSettings
-    return validated(model, value, "teacher")
+    return validated(TEACHERS.get(str(value.get("_target_")), NetworkSettings), value, "teacher")
 
 
-TeacherSettings = Annotated[NetworkSettings | EnsembleSettings, BeforeValidator(_teacher)]
+TeacherSettings = Annotated[NetworkSettings | EnsembleSettings | AnswersSettings, BeforeValidator(_teacher)]
 
 
 class TrainSettings(Section):
@@ -276,6 +302,8 @@ class Settings(Section):
         model = values.get("model") if isinstance(values, Mapping) else None
         if isinstance(model, Mapping) and model.get("_target_") == ENSEMBLE:
             raise ConfigError("model", model.get("name"), "one network; several can teach it, model@teacher=ensemble")
+        if isinstance(model, Mapping) and model.get("_target_") == ANSWERS:
+            raise ConfigError("model", model.get("name"), "a network; answers can teach it, model@teacher=answers")
         return values
 
     @model_validator(mode="after")
@@ -289,12 +317,12 @@ class Settings(Section):
             raise ConfigError("train.keep_epochs", beyond[0], f"epochs up to train.epochs={self.train.epochs}")
         if self.teacher_learns:
             self._check_second_student()
-        if self.needs_teacher and isinstance(self.teacher, EnsembleSettings):
+        if self.needs_teacher and not isinstance(self.teacher, NetworkSettings):
             self.teacher.check()
         return self
 
     def _check_second_student(self) -> None:
-        if isinstance(self.teacher, EnsembleSettings):
+        if not isinstance(self.teacher, NetworkSettings):
             raise ConfigError("model@teacher", self.teacher.name, "one network, as the second student")
         if self.teacher.freeze != "none":
             raise ConfigError("teacher.freeze", self.teacher.freeze, "none", "a second student learns")
@@ -304,7 +332,7 @@ class Settings(Section):
     def check_weights(self) -> None:
         """Raise ConfigError for weights that are no run and no existing file. Of a finished run they may be gone."""
         _check_weights("model.weights", self.model.weights, [None, "imagenet"])
-        if self.needs_teacher and not isinstance(self.teacher, EnsembleSettings):
+        if self.needs_teacher and isinstance(self.teacher, NetworkSettings):
             # A second student learns, too: from random weights, unless others are named.
             choices = ["auto", None, "imagenet"] if self.teacher_learns else ["auto"]
             _check_weights("teacher.weights", self.teacher.weights, choices)

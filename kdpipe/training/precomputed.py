@@ -23,6 +23,7 @@ from kdpipe.settings.identity import RESULTS
 from kdpipe.system.disk_cache import META, array_digest, ensure_entry, mapped_array, new_array, read_meta
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.progress import progress
+from kdpipe.training.teacher import FileTeacher, NetworkTeacher, Teacher
 
 log = logging.getLogger("kdpipe")
 
@@ -130,17 +131,41 @@ def precomputed_features(
 
 
 def logits_of_test_images(
-    teacher: Classifier | Ensemble, name: str, data: ImageDataset, folder: Path, hardware: Hardware
-) -> Tensor:
-    """A teacher's logits for the test images, float32 [n, classes].
+    teacher: Teacher, name: str, data: ImageDataset, folder: Path, hardware: Hardware
+) -> Tensor | None:
+    """A teacher's logits for the test images, float32 [n, classes]; None where it cannot answer for all of them.
 
     Raises:
         ValueError: logits that are NaN or infinite.
     """
     positions = data.splits["test"]
-    request = OutputRequest("logits", name, teacher, teacher, data, positions.sort().values)
-    (known,) = precomputed_outputs(request, folder, math.inf, hardware)
+    if not teacher.covers(positions):
+        return None
+    known = logits_of_teacher(teacher, name, data, positions.sort().values, folder, hardware)
     return require_finite(f"the teacher {name}", known[positions].clone())
+
+
+def logits_of_teacher(
+    teacher: Teacher,
+    name: str,
+    data: ImageDataset,
+    positions: Tensor,
+    folder: Path,
+    hardware: Hardware,
+    level: int = logging.INFO,
+) -> PerImageValues:
+    """A teacher's logits for some images that it covers, int64 [n], sorted: those of its file, or of its network, kept
+    in `folder`.
+
+    Args:
+        level: of the log line that says where those of a network are from.
+    """
+    if isinstance(teacher, FileTeacher):
+        return teacher.answers
+    assert isinstance(teacher, NetworkTeacher)
+    request = OutputRequest("logits", name, teacher.classifier, teacher.classifier, data, positions)
+    (known,) = precomputed_outputs(request, folder, math.inf, hardware, level)
+    return known
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What stands in the teacher's place: a frozen network, or a second student."""
+"""What stands in the teacher's place: a frozen network, a file of its answers, or a second student."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,28 +7,78 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from kdpipe.data import PerImageValues
+from kdpipe.data import ImageDataset, PerImageValues
 from kdpipe.data.dataset import fits_on_gpu
 from kdpipe.losses.outputs import Outputs
 from kdpipe.models import Classifier, Ensemble
+from kdpipe.models.weights import weights_digest
 from kdpipe.training.observed import Observed
 
 
 class Teacher(nn.Module):
-    """A network that the loss compares the student with.
+    """What the loss compares the student with.
 
     Attributes:
         learns: whether it is trained as well.
         role: "teacher" or "peer": the prefix of its metrics.
+        remedy: what to do about one that knows nothing.
     """
 
     learns = False
     role = "teacher"
+    remedy = "train it longer, or use other teacher.weights"
+
+    @property
+    def is_rearranged(self) -> bool:
+        """Whether its features have another order of axes inside the network; known after its first answer."""
+        return False
+
+    @property
+    def remembers(self) -> bool:
+        """Whether its answers for the training images are known."""
+        return False
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits that identify what it answers from."""
+        raise NotImplementedError
+
+    def observe(self, roles: Sequence[str]) -> None:
+        """Answer with the features of these roles as well, of `kdpipe.losses.outputs.ROLES`, from now on.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        raise NotImplementedError
+
+    def covers(self, positions: Tensor) -> bool:
+        """Whether it can answer for all of these images of the data set, int64 [n]."""
+        return True
+
+    def stay_near(self, device: torch.device) -> None:
+        """Keep the answers that it remembers on a GPU, where they fit."""
+
+    def forward(self, images: Tensor, indices: Tensor, epoch: int) -> Outputs:
+        """Its outputs for what an epoch, counted from 1, sees of some images of the data set.
+
+        Args:
+            images: the views, uint8 [N, C, H, W].
+            indices: the positions of the images in the data set, int64 [N].
+        """
+        raise NotImplementedError
+
+
+class NetworkTeacher(Teacher):
+    """A network that answers for any images."""
 
     def __init__(self, classifier: Classifier | Ensemble) -> None:
         super().__init__()
         self.classifier: Classifier | Ensemble = classifier
         self._observed = Observed(classifier)
+
+    @property
+    def digest(self) -> str:
+        return weights_digest(self.classifier.network)
 
     def observe(self, roles: Sequence[str]) -> None:
         """Answer with the features of these roles as well, of `kdpipe.losses.outputs.ROLES`, from now on.
@@ -41,25 +91,13 @@ class Teacher(nn.Module):
 
     @property
     def is_rearranged(self) -> bool:
-        """Whether its features have another order of axes inside the network; known after its first answer."""
         return self._observed.is_rearranged
-
-    @property
-    def remembers(self) -> bool:
-        """Whether its answers for the training images are known."""
-        return False
 
     def answer(self, images: Tensor) -> Outputs:
         """Its outputs for uint8 images [N, C, H, W]."""
         return self._observed(images)
 
     def forward(self, images: Tensor, indices: Tensor, epoch: int) -> Outputs:
-        """Its outputs for what an epoch, counted from 1, sees of some images of the data set.
-
-        Args:
-            images: the views, uint8 [N, C, H, W].
-            indices: the positions of the images in the data set, int64 [N].
-        """
         return self.answer(images)
 
 
@@ -80,14 +118,57 @@ class RecordedAccuracy:
     accuracy: float
 
 
-class Peer(Teacher):
+class FileTeacher(Teacher):
+    """Logits from a file, in place of a network; the same for every view of an image.
+
+    Args:
+        answers: logits, float32 [n, classes].
+        digest: of the file.
+    """
+
+    remedy = "are the rows of teacher.file about these images, and its columns in the order of these classes?"
+
+    def __init__(self, answers: PerImageValues, digest: str) -> None:
+        super().__init__()
+        self.answers = self._near = answers
+        self._digest = digest
+
+    @property
+    def digest(self) -> str:
+        return self._digest
+
+    @property
+    def remembers(self) -> bool:
+        return True
+
+    def observe(self, roles: Sequence[str]) -> None:
+        assert not roles, f"a file has no {', '.join(roles)}"
+
+    def covers(self, positions: Tensor) -> bool:
+        return bool(torch.isin(positions, self.answers.positions).all())
+
+    def accuracy(self, data: ImageDataset, split: str) -> float | None:
+        """The share of a split's images that it gets right; None where it does not answer for all of them."""
+        positions = data.splits.get(split)
+        if positions is None or not self.covers(positions):
+            return None
+        return float((self.answers[positions].argmax(dim=1) == data.labels[positions]).double().mean())
+
+    def stay_near(self, device: torch.device) -> None:
+        self._near = self.answers.to(device) if fits_on_gpu(self.answers, device) else self.answers
+
+    def forward(self, images: Tensor, indices: Tensor, epoch: int) -> Outputs:
+        return Outputs(self._near[indices].to(images.device))
+
+
+class Peer(NetworkTeacher):
     """A second student: it learns while it teaches."""
 
     learns = True
     role = "peer"
 
 
-class FrozenTeacher(Teacher):
+class FrozenTeacher(NetworkTeacher):
     """Cannot be trained by accident: no gradients, and in evaluation mode whatever `train()` is called around it.
 
     Attributes:
@@ -123,7 +204,6 @@ class FrozenTeacher(Teacher):
         self._known, self._like = list(known), like
 
     def stay_near(self, device: torch.device) -> None:
-        """Keep the answers on a GPU, where they fit."""
         self._known = [rows.to(device) if fits_on_gpu(rows, device) else rows for rows in self._known]
 
     @property

@@ -13,7 +13,7 @@ from kdpipe.data.dataset import subsample
 from kdpipe.settings.errors import ConfigError
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.once import warn_once
-from kdpipe.training.precomputed import OutputRequest, precomputed_outputs
+from kdpipe.training.precomputed import OutputRequest, logits_of_teacher, precomputed_outputs
 from kdpipe.training.teacher import FrozenTeacher, Teacher
 
 log = logging.getLogger("kdpipe")
@@ -38,12 +38,11 @@ def check_teacher(
     Raises:
         ConfigError: logits that are NaN or infinite, from which nothing can be learned.
     """
-    split = "validation" if "validation" in data.splits else "train"
+    split = "validation" if "validation" in data.splits and teacher.covers(data.splits["validation"]) else "train"
     labelled = data.splits[split][data.labels[data.splits[split]] >= 0]
     judged, taught = subsample(labelled, SAMPLE), subsample(data.splits["train"], SAMPLE)
     positions = torch.cat([judged, taught]).unique()
-    request = OutputRequest("logits", name, teacher.classifier, teacher.classifier, data, positions)
-    (answers,) = precomputed_outputs(request, folder, math.inf, hardware, logging.DEBUG)
+    answers = logits_of_teacher(teacher, name, data, positions, folder, hardware, logging.DEBUG)
     if bad := int((~answers[positions].isfinite()).any(dim=1).sum()):
         problem = f"its logits are NaN or infinite for {bad:,} of {len(positions):,} images"
         raise ConfigError("model@teacher", name, "a teacher whose weights and preprocessing go together", problem)
@@ -60,10 +59,11 @@ def check_teacher(
     if no_better_than_chance(correct, commonest, len(judged)):
         warn_once(
             "teacher %s is no better than chance (%s; always the most common class: %.1f %%): distilling from it is "
-            "mostly a no-op; train it longer, or use other teacher.weights",
+            "mostly a no-op; %s",
             name,
             found,
             100 * commonest / len(judged),
+            teacher.remedy,
         )
     if is_one_hot:
         warn_once(

@@ -10,7 +10,7 @@ from torch import Tensor
 from kdpipe.data.mixing import Mixing
 from kdpipe.losses import KD
 from kdpipe.losses.outputs import Outputs
-from kdpipe.training.teacher import Teacher
+from kdpipe.training.teacher import NetworkTeacher
 
 IMAGES = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 3, 0, 1])
@@ -82,7 +82,7 @@ def test_student_and_teacher_see_the_same_mixed_images() -> None:
             given.append(labels)
             return super().forward(student, teacher, labels, indices, epoch)
 
-    model, teacher = classifier(), Teacher(classifier())
+    model, teacher = classifier(), NetworkTeacher(classifier())
     for name, module in (("student", model), ("teacher", teacher.classifier)):
         module.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(inputs[0].clone()))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

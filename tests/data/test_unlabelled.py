@@ -13,7 +13,7 @@ from PIL import Image
 from kdpipe.data import ImageDataset, Source, split
 from kdpipe.data.unlabelled import Concatenated, with_unlabelled
 from kdpipe.losses import KD, cross_entropy
-from kdpipe.training.teacher import Teacher
+from kdpipe.training.teacher import NetworkTeacher
 
 
 def some_photos() -> ImageDataset:
@@ -70,7 +70,7 @@ def test_cross_entropy_is_averaged_over_labelled_images() -> None:
 
 def test_a_student_trains_on_all_images_and_is_evaluated_on_labelled_ones(more: Path, tmp_path: Path) -> None:
     data = with_unlabelled(some_photos(), str(more), "stop", str(tmp_path / "cache"))
-    model, teacher = classifier(), Teacher(classifier())
+    model, teacher = classifier(), NetworkTeacher(classifier())
     optimizer = torch.optim.SGD(model.parameters(), lr=0)
     looked_at: list[int] = []
     model.register_forward_hook(lambda module, _, output: module.training and looked_at.append(len(output)))

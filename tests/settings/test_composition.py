@@ -9,12 +9,15 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from kdpipe.assembly.building import build
+from kdpipe.data.answers import read_answers
 from kdpipe.models import Ensemble
 from kdpipe.settings.components import find_target
 from kdpipe.settings.composition import CONF
-from kdpipe.settings.schema import Section, Settings
+from kdpipe.settings.schema import ANSWERS, AnswersSettings, Section, Settings
 
 OPTIONS = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml"))
+# What cannot be trained, with what it is made of.
+TEACHERS_ALONE = {"ensemble": ["teacher.members=[runs:/a]"], "answers": ["teacher.file=answers.csv"]}
 DATASETS_ON_DISK = ("cifar10", "cifar100", "fashion_mnist", "dogs_vs_cats", "image_folder")
 
 
@@ -22,8 +25,8 @@ DATASETS_ON_DISK = ("cifar10", "cifar100", "fashion_mnist", "dogs_vs_cats", "ima
 def test_every_yaml_composes_and_builds(option: str, composed: Callable[..., Settings], tmp_path: Path) -> None:
     group, name = option.split("/")
     folder = ["dataset.root=somewhere"] if name == "image_folder" else []
-    place = "teacher" if name == "ensemble" else group
-    members = ["teacher.members=[runs:/a]"] if name == "ensemble" else []
+    place = "teacher" if name in TEACHERS_ALONE else group
+    members = TEACHERS_ALONE.get(name, [])
     choice = f"{group}@{place}={name}" if place != group else f"{group}={name}"
     settings = composed(choice, "chain=null", *folder, *members)
     assert settings.identity
@@ -31,6 +34,9 @@ def test_every_yaml_composes_and_builds(option: str, composed: Callable[..., Set
     if name == "ensemble":
         assert find_target("teacher._target_", part.target) is Ensemble  # which is made of runs
         assert part.name == name and part.temperature == settings.loss.temperature
+    elif name == "answers":
+        assert find_target("teacher._target_", part.target) is read_answers  # from a file
+        assert part == AnswersSettings(_target_=ANSWERS, name=name, file="answers.csv")
     elif group == "model":
         assert part.name == (name if name not in ("torchvision", "timm") else "resnet18")
         network = build("model", part, num_classes=3).eval()
