@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 from torch import Tensor
@@ -201,9 +202,7 @@ def _decode_into(images: np.memmap, files: Sequence[ImageFile], resizes: bool) -
         if pixels.size != size and not resizes:
             other_sizes.append(f"{file.name} has {pixels.width}×{pixels.height}")
             return
-        if pixels.size != size:
-            pixels = pixels.resize(size, Image.Resampling.BILINEAR)
-        images[position] = np.asarray(pixels).transpose(2, 0, 1)
+        images[position] = stored(pixels, size)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress("decoding images", len(files)) as bar:
         for start in range(0, len(files), QUEUED):
@@ -213,6 +212,13 @@ def _decode_into(images: np.memmap, files: Sequence[ImageFile], resizes: bool) -
         problem = f"the first image has {size[0]}×{size[1]} pixels, but {min(other_sizes)}"
         raise ConfigError("image_size", None, "the side in pixels, such as 128", problem)
     return bad
+
+
+def stored(pixels: Image.Image, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """An RGB image as it is stored: uint8 [3, H, W] of `size`, (width, height)."""
+    if pixels.size != size:
+        pixels = pixels.resize(size, Image.Resampling.BILINEAR)
+    return np.asarray(pixels).transpose(2, 0, 1)
 
 
 def _about(shape: tuple[int, ...]) -> str:
