@@ -217,7 +217,9 @@ def _files(names: Sequence[str], file: str, top: Path, on_bad_image: str) -> tup
         if on_bad_image == "stop" or len(missing) == len(names):
             near = folders.near(top, missing[0])
             expected = "the folder where file names start"
-            raise ConfigError("root", str(top), expected, f"{problem}; did you mean {near}?" if near else problem)
+            raise ConfigError(
+                "root", str(top), expected, f"{problem}; did you mean dataset.root={near}?" if near else problem
+            )
         log.warning("dataset.on_bad_image=skip: %s, left out", problem)
     found = [(row, path) for row, path in enumerate(paths) if path is not None]
     counts = Counter(path for _, path in found)
