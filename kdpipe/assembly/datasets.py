@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
+from torch.utils.data import Dataset
+
 from kdpipe.assembly.building import build, check_arguments
 from kdpipe.data import ImageDataset, Source, split
 from kdpipe.data.torch_dataset import check_map_style, torch_source
@@ -75,10 +77,10 @@ def check_dataset(settings: DatasetSettings) -> None:
 
 
 def _is_dataset(settings: DatasetSettings) -> bool:
-    """Whether the target is a `torch.utils.data.Dataset`, or makes one: what makes a source is a function, and has no
-    keys for the data sets of other splits."""
+    """Whether the target is a `torch.utils.data.Dataset`, or is said to make one: no source has keys for the data sets
+    of other splits."""
     found = find_target("dataset._target_", settings.target)
-    return (isinstance(found, type) and not issubclass(found, Source)) or {*OTHER_SPLITS} <= settings.arguments.keys()
+    return (isinstance(found, type) and issubclass(found, Dataset)) or {*OTHER_SPLITS} <= settings.arguments.keys()
 
 
 def _parts(settings: DatasetSettings) -> dict[str, Component]:

@@ -88,6 +88,8 @@ def _read(path: Path, file: str) -> Table:
         raise ConfigError("file", file, "a CSV or Parquet file with a row for each image", problem)
     try:
         table = _read_parquet(path) if path.suffix.lower() in (".parquet", ".pq") else _read_csv(path)
+    except MemoryError:
+        raise
     except Exception as error:  # readers of damaged files raise all kinds
         raise ConfigError("file", file, problem=f"not a readable table ({flat(error, 300)})") from error
     if table.text.empty and not (table.images and len(table.text)):
@@ -101,7 +103,7 @@ def _read_csv(path: Path) -> Table:
     separator = "\t" if path.suffix.lower() in (".tsv", ".tab") else max(",;\t|", key=header.count)
     # As text: 007 is a class, and so may NA be; a value is missing where there is nothing.
     text = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False)
-    return Table(text.rename(columns=str.strip).apply(lambda column: column.str.strip()))
+    return Table(text.fillna("").rename(columns=str.strip).apply(lambda column: column.str.strip()))
 
 
 def _read_parquet(path: Path) -> Table:
@@ -189,10 +191,8 @@ def _one_hot(table: Table, columns: Sequence[str], named: str | list[str]) -> li
     is_missing = numbers.isna().all(axis=1)
     is_one = numbers.isin([0, 1]).all(axis=1) & (numbers.sum(axis=1) == 1)
     if wrong := (~(is_one | is_missing)).to_numpy().nonzero()[0].tolist():
-        problem = (
-            f"{len(wrong)} of {len(numbers)} rows of {', '.join(columns[:5])}{', …' * (len(columns) > 5)} have not"
-        )
-        problem += f" one 1 among zeros (row {wrong[0] + 1})"
+        problem = f"{len(wrong)} of {len(numbers)} rows of {shortened(columns)} have not one 1 among zeros"
+        problem += f" (row {wrong[0] + 1})"
         raise ConfigError("label_column", named, "one class for each image", problem)
     names = numbers.fillna(0).idxmax(axis=1).tolist()
     return [None if missing else str(name) for name, missing in zip(names, is_missing, strict=True)]
@@ -215,11 +215,9 @@ def _files(names: Sequence[str], file: str, top: Path, on_bad_image: str) -> tup
     if missing := [names[row] or f"row {row + 1}" for row, path in enumerate(paths) if path is None]:
         problem = f"{len(missing)} of the {len(names)} images that {file} lists are not there ({shortened(missing)})"
         if on_bad_image == "stop" or len(missing) == len(names):
-            near = folders.near(top, missing[0])
-            expected = "the folder where file names start"
-            raise ConfigError(
-                "root", str(top), expected, f"{problem}; did you mean dataset.root={near}?" if near else problem
-            )
+            if near := folders.near(top, missing[0]):
+                problem += f"; did you mean dataset.root={near}?"
+            raise ConfigError("root", str(top), "the folder where file names start", problem)
         log.warning("dataset.on_bad_image=skip: %s, left out", problem)
     found = [(row, path) for row, path in enumerate(paths) if path is not None]
     counts = Counter(path for _, path in found)

@@ -90,7 +90,8 @@ def test_rows_without_a_label_are_images_for_the_teacher(
     caplog.set_level(logging.INFO, "kdpipe")
     split = 18 * ["train"] + 2 * ["test"] + 16 * ["train"] + 4 * ["test"]
     labels = [*LABELS[:14], *4 * [""], *LABELS[18:38], "", ""]
-    path = table(file=NAMES, label=labels, split=split)
+    path = table(split=split, file=NAMES, label=labels)
+    path.write_text(path.read_text().replace("test,temple/19.jpg,\n", "test,temple/19.jpg\n"))  # a short row
     assert len(read("dataset=csv", f"dataset.file={path}").labels) == 34
     assert "4 training images have no label" in caplog.text
     assert "2 validation or test images have no label and are left out" in caplog.text
