@@ -1,11 +1,12 @@
 """What a run is made of, checked before it trains."""
 
 import json
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kdpipe.assembly.building import check_arguments
-from kdpipe.assembly.datasets import build_data, build_unlabelled, check_selection
+from kdpipe.assembly.datasets import build_data, build_unlabelled, check_dataset, check_selection
 from kdpipe.assembly.networks import build_model, check_single_images, say_size
 from kdpipe.assembly.objectives import build_loss, check_fit, check_step
 from kdpipe.assembly.teachers import KnownTeachers, build_teacher
@@ -20,6 +21,8 @@ from kdpipe.training.teacher import NetworkTeacher, Teacher
 
 if TYPE_CHECKING:
     from kdpipe.tracking import Tracker
+
+log = logging.getLogger("kdpipe")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def check_components(settings: Settings) -> None:
     """Raise ConfigError for a value that a component does not take, or that goes with no other: before data is read."""
     settings.check_weights()
     loss = build_loss(settings)
-    check_arguments("dataset", settings.dataset)
+    check_dataset(settings.dataset)
     check_arguments("model", settings.model, num_classes=2)
     if isinstance(settings.teacher, NetworkSettings):
         check_arguments("teacher", settings.teacher, num_classes=2)
@@ -78,7 +81,7 @@ def build_parts(settings: Settings, invocation: Invocation, tracker: "Tracker", 
         known = {}
     elif settings.needs_teacher:
         key = json.dumps([settings.dataset.plain, settings.teacher.plain])
-    if settings.needs_teacher and settings.dataset.unlabelled_root is not None:
+    if settings.needs_teacher and (settings.dataset.unlabelled_root is not None or _learns_from_more(settings, data)):
         data = build_unlabelled(settings)
     if key not in known:
         known[key] = build_teacher(settings, invocation, data, tracker)
@@ -99,6 +102,17 @@ def build_parts(settings: Settings, invocation: Invocation, tracker: "Tracker", 
         "kdpipe.stage": settings.run_stage,
     }
     return Parts(data, teacher, teacher_source, model, tags)
+
+
+def _learns_from_more(settings: Settings, data: ImageDataset) -> bool:
+    """Whether a student with a teacher also learns from the images that the data set has without a label."""
+    if not data.more:
+        return False
+    needs_labels = "train.mixup and train.cutmix need" if settings.train.mixes else "the loss needs"
+    if settings.train.mixes or build_loss(settings).one_label:
+        log.warning("data set %s: images without a label are left out: %s one for each image", data.name, needs_labels)
+        return False
+    return True
 
 
 def _inputs_digest(data: ImageDataset, teacher: Teacher | None, model: Classifier, is_rearranged: bool) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, Self
 
@@ -26,6 +26,7 @@ class Source:
     given: dict[str, Tensor] = field(default_factory=dict)  # "validation" and "test", if any, as positions int64 [n]
     fingerprint: str = ""  # 16 hex digits that identify all of the above; computed by default
     names: Sequence[str] = ()  # of the images' files
+    more: "Callable[[], Source] | None" = None  # reads its training images without a label, if it has some
 
     def __post_init__(self) -> None:
         _check_tensor("images", self.images, torch.uint8, 4)
@@ -114,6 +115,7 @@ class ImageDataset:
     unlabelled: str = ""  # fingerprint of the training images that have no label (−1); "" without such images
     names: Sequence[str] = ()  # of the images' files
     duplicates: tuple[Duplicates, ...] = ()  # images of the test and validation splits that are also in another
+    more: Callable[[], Source] | None = None  # reads training images without a label, if the source has some
 
     @property
     def num_classes(self) -> int:
@@ -190,6 +192,7 @@ def split(
         source.fingerprint,
         names=source.names,
         duplicates=_find_duplicates(source, splits),
+        more=source.more,
     )
 
 

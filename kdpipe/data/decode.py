@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field
 from torch import Tensor
@@ -188,15 +189,6 @@ def _decode(
     (folder / META).write_text(json.dumps(meta))
 
 
-def fitted(photo: Image.Image, size: tuple[int, int], resize: Resize) -> Image.Image:
-    """A photo at this size (width, height): squeezed, or what is around its centre."""
-    if photo.size == size:
-        return photo
-    if resize == "crop":
-        return ImageOps.fit(photo, size, Image.Resampling.BILINEAR)
-    return photo.resize(size, Image.Resampling.BILINEAR)
-
-
 def _decode_into(images: np.memmap, files: Sequence[ImageFile], resize: Resize | None) -> Mapping[str, str]:
     """Decode files into images uint8 [N, 3, H, W], and return those that are not readable images, with the reasons.
 
@@ -219,7 +211,7 @@ def _decode_into(images: np.memmap, files: Sequence[ImageFile], resize: Resize |
         if pixels.size != size and resize is None:
             other_sizes.append(f"{file.name} has {pixels.width}×{pixels.height}")
             return
-        images[position] = np.asarray(fitted(pixels, size, resize or "squeeze")).transpose(2, 0, 1)
+        images[position] = stored(pixels, size, resize or "squeeze")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress("decoding images", len(files)) as bar:
         for start in range(0, len(files), QUEUED):
@@ -229,6 +221,20 @@ def _decode_into(images: np.memmap, files: Sequence[ImageFile], resize: Resize |
         problem = f"the first image has {size[0]}×{size[1]} pixels, but {min(other_sizes)}"
         raise ConfigError("image_size", None, "the side in pixels, such as 128", problem)
     return bad
+
+
+def fitted(photo: Image.Image, size: tuple[int, int], resize: Resize) -> Image.Image:
+    """A photo at this size (width, height): squeezed, or what is around its centre."""
+    if photo.size == size:
+        return photo
+    if resize == "crop":
+        return ImageOps.fit(photo, size, Image.Resampling.BILINEAR)
+    return photo.resize(size, Image.Resampling.BILINEAR)
+
+
+def stored(photo: Image.Image, size: tuple[int, int], resize: Resize) -> NDArray[np.uint8]:
+    """An RGB image as it is stored: uint8 [3, H, W] of `size`, (width, height)."""
+    return np.asarray(fitted(photo, size, resize)).transpose(2, 0, 1)
 
 
 def _about(shape: tuple[int, ...]) -> str:

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from kdpipe.data.dataset import ImageDataset
+from kdpipe.data.dataset import ImageDataset, Source
 from kdpipe.data.decode import decoded_source, image_file
 from kdpipe.data.duplicates import Comparable, duplicates_of, examples_of
 from kdpipe.data.folders import LeftOut, files_below
@@ -67,15 +67,30 @@ def with_unlabelled(
         if error.key != "root":
             raise
         raise ConfigError("unlabelled_root", root, error.expected, error.problem) from error
+    return _joined(data, source, f"dataset.unlabelled_root={root}")
+
+
+def with_its_unlabelled(data: ImageDataset) -> ImageDataset:
+    """The data set with the images among its training images that its source has without a label, in the same way.
+    Raises ConfigError for images of another size, as where all are kept as they are."""
+    assert data.more
+    source = data.more()
+    (*_, height, width), (*_, own_height, own_width) = source.images.shape, data.images.shape
+    if (height, width) != (own_height, own_width):
+        problem = f"the images with labels have {own_width}×{own_height} pixels, those without {width}×{height}"
+        raise ConfigError("image_size", None, "the side in pixels, such as 128", problem)
+    return _joined(data, source, f"data set {data.name}, images without labels")
+
+
+def _joined(data: ImageDataset, source: Source, called: str) -> ImageDataset:
+    images = data.images
+    assert isinstance(images, Tensor)  # as a source gives them
     everything, held_out = torch.arange(len(source.images)), {**data.splits}
     del held_out["train"]
     known, more = Comparable(images), Comparable(source.images)
     if pairs := more.twins(everything, known, torch.cat(list(held_out.values()))):
-        message = (
-            "dataset.unlabelled_root=%s: %d of its %d images are also validation or test images, which biases results "
-            "(%s)"
-        )
-        log.warning(message, root, len(pairs), len(everything), examples_of(pairs, source.names, data.names))
+        message = "%s: %d of its %d images are also validation or test images, which biases results (%s)"
+        log.warning(message, called, len(pairs), len(everything), examples_of(pairs, source.names, data.names))
     duplicates = [
         duplicates_of(name, "unlabelled", pairs, len(positions), data.names, source.names)
         for name, positions in held_out.items()

@@ -110,7 +110,7 @@ def _unlabelled_facts(run: FinishedRun) -> dict[str, str] | None:
         return None
     return {
         "count": f"{int(tags[UNLABELLED_IMAGES]):,} " if UNLABELLED_IMAGES in tags else "",
-        "folder": strip_folders(run.settings.dataset.unlabelled_root),
+        "folder": strip_folders(run.settings.dataset.unlabelled_root) or f"of {run.settings.dataset.name}",
         "fingerprint": tags["kdpipe.unlabelled"],
     }
 

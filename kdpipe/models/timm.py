@@ -1,10 +1,6 @@
 """Any timm classifier, by name; timm is an extra."""
 
-import ssl
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torchvision.models
@@ -12,6 +8,7 @@ from torch import Tensor, nn
 
 from kdpipe.models.torchvision import check_stages
 from kdpipe.settings.errors import ConfigError, one_of, suggestion
+from kdpipe.system.hub import without_retries
 
 
 def classifier(architecture: str, num_classes: int, stages: Sequence[str] | None = None) -> nn.Module:
@@ -58,7 +55,7 @@ def classifier(architecture: str, num_classes: int, stages: Sequence[str] | None
         return network  # nobody has published weights of it
 
     def imagenet_weights() -> dict[str, Tensor]:
-        with _without_retries():
+        with without_retries():
             return timm.create_model(architecture, pretrained=True).state_dict()
 
     network.imagenet_weights = imagenet_weights
@@ -67,33 +64,6 @@ def classifier(architecture: str, num_classes: int, stages: Sequence[str] | None
 
         network.imagenet_cache = constants.HF_HUB_CACHE
     return network
-
-
-@contextmanager
-def _without_retries() -> Iterator[None]:
-    """Let the hub's client look only into its cache where the hub does not answer: it would try for a minute."""
-    from huggingface_hub import constants
-
-    before, constants.HF_HUB_OFFLINE = (
-        constants.HF_HUB_OFFLINE,
-        constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT),
-    )
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-def _answers(address: str) -> bool:
-    """Whether anything answers at an address, whatever it says."""
-    try:
-        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=5).close()
-    except urllib.error.URLError as error:
-        # Certificates that Python does not know may be known to the client.
-        return isinstance(error, urllib.error.HTTPError) or isinstance(error.reason, ssl.SSLError)
-    except OSError:
-        return False
-    return True
 
 
 def _roles_of(network: nn.Module, stages: Sequence[str] | None) -> dict[str, Any]:

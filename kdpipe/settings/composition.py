@@ -150,11 +150,12 @@ def _hide_password(word: str) -> str:
 
 
 def register_resolvers() -> None:
-    """`${basename:FOLDER}` is a folder's own name; `${expanded:FOLDER}` has the user's home in place of ~;
-    `${softening:}` is the temperature that softens the teacher's answers, 1 where a loss has none. (`${identity:}` is
-    the command line's, which knows the store.)"""
+    """`${basename:PATH}` is a file's or folder's own name, `${dirname:PATH}` the folder that it is in;
+    `${expanded:FOLDER}` has the user's home in place of ~; `${softening:}` is the temperature that softens the
+    teacher's answers, 1 where a loss has none. (`${identity:}` is the command line's, which knows the store.)"""
     OmegaConf.register_new_resolver("softening", _softening, replace=True)
     OmegaConf.register_new_resolver("expanded", lambda path: str(Path(str(path)).expanduser()), replace=True)
+    OmegaConf.register_new_resolver("dirname", lambda path: str(Path(str(path)).expanduser().parent), replace=True)
     OmegaConf.register_new_resolver("basename", lambda path: Path(str(path)).expanduser().resolve().name, replace=True)
 
 

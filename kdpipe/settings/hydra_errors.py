@@ -212,7 +212,8 @@ def _composed(arguments: Sequence[str]) -> dict[str, Any]:
     """The plain config of the command's choice of groups, whatever else is wrong with the command."""
     choices = []
     for key, value in _words(arguments):
-        if _group_of(key) and value and not re.search(r"[,{\[(]", value):
+        # A target knows keys of its own.
+        if (_group_of(key) or key.endswith("._target_")) and value and not re.search(r"[,{\[(]", value):
             choices.append(f"{key}={value}")
     hydra = GlobalHydra.instance()
     before = hydra.hydra

@@ -29,6 +29,11 @@ PLACES = (
     "sweep",
     "chain",  # each link is a run of its own
 )
+# Where some data sets are, which is no place for others that have such a key.
+PLACES_OF = {
+    "kdpipe.data.csv_table.csv_table": ("dataset.file",),
+    "kdpipe.data.huggingface.huggingface": ("dataset.path",),
+}
 # What decides which images of a data set are test images, and which are validation images as well.
 TEST_SPLIT: tuple[str, ...] = ("dataset.test_fraction", "dataset.split_seed")
 SPLIT = ("dataset.val_fraction", *TEST_SPLIT)
@@ -114,7 +119,7 @@ def what_matters(flat: Mapping[str, Any]) -> dict[str, Any]:
     matters = {
         key: canonical_target(str(value)) if key.endswith("._target_") else value
         for key, value in flat.items()
-        if not is_place(key)
+        if not is_place(key) and key not in PLACES_OF.get(str(flat.get("dataset._target_")), ())
     }
     for key, absent in LATER.items():
         if str(matters.get(key)) == absent:

@@ -51,7 +51,8 @@ TYPES = {
 TEXT_KEYS = {
     *(key for key, kind in TYPES.items() if takes_text(kind)),
     *(f"{network}.{key}" for network in ("model", "teacher") for key in ("architecture", "stages")),
-    *("dataset.root", "dataset.cache_dir"),
+    *("dataset.root", "dataset.cache_dir", "dataset.file", "dataset.path", "dataset.subset", "dataset.revision"),
+    *(f"dataset.{key}" for key in ("image_column", "label_column", "split_column", "class_names")),
 }
 # A word that is one value, or one item of a list; text in quotes first, in which there are no values to find.
 _WORD = re.compile(

@@ -1,7 +1,6 @@
 """Every file in conf/ composes, becomes settings, and builds."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,24 +10,32 @@ from hydra import compose, initialize_config_dir
 from kdpipe.assembly.building import build
 from kdpipe.data.answers import read_answers
 from kdpipe.models import Ensemble
-from kdpipe.settings.components import find_target
+from kdpipe.settings.components import ALLOW, find_target
 from kdpipe.settings.composition import CONF
 from kdpipe.settings.schema import ANSWERS, AnswersSettings, Section, Settings
 
 OPTIONS = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml"))
 # What cannot be trained, with what it is made of.
 TEACHERS_ALONE = {"ensemble": ["teacher.members=[runs:/a]"], "answers": ["teacher.file=answers.csv"]}
-DATASETS_ON_DISK = ("cifar10", "cifar100", "fashion_mnist", "dogs_vs_cats", "image_folder")
+REQUIRED = {  # of a data set, which has the name `somewhere` then
+    "image_folder": ["dataset.root=somewhere"],
+    "csv": ["dataset.file=folder/somewhere"],
+    "huggingface": ["dataset.path=somebody/somewhere"],
+    "torch": ["dataset._target_=somewhere"],
+}
+DATASETS_ON_DISK = ("cifar10", "cifar100", "fashion_mnist", "dogs_vs_cats", *REQUIRED)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_every_yaml_composes_and_builds(option: str, composed: Callable[..., Settings], tmp_path: Path) -> None:
+def test_every_yaml_composes_and_builds(
+    option: str, composed: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ALLOW, "somewhere")
     group, name = option.split("/")
-    folder = ["dataset.root=somewhere"] if name == "image_folder" else []
     place = "teacher" if name in TEACHERS_ALONE else group
     members = TEACHERS_ALONE.get(name, [])
     choice = f"{group}@{place}={name}" if place != group else f"{group}={name}"
-    settings = composed(choice, "chain=null", *folder, *members)
+    settings = composed(choice, "chain=null", *REQUIRED.get(name, []), *members)
     assert settings.identity
     part = getattr(settings, place) if group != "experiment" else settings.loss
     if name == "ensemble":
@@ -44,7 +51,7 @@ def test_every_yaml_composes_and_builds(option: str, composed: Callable[..., Set
         image = torch.zeros(1, 3, size, size)
         assert network(image).shape == (1, 3)
     elif group == "dataset" and name in DATASETS_ON_DISK:
-        assert part.name == (name if name != "image_folder" else "somewhere")  # read in the tests of data
+        assert part.name == (name if name not in REQUIRED else "somewhere")  # read in the tests of data
     elif group == "optimizer":
         build(group, part, [torch.nn.Parameter(torch.zeros(1))])
     elif group == "scheduler":

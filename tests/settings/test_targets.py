@@ -53,6 +53,7 @@ ACCEPTED = [
     "kdpipe.losses.kd.KD",
     "kdpipe.models.student_cnn.StudentCNN",
     "kdpipe.data.image_folder.image_folder",
+    "kdpipe.data.csv_table.csv_table",
     "kdpipe.training.schedules.cosine",
     "torch.nn.CrossEntropyLoss",
     "torch.nn.modules.linear.Linear",
