@@ -22,6 +22,7 @@ from kdpipe.settings.schema import (
     Component,
     DatasetSettings,
     EnsembleSettings,
+    LossSettings,
     NetworkSettings,
     Section,
     Settings,
@@ -31,7 +32,8 @@ from kdpipe.settings.values import takes_text
 COMPONENTS: dict[str, type[Section]] = {
     **dict.fromkeys(("model", "teacher"), NetworkSettings),
     "dataset": DatasetSettings,
-    **dict.fromkeys(("loss", "also", "optimizer", "scheduler", "augmentation"), Component),
+    "loss": LossSettings,
+    **dict.fromkeys(("also", "optimizer", "scheduler", "augmentation"), Component),
 }
 
 
