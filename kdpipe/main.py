@@ -50,6 +50,7 @@ from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.hydra_errors import explain
 from kdpipe.settings.overrides import names_as_typed
 from kdpipe.settings.schema import Settings
+from kdpipe.settings.values import METRICS, Metric
 from kdpipe.settings.yaml_files import check_foreign, to_yaml
 from kdpipe.system import interruption
 from kdpipe.system.files import write_atomically
@@ -73,13 +74,14 @@ warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated
 
 
 class Objective(NamedTuple):
-    """What a search looks at: accuracy on the validation images, or on the test images where there are none."""
+    """What a search looks at: a metric on the validation images, or on the test images where there are none."""
 
-    accuracy: float
+    value: float
+    metric: Metric
     images: str  # "validation" or "test"
 
     def __str__(self) -> str:
-        return f"{self.images} accuracy {100 * self.accuracy:.2f} %"
+        return f"{self.images} {METRICS[self.metric]} {100 * self.value:.2f} %"
 
 
 def run(settings: Settings, folder: Path, invocation: Invocation) -> Objective:
@@ -109,7 +111,7 @@ def run(settings: Settings, folder: Path, invocation: Invocation) -> Objective:
             if settings.train.keep_epochs:
                 settings.train.warn_of_missing_epochs(settings.train.epochs, tracker.artifacts(finished.id))
             _show_result(finished.metrics, settings, folder, tracker, finished.id)
-            return _objective(finished.metrics)
+            return _objective(finished.metrics, settings.train.metric)
         return _lead(settings, parts, tracker, folder, hardware)
 
 
@@ -141,7 +143,7 @@ def _lead(settings: Settings, parts: Parts, tracker: "Tracker", folder: Path, ha
         def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
             current.log(metrics, step=epoch)
             share = min(epoch / settings.train.epochs, 0.99)  # the exam follows
-            log.info(epoch_line(epoch, settings.train.epochs, metrics), extra={"share": share})
+            log.info(epoch_line(epoch, settings.train.epochs, metrics, settings.train.metric), extra={"share": share})
             if epoch in (settings.train.keep_epochs or ()):
                 save_weights(parts.model.network, folder / epoch_file(epoch), parts.data.class_names)
                 current.save(folder / epoch_file(epoch))
@@ -152,7 +154,7 @@ def _lead(settings: Settings, parts: Parts, tracker: "Tracker", folder: Path, ha
             current.save(file)
         current.log(metrics, step=settings.train.epochs)
     _show_result(metrics, settings, folder, tracker, current.id)
-    return _objective(metrics)
+    return _objective(metrics, settings.train.metric)
 
 
 def _follow(
@@ -161,9 +163,9 @@ def _follow(
     """Learn as one of several processes."""
     parts = build_parts(settings, invocation, tracker, {})
     if finished := _find_finished(settings, folder, parts, tracker, hardware):
-        return _objective(finished.metrics)
+        return _objective(finished.metrics, settings.train.metric)
     metrics, _ = _learn(settings, parts, hardware, None, lambda epoch, metrics: None, lambda state: None)
-    return _objective(metrics)
+    return _objective(metrics, settings.train.metric)
 
 
 def _learn(
@@ -301,9 +303,11 @@ def _write_results(settings: Settings, parts: Parts, exam: Exam, folder: Path) -
     return files
 
 
-def _objective(metrics: Mapping[str, float]) -> Objective:
-    validation = metrics.get("selected/accuracy")
-    return Objective(metrics["test/accuracy"], "test") if validation is None else Objective(validation, "validation")
+def _objective(metrics: Mapping[str, float], metric: Metric) -> Objective:
+    validation = metrics.get(f"selected/{metric}")
+    if validation is None:
+        return Objective(metrics[f"test/{metric}"], metric, "test")
+    return Objective(validation, metric, "validation")
 
 
 def _show_result(
@@ -313,7 +317,10 @@ def _show_result(
     names = {"model": settings.model.name, "teacher": settings.teacher.name}
     width = terminal_width() - len("[00:00:00] ")  # which stands before each line of the log
     with optional("the table of results"):
-        for line in [*result_table(metrics, width).splitlines(), *cost_table(metrics, names, width).splitlines()]:
+        for line in [
+            *result_table(metrics, width, settings.train.metric).splitlines(),
+            *cost_table(metrics, names, width).splitlines(),
+        ]:
             log.info(line)
     log.info("weights, config, metrics: %s", os.path.relpath(folder))
     log.info("in MLflow (make ui): %s", tracker.link(run_id))
@@ -360,11 +367,11 @@ def _run_of_sweep(config: DictConfig) -> float:
         sweep_log.error("failed, %s", explain(error), extra=IS_OVER)
         raise
     sweep_log.info("%s in %s", objective, duration(time.monotonic() - started), extra=IS_OVER)
-    return objective.accuracy
+    return objective.value
 
 
 def _run_composed(config: DictConfig) -> float:
-    return _run_objective(config).accuracy
+    return _run_objective(config).value
 
 
 def _run_objective(config: DictConfig) -> Objective:

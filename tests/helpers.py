@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.error import HTTPError
@@ -261,11 +261,13 @@ def fit_for_test(
     seed: int = 0,
     clip_norm: float | None = None,
     mixing: Mixing | None = None,
+    balanced: bool = False,
 ) -> list[dict[str, float]]:
     """The metrics of each epoch of a training on the CPU, without those that depend on the clock."""
     logged: list[dict[str, float]] = []
     hardware, schedule = Hardware(torch.device("cpu")), constant(optimizer, epochs, 1)
     recipe = Recipe(epochs, batch_size=50, seed=seed, teacher=teacher, views=views, mixing=mixing, clip_norm=clip_norm)
+    recipe = replace(recipe, balanced=balanced)
 
     def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
         logged.append({name: value for name, value in metrics.items() if "second" not in name})

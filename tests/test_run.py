@@ -221,6 +221,24 @@ def test_the_best_epoch_by_validation_is_tested_where_asked_for(kdpipe: Callable
     assert runs()[0].data.metrics["selected/accuracy"] == max(validation)
 
 
+def test_rare_classes_are_weighed_drawn_and_counted(kdpipe: Callable) -> None:
+    balanced = ["dataset.sampler=balanced", "train.select=best", "train.metric=macro_f1"]
+    outcome = kdpipe(*STUDENT, *balanced, "train.epochs=3", "optimizer.lr=0.01")
+    assert outcome.status == 0, outcome.errors
+    (run,) = runs()
+    metrics, validation = run.data.metrics, history(run, "val/macro_f1")
+    assert metrics["selected/macro_f1"] == max(validation)
+    assert metrics["selected/epoch"] == validation.index(max(validation)) + 1
+    assert re.search(rf"validation macro F1 +{100 * max(validation):.2f} %", outcome.output)
+    assert {"test/balanced_accuracy", "test/macro_f1", "test/macro_f1_last", "val/balanced_accuracy"} <= metrics.keys()
+
+    weights = ["loss.class_weights=[5,1,1,1,1,1,1,1,1,1]", "train.epochs=1"]
+    assert kdpipe(*STUDENT, *weights).status == kdpipe(*STUDENT, "train.epochs=1").status == 0
+    alike, weighted = (run.data.metrics for run in runs()[:2])
+    assert weighted["train/ce"] != alike["train/ce"]
+    assert "rare ones count more" in kdpipe(*STUDENT, *balanced, "loss.class_weights=balanced").output
+
+
 def test_each_selection_also_tests_the_weights_of_the_other(kdpipe: Callable) -> None:
     # In its last epoch the learning rate undoes what was learnt.
     explodes = ["train.epochs=3", "scheduler=multistep", "scheduler.milestones=[2]", "scheduler.gamma=100"]

@@ -30,7 +30,12 @@ OF_TORCH: dict[str, Any] = {
 
 def build_data(settings: DatasetSettings) -> ImageDataset:
     """The data set, split; the runs of a sweep in one process share it."""
-    return _read(settings.model_dump_json(exclude_unset=True, by_alias=True))
+    return _read(_described(settings))
+
+
+def _described(settings: DatasetSettings) -> str:
+    """The settings that decide which images there are, as JSON."""
+    return settings.model_dump_json(exclude_unset=True, by_alias=True, exclude={"sampler"})
 
 
 @lru_cache(maxsize=1)
@@ -121,7 +126,7 @@ def _torch_source(settings: DatasetSettings) -> Source:
 def build_unlabelled(settings: Settings) -> ImageDataset:
     """The data set with its images without labels; the runs of a sweep in one process share it."""
     cache = settings.dataset.arguments.get("cache_dir", str(Path(settings.output_dir) / "cache" / "images"))
-    return _read_unlabelled(settings.dataset.model_dump_json(exclude_unset=True, by_alias=True), cache)
+    return _read_unlabelled(_described(settings.dataset), cache)
 
 
 @lru_cache(maxsize=1)

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
-from torch import nn
+from sklearn.utils.class_weight import compute_class_weight
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -13,7 +15,7 @@ from kdpipe.losses import AlphaLoss, CombinedLoss, Loss, WeightedLoss
 from kdpipe.losses.base import Plan
 from kdpipe.losses.outputs import Outputs
 from kdpipe.models import Classifier
-from kdpipe.settings.errors import ConfigError, first_line
+from kdpipe.settings.errors import ConfigError, first_line, shortened
 from kdpipe.settings.schema import Settings
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.once import warn_once
@@ -37,6 +39,32 @@ def build_loss(settings: Settings) -> Loss:
     if also.name == loss.name:
         raise ConfigError("also", target, "another method", f"its term is called {also.name}, as that of the loss")
     return CombinedLoss(loss, also)
+
+
+def class_weights(settings: Settings, data: ImageDataset) -> Tensor | None:
+    """How much each class counts in the cross-entropy, float [classes]; None where all count alike.
+
+    Raises:
+        ConfigError: not one weight for each class, or "balanced" with a class that has no training image.
+    """
+    weights, classes = settings.loss.class_weights, data.num_classes
+    if weights is None:
+        return None
+    if weights == "balanced":
+        if settings.dataset.sampler == "balanced":
+            problem = "the sampler already shows all classes alike, so that rare ones count more than common ones"
+            warn_once("%s", ConfigError("loss.class_weights", weights, "null with dataset.sampler=balanced", problem))
+        labels = data.labels[data.splits["train"]]
+        counts = labels[labels >= 0].bincount(minlength=classes)
+        if missing := [name for name, count in zip(data.class_names, counts, strict=True) if not count]:
+            problem = f"no training image of {shortened(missing)}"
+            raise ConfigError("loss.class_weights", weights, f"a list of {classes} numbers", problem)
+        found = compute_class_weight("balanced", classes=np.arange(classes), y=labels[labels >= 0].numpy())
+        return torch.from_numpy(found).float()
+    if len(weights) != classes:
+        expected = f"{classes} numbers, one for each class ({shortened(data.class_names)})"
+        raise ConfigError("loss.class_weights", weights, expected, f"there are {len(weights)}")
+    return torch.tensor(weights)
 
 
 def check_fit(settings: Settings, model: Classifier, teacher: Teacher, data: ImageDataset) -> bool:
@@ -89,6 +117,9 @@ def _caveats(
     if isinstance(first, WeightedLoss) and first.ce_weight == 0 and not compares_logits:
         problem = "nothing trains the last layer, since the loss compares features alone"
         yield ConfigError("loss.ce_weight", 0, problem=problem)
+    if isinstance(first, WeightedLoss) and first.ce_weight == 0 and settings.loss.class_weights is not None:
+        problem = "the loss has no cross-entropy that they would weigh"
+        yield ConfigError("loss.class_weights", settings.loss.class_weights, problem=problem)
     if torch.equal(student.logits, teacher.logits):
         problem = "the student answers like its teacher before it has learned: the term starts at 0"
         yield ConfigError("model.weights", settings.model.weights, problem=problem)
@@ -135,6 +166,8 @@ def check_sharing(loss: Loss, has_unlabelled: bool, hardware: Hardware) -> None:
         problem = "the loss has weights of its own, which processes do not share yet"
     elif has_unlabelled:
         problem = "processes would weight labelled images differently"
+    elif loss.components["loss"].class_weights is not None:
+        problem = "processes would weigh classes differently (loss.class_weights; dataset.sampler=balanced works)"
     if problem:
         raise ConfigError("torchrun", expected="one process", problem=problem)
 

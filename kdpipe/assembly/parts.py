@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from kdpipe.assembly.building import check_arguments
 from kdpipe.assembly.datasets import build_data, build_unlabelled, check_dataset, check_selection
 from kdpipe.assembly.networks import build_model, check_single_images, say_size
-from kdpipe.assembly.objectives import build_loss, check_fit, check_step
+from kdpipe.assembly.objectives import build_loss, check_fit, check_step, class_weights
 from kdpipe.assembly.teachers import KnownTeachers, build_teacher
 from kdpipe.assembly.views import check_augmentation, check_outputs
 from kdpipe.data import ImageDataset
@@ -75,6 +75,7 @@ def build_parts(settings: Settings, invocation: Invocation, tracker: "Tracker", 
     """
     data = build_data(settings.dataset)
     check_selection(settings, data)
+    class_weights(settings, data)
     check_augmentation(settings, data)
     key = ""
     if settings.teacher_learns:  # each run has its own

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from kdpipe.assembly.objectives import build_loss, build_optimizer, check_sharing, fit_loss
+from kdpipe.assembly.objectives import build_loss, build_optimizer, check_sharing, class_weights, fit_loss
 from kdpipe.assembly.parts import Parts
 from kdpipe.assembly.views import build_mixing, build_views
 from kdpipe.data import ImageDataset
@@ -52,7 +52,9 @@ def prepare(settings: Settings, parts: Parts, hardware: Hardware, start: dict[st
         ConfigError: what was asked for is not possible with this loss, teacher or hardware.
     """
     train, device = settings.train, hardware.device
-    loss = build_loss(settings).to(device)
+    loss = build_loss(settings)
+    loss.components["loss"].class_weights = class_weights(settings, parts.data)
+    loss = loss.to(device)
     model = parts.model.to(device)
     teacher = parts.teacher.to(device) if parts.teacher else None
     student = Observed(model, model.network, loss.roles if teacher else ())
@@ -95,7 +97,9 @@ def prepare(settings: Settings, parts: Parts, hardware: Hardware, start: dict[st
         teacher=teacher,
         views=views,
         mixing=build_mixing(settings, parts.data),
+        balanced=settings.dataset.sampler == "balanced",
         select_best=train.select == "best",
+        metric=train.metric,
         test_each_epoch=train.test_each_epoch,
         clip_norm=train.clip_norm,
     )

@@ -17,6 +17,7 @@ from kdpipe.runs.command_line import existing_store
 
 if TYPE_CHECKING:
     from kdpipe.compare.comparison import Comparison
+    from kdpipe.settings.values import Metric
 
 
 def compare_runs(
@@ -28,6 +29,7 @@ def compare_runs(
     published: bool = False,
     epoch: int | None = None,
     select: Literal["last", "best"] | None = None,
+    metric: "Metric | None" = None,
     uri: str | None = None,
     output_dir: str | Path = "outputs",
 ) -> "list[Comparison]":
@@ -42,6 +44,8 @@ def compare_runs(
         published: add published accuracies.
         epoch: students as after this epoch, of runs with `train.test_each_epoch`; not with `sweep`.
         select: students with these weights (default: those that each run selected); not with `sweep`.
+        metric: "accuracy", "balanced_accuracy" or "macro_f1", by which the best student is chosen (on validation
+            images) and judged (on test images); by default that of the runs, `train.metric`.
         uri: the MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db in `output_dir`).
         output_dir: where the runs were written.
     """
@@ -54,6 +58,6 @@ def compare_runs(
 
     tracker = open_experiment(store, experiment, output_dir)
     if sweep is not None:
-        return load_sweep(tracker, sweep, where or {}, published)
+        return load_sweep(tracker, sweep, where or {}, published, metric)
     source = OtherWeights(tracker, epoch, select) if epoch or select else tracker
-    return load_comparisons(source, where or {}, mixed, published)
+    return load_comparisons(source, where or {}, mixed, published, metric)

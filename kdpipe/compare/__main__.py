@@ -13,6 +13,7 @@ from kdpipe.runs.command_line import (
     table_width,
 )
 from kdpipe.settings.errors import ConfigError
+from kdpipe.settings.values import METRICS
 from kdpipe.system.tables import UNLIMITED
 
 
@@ -34,6 +35,9 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
         "--epoch", metavar="N", type=int, help="students as after N epochs (of runs with train.test_each_epoch)"
     )
     parser.add_argument("--select", choices=("last", "best"), help="students with these weights (default: as trained)")
+    parser.add_argument(
+        "--metric", choices=METRICS, help="what chooses and judges the best student (default: the runs' train.metric)"
+    )
     formats = ("table", "csv", "json", "html", "runs")
     parser.add_argument("--format", choices=formats, default="table", help="default: %(default)s")
     parser.add_argument(
@@ -57,6 +61,8 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ConfigError(
                 option, value, problem="not with --sweep and --format runs, which have runs as they ended"
             )
+    if arguments.published and arguments.metric not in (None, "accuracy"):
+        raise ConfigError("--metric", arguments.metric, "accuracy", "published numbers are accuracies (--published)")
     if arguments.out and arguments.out.exists() and not arguments.out.is_dir():
         raise ConfigError("--out", arguments.out, "a folder", "this is a file")
 
@@ -87,9 +93,9 @@ def run_comparison(words: list[str] | None = None) -> str:
     if arguments.epoch or arguments.select:
         source = OtherWeights(source, arguments.epoch, arguments.select)
     if arguments.sweep is not None:
-        comparisons = load_sweep(tracker, arguments.sweep, where, arguments.published)
+        comparisons = load_sweep(tracker, arguments.sweep, where, arguments.published, arguments.metric)
     else:
-        comparisons = load_comparisons(source, where, arguments.mixed, arguments.published)
+        comparisons = load_comparisons(source, where, arguments.mixed, arguments.published, arguments.metric)
     if arguments.sort:
         comparisons = [replace(found, rows=by_gain(found.rows)) for found in comparisons]
     pictures = []

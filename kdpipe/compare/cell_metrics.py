@@ -8,7 +8,7 @@ from kdpipe.compare.cells import Cell, Key
 from kdpipe.runs.names import ONE_THREAD, TIMED_ON
 from kdpipe.tracking import RunRecord
 
-QUALITY = ("top5_accuracy", "loss", "brier", "ece")
+QUALITY = ("balanced_accuracy", "macro_f1", "top5_accuracy", "loss", "brier", "ece")
 COST = (
     *("params", "size_mb", "flops", "activation_mb"),
     *("latency_ms", "latency_p95_ms", "images_per_second"),

@@ -1,5 +1,5 @@
 """The gain over the student alone: a row for each cell, the best cell by validation accuracy, and the verdict on it by
-test accuracy."""
+test accuracy; or by another metric."""
 
 import math
 from collections import Counter
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from kdpipe.compare.cell_metrics import Timings, timed_on
 from kdpipe.compare.cells import Cell, Controls, Key
@@ -18,24 +18,25 @@ from kdpipe.compare.statistics import CANNOT_TELL, Interval, interval, share_int
 from kdpipe.runs.names import DUPLICATES
 from kdpipe.settings.addresses import run_and_file
 from kdpipe.settings.identity import UNLABELLED, other_split
+from kdpipe.settings.values import METRICS, Metric
 from kdpipe.tracking import RunRecord
 
 if TYPE_CHECKING:
     import pandas as pd
 
 GetRun = Callable[[str], RunRecord | None]
-VALIDATION, TEST = "selected/accuracy", "test/accuracy"
 # Settings that two students have to share to be compared at all.
 DATA = ("dataset.", "kdpipe.data")
 BUDGET = ("train.epochs", "train.batch_size")
 TEACHER = ("teacher.", "kdpipe.teacher_")
-# Except these, which belong to the method.
-OF_THE_METHOD = {UNLABELLED, "teacher.temperature", "teacher.stages"}
+# Except these, which belong to the method; students that draw their images in another way have their own student alone.
+OF_THE_METHOD = {UNLABELLED, "teacher.temperature", "teacher.stages", "dataset.sampler"}
 
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """A cell, its mean accuracies over seeds, and its gains over the student alone, paired by seed; all fractions."""
+    """A cell, the means of its metric over seeds, and its gains over the student alone, paired by seed; all
+    fractions."""
 
     cell: Cell
     control: Cell | None
@@ -44,6 +45,7 @@ class ComparisonRow:
     validation_gain: Interval | None
     gain: Interval | None
     adjusted_gain: Interval | None = None  # for all arms of its control at once; None for a single arm
+    metric: Metric = "accuracy"
 
     @cached_property
     def published(self) -> Published | None:
@@ -56,13 +58,17 @@ class Comparison:
     """Rows that can be compared, and the verdict."""
 
     rows: list[ComparisonRow]
-    best: ComparisonRow | None  # the distilled student with the best validation accuracy
+    best: ComparisonRow | None  # the distilled student that is best on the validation images
     confirmed: ComparisonRow | None  # the best cell on the seeds that were trained after the choice, if any
     verdict: str  # starts with one of the four verdicts of `statistics`
     notes: list[str] = field(default_factory=list)  # what the verdict rests on
     teacher_accuracy: float | None = None  # see the function of this name
     published: bool = False  # whether to show published results
     disagreement: Disagreement | None = None  # of the decisive student and the student alone, if predictions are known
+
+    @property
+    def metric(self) -> Metric:
+        return next((row.metric for row in self.rows), "accuracy")
 
     @property
     def decisive(self) -> ComparisonRow | None:
@@ -93,7 +99,11 @@ class Comparison:
 
 
 def compare_cells(
-    cells: Sequence[Cell], get_run: GetRun, controls: Sequence[Cell] = (), confirm: Iterable[int] = ()
+    cells: Sequence[Cell],
+    get_run: GetRun,
+    controls: Sequence[Cell] = (),
+    confirm: Iterable[int] = (),
+    metric: Metric | None = None,
 ) -> Comparison:
     """Compare cells.
 
@@ -101,27 +111,37 @@ def compare_cells(
         get_run: finds a teacher's run by its id.
         controls: more cells that may hold the student alone.
         confirm: seeds that are kept out of the choice of the best cell, and that the verdict rests on.
+        metric: what chooses and judges (default: the `train.metric` of all students, accuracy where they differ).
     """
+    metric = metric or metric_of(cells)
     students_alone = Controls([*cells, *controls])
     later = set(confirm)
     shown = [cell.only(set(cell.runs) - later) for cell in cells if set(cell.runs) - later]
     arms = Counter(control.key for cell in shown if cell.has_gain and (control := students_alone.of(cell)))
-    rows = [make_row(cell, students_alone, arms) for cell in shown]
+    rows = [make_row(cell, students_alone, metric, arms) for cell in shown]
     distilled = [row for row in rows if row.cell.stage == "distill"]
+    of_metric = "" if metric == "accuracy" else f"val %, test % and gains are of the {METRICS[metric]}"
     if not distilled:
-        return Comparison(rows, None, None, f"{CANNOT_TELL}: there is no distilled student")
+        text = f"{CANNOT_TELL}: there is no distilled student"
+        return Comparison(rows, None, None, text, list(filter(None, [of_metric])))
     best = _choose_best(distilled)
     whole = next(cell for cell in cells if cell.settings == best.cell.settings)
-    confirmed = make_row(whole.only(sorted(later)), students_alone) if later & set(whole.runs) else None
+    confirmed = make_row(whole.only(sorted(later)), students_alone, metric) if later & set(whole.runs) else None
     decisive = confirmed or best
     if decisive.control is None:
         text = f"{CANNOT_TELL}: the same student alone has not been trained (experiment=student, or loss=cross_entropy)"
     else:
-        text = verdict(decisive.gain)
-    notes = _notes(best, confirmed, distilled, get_run)
+        text = verdict(decisive.gain, METRICS[metric])
+    notes = list(filter(None, [of_metric, *_notes(best, confirmed, distilled, get_run)]))
     if (several := max(arms.values(), default=0)) > 1:
         notes.append(f"the adjusted intervals hold jointly for all {several} students compared with the same one alone")
-    return Comparison(rows, best, confirmed, text, notes, teacher_accuracy(decisive.cell, get_run))
+    return Comparison(rows, best, confirmed, text, notes, teacher_accuracy(decisive.cell, get_run, metric))
+
+
+def metric_of(cells: Iterable[Cell]) -> Metric:
+    """The metric that all students were to be chosen by; accuracy where they differ."""
+    found = {cell.settings.get("train.metric", "accuracy") for cell in cells if cell.stage != "teacher"}
+    return next((metric for metric in get_args(Metric) if found == {metric}), "accuracy")
 
 
 def by_gain(rows: Sequence[ComparisonRow]) -> list[ComparisonRow]:
@@ -139,7 +159,9 @@ def with_published(comparison: Comparison, get_run: GetRun) -> Comparison:
     return replace(comparison, notes=notes, published=True)
 
 
-def make_row(cell: Cell, students_alone: Controls, arms: Mapping[Key, int] | None = None) -> ComparisonRow:
+def make_row(
+    cell: Cell, students_alone: Controls, metric: Metric = "accuracy", arms: Mapping[Key, int] | None = None
+) -> ComparisonRow:
     """Compare a cell with the student alone on the seeds that both have.
 
     Args:
@@ -147,16 +169,17 @@ def make_row(cell: Cell, students_alone: Controls, arms: Mapping[Key, int] | Non
     """
     control = students_alone.of(cell) if cell.has_gain else None
 
-    def gain(metric: str, comparisons: int = 1) -> Interval | None:
+    def gain(name: str, comparisons: int = 1) -> Interval | None:
         if control is None:
             return None
-        mine, alone = cell.values(metric), control.values(metric)
+        mine, alone = cell.values(name), control.values(name)
         return interval([mine[seed] - alone[seed] for seed in mine if seed in alone], comparisons)
 
-    validation, test = (share_interval(list(cell.values(metric).values())) for metric in (VALIDATION, TEST))
+    on_validation, on_test = f"selected/{metric}", f"test/{metric}"
+    validation, test = (share_interval(list(cell.values(name).values())) for name in (on_validation, on_test))
     number = (arms or {}).get(control.key, 1) if control else 1
-    adjusted = gain(TEST, number) if number > 1 else None
-    return ComparisonRow(cell, control, validation, test, gain(VALIDATION), gain(TEST), adjusted)
+    adjusted = gain(on_test, number) if number > 1 else None
+    return ComparisonRow(cell, control, validation, test, gain(on_validation), gain(on_test), adjusted, metric)
 
 
 def _choosable(distilled: Sequence[ComparisonRow]) -> tuple[tuple[int, ...], list[ComparisonRow]]:
@@ -167,14 +190,15 @@ def _choosable(distilled: Sequence[ComparisonRow]) -> tuple[tuple[int, ...], lis
 
 
 def _choose_best(distilled: Sequence[ComparisonRow]) -> ComparisonRow:
-    """The row with the best validation accuracy (test accuracy without a validation split) on the shared seeds."""
+    """The row with the best metric on validation images (on test images without a validation split), on the shared
+    seeds."""
     seeds, rows = _choosable(distilled)
 
-    def accuracy(row: ComparisonRow) -> float:
+    def reached(row: ComparisonRow) -> float:
         cell = row.cell.only(seeds)
-        return fmean((cell.values(VALIDATION) or cell.values(TEST)).values())
+        return fmean((cell.values(f"selected/{row.metric}") or cell.values(f"test/{row.metric}")).values())
 
-    return max(rows, key=accuracy)
+    return max(rows, key=reached)
 
 
 def _notes(
@@ -209,28 +233,35 @@ def _notes(
         notes.append(duplicates)
     leaks = (_leak(source, best.cell, get_run) for source in best.cell.teacher_runs)
     notes += list(filter(None, leaks))[:1]
-    seed, run = best_run(decisive.cell)
-    measured = "validation" if VALIDATION in run.metrics else "test"
-    notes.append(f"the student's run with the best {measured} accuracy is {run.id} (seed {seed})")
+    seed, run = best_run(decisive)
+    measured = "validation" if f"selected/{decisive.metric}" in run.metrics else "test"
+    notes.append(f"the student's run with the best {measured} {METRICS[decisive.metric]} is {run.id} (seed {seed})")
     return notes
 
 
-def best_run(cell: Cell) -> tuple[int, RunRecord]:
-    """The seed and the run with the best validation accuracy (test accuracy without a validation split)."""
-    return max(cell.runs.items(), key=lambda item: item[1].metrics.get(VALIDATION, item[1].metrics[TEST]))
+def best_run(row: ComparisonRow) -> tuple[int, RunRecord]:
+    """The seed and the run with the best metric on validation images (on test images without a validation split)."""
+
+    def reached(item: tuple[int, RunRecord]) -> float:
+        metrics = item[1].metrics
+        return metrics.get(f"selected/{row.metric}", metrics[f"test/{row.metric}"])
+
+    return max(row.cell.runs.items(), key=reached)
 
 
-def teacher_accuracy(cell: Cell, get_run: GetRun) -> float | None:
-    """The teacher's accuracy on the test images, a fraction; the mean if each seed has its own. Students' runs measure
-    it; in those of early versions, which did not, that of an ensemble or of an earlier epoch is unknown."""
+def teacher_accuracy(cell: Cell, get_run: GetRun, metric: Metric = "accuracy") -> float | None:
+    """The teacher's accuracy on the test images, or another metric, a fraction; the mean if each seed has its own.
+    Students' runs measure it; in those of early versions, which did not, that of an ensemble or of an earlier epoch is
+    unknown."""
     if not cell.teacher_run:  # two students that learn from each other
         return None
-    if measured := cell.values("teacher/accuracy"):
+    if measured := cell.values(f"teacher/{metric}"):
         return fmean(measured.values())
     if not uses_final_weights(cell):
         return None
     teachers = [get_run(source) for source in cell.teacher_runs]
-    accuracies = [teacher.metrics[TEST] for teacher in teachers if teacher and TEST in teacher.metrics]
+    name = f"test/{metric}"
+    accuracies = [teacher.metrics[name] for teacher in teachers if teacher and name in teacher.metrics]
     return fmean(accuracies) if accuracies else None
 
 
@@ -242,7 +273,7 @@ def uses_final_weights(cell: Cell) -> bool:
 
 def _leak(source: str, cell: Cell, get_run: GetRun) -> str:
     """Why a teacher may have trained on images that the student is evaluated on; "" if it has not."""
-    images = "validation images" if VALIDATION in cell.first.metrics else "test images"
+    images = "validation images" if "selected/accuracy" in cell.first.metrics else "test images"
     seen = set()
     while source not in seen:
         seen.add(source)

@@ -124,7 +124,7 @@ def disagreement_sentence(comparison: Comparison) -> list[str]:
     return [
         f"of the test images the distilled student gets {gained} right that the student alone got wrong, "
         f"and {lost} the other way round{some}",
-        *_gain_with_images(disagreement),
+        *(_gain_with_images(disagreement) if comparison.metric == "accuracy" else []),
     ]
 
 

@@ -48,7 +48,7 @@ def to_json(comparisons: Sequence[Comparison]) -> str:
             "verdict": comparison.verdict.split(":")[0],
             "sentence": comparison.verdict,
             "notes": comparison.notes,
-            "run": best_run(decisive.cell)[1].id if (decisive := comparison.decisive) else None,
+            "run": best_run(decisive)[1].id if (decisive := comparison.decisive) else None,
             "confirmed_on": list(comparison.confirmed.cell.runs) if comparison.confirmed else [],
             **_bounds("gain", decisive.gain if decisive else None),
             **_bounds("gained_images", found.gained if (found := comparison.disagreement) else None),
@@ -65,12 +65,12 @@ def best_metrics(comparison: Comparison) -> dict[str, float]:
     best, decisive = comparison.best, comparison.decisive
     if best is None or decisive is None:
         return {}
-    record = _record(decisive, comparison.timings) | _bounds("validation_accuracy", best.validation)
+    record = _record(decisive, comparison.timings) | _bounds(f"validation_{best.metric}", best.validation)
     if found := comparison.disagreement:
         record |= {"gained_images": found.gained.mean, "lost_images": found.lost.mean}
     threads = comparison.timings.threads
     sources = {
-        **{"val_accuracy": "validation_accuracy", "test_accuracy": "test_accuracy"},
+        **{f"val_{best.metric}": f"validation_{best.metric}", f"test_{best.metric}": f"test_{best.metric}"},
         **{"gain": "test_gain", "gain_low": "test_gain_low", "gain_high": "test_gain_high"},
         **{"gained_images": "gained_images", "lost_images": "lost_images"},
         **{"loss": "test/loss", "ece": "test/ece", "agreement": "teacher/agreement"},
@@ -108,8 +108,8 @@ def _record(row: ComparisonRow, timings: Timings, remark: str = "", difference: 
         "where_rows_differ": difference,
         "size_mb": row.cell.first.metrics.get("model/size_mb"),
         "seconds": fmean(run.seconds for run in runs.values()),
-        **_bounds("validation_accuracy", row.validation),
-        **_bounds("test_accuracy", row.test),
+        **_bounds(f"validation_{row.metric}", row.validation),
+        **_bounds(f"test_{row.metric}", row.test),
         **_bounds("validation_gain", row.validation_gain),
         **_bounds("test_gain", row.gain),
         **_adjusted(row.adjusted_gain),

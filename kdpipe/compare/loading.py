@@ -17,6 +17,7 @@ from kdpipe.compare.comparison import (
     compare_cells,
     families,
     make_row,
+    metric_of,
     with_published,
 )
 from kdpipe.compare.comparison_table import Picture
@@ -27,6 +28,7 @@ from kdpipe.compare.statistics import CANNOT_TELL
 from kdpipe.runs.moved_store import ARTIFACTS
 from kdpipe.runs.names import CONFUSION, DIFFERING, PREDICTIONS, RELIABILITY
 from kdpipe.settings.errors import ConfigError, one_of
+from kdpipe.settings.values import METRICS, Metric
 from kdpipe.system.optional import no_windows
 from kdpipe.tracking import RunRecord, Tracker
 
@@ -50,27 +52,43 @@ def open_experiment(uri: str, experiment: str, output_dir: Path) -> Tracker:
 
 
 def load_comparisons(
-    source: RunSource, where: Mapping[str, str], mixed: bool, published: bool = False
+    source: RunSource,
+    where: Mapping[str, str],
+    mixed: bool,
+    published: bool = False,
+    metric: Metric | None = None,
 ) -> list[Comparison]:
     """The comparisons of an experiment's runs; arguments and errors are those of `kdpipe.compare.compare_runs`."""
     records = source.finished_runs()
     if not records:
         problem = f"no finished run yet in {source.name}; make demo trains three"
         raise ConfigError("tracking.experiment", problem=problem)
-    cells = select_cells(make_cells(records), where)
+    cells = select_cells(make_cells(_with_metric(records, metric)), where)
     if not mixed:
         check_comparable(cells)
     groups = families(cells, one_teacher=True) if mixed else [cells]
     find = cache(source.get_run)
-    comparisons = [_completed(compare_cells(group, find), source, published) for group in groups]
+    comparisons = [_completed(compare_cells(group, find, metric=metric), source, published) for group in groups]
     if isinstance(source, OtherWeights):
         comparisons = [replace(found, notes=[source.note, *found.notes]) for found in comparisons]
     return comparisons
 
 
-def load_sweep(tracker: Tracker, sweep: str, where: Mapping[str, str], published: bool = False) -> list[Comparison]:
+def _with_metric(records: Sequence[RunRecord], metric: Metric | None) -> list[RunRecord]:
+    """Those that have measured the metric. Raises ConfigError if none has: earlier versions knew accuracy alone."""
+    found = [record for record in records if metric is None or f"test/{metric}" in record.metrics]
+    if records and not found:
+        raise ConfigError("--metric", metric, problem="no finished run has measured it")
+    if len(found) < len(records):
+        log.warning("--metric %s: left out are %d runs that have not measured it", metric, len(records) - len(found))
+    return found
+
+
+def load_sweep(
+    tracker: Tracker, sweep: str, where: Mapping[str, str], published: bool = False, metric: Metric | None = None
+) -> list[Comparison]:
     """The comparisons of a sweep; arguments and errors are those of `kdpipe.compare.compare_runs`."""
-    return [_completed(comparison, tracker, published) for comparison in compare_sweep(tracker, sweep, where)]
+    return [_completed(comparison, tracker, published) for comparison in compare_sweep(tracker, sweep, where, metric)]
 
 
 def _completed(comparison: Comparison, source: RunSource, published: bool) -> Comparison:
@@ -80,12 +98,14 @@ def _completed(comparison: Comparison, source: RunSource, published: bool) -> Co
     return with_disagreement(comparison, source)
 
 
-def compare_sweep(tracker: Tracker, sweep_id: str, where: Mapping[str, str] | None = None) -> list[Comparison]:
+def compare_sweep(
+    tracker: Tracker, sweep_id: str, where: Mapping[str, str] | None = None, metric: Metric | None = None
+) -> list[Comparison]:
     """Compare a sweep's finished runs, each data set and budget of its grid by itself; students alone from the rest of
     the experiment serve as controls. For a chain, the verdict is on the last link and earlier links are rows. Raises
     ValueError if the sweep was not found, or has no finished run."""
     parent = tracker.find_sweep(sweep_id)
-    records = tracker.finished_runs()
+    records = _with_metric(tracker.finished_runs(), metric)
     if parent is None:
         known = sorted({one for record in records for one in _sweeps_of(record)})
         problem = f"not found in {tracker.experiment}" + ("" if known else ", which has no finished sweep runs")
@@ -101,17 +121,19 @@ def compare_sweep(tracker: Tracker, sweep_id: str, where: Mapping[str, str] | No
     links = int(parent.tags.get("kdpipe.links", 1))
     cells = select_cells(make_cells([*mine.values(), *teachers], mine.values() if links > 1 else ()), where or {})
     if links > 1:
-        return _compare_chain(cells, links, find, controls)
-    return [compare_cells(family, find, controls, confirm) for family in families(cells, one_teacher=False)]
+        return _compare_chain(cells, links, find, controls, metric)
+    return [compare_cells(family, find, controls, confirm, metric) for family in families(cells, one_teacher=False)]
 
 
 def _sweeps_of(record: RunRecord) -> list[str]:
     return record.tags.get("kdpipe.sweep", "").split()
 
 
-def _compare_chain(cells: Sequence[Cell], links: int, find: GetRun, controls: Sequence[Cell]) -> list[Comparison]:
+def _compare_chain(
+    cells: Sequence[Cell], links: int, find: GetRun, controls: Sequence[Cell], metric: Metric | None
+) -> list[Comparison]:
     """Compare a chain's last link, each data set and budget by itself, with the links before it as rows."""
-    students_alone = Controls([*cells, *controls])
+    students_alone, metric = Controls([*cells, *controls]), metric or metric_of(cells)
     comparisons: list[Comparison] = []
     shown = set()
     ends = [cell for cell in cells if cell.link == links or cell.stage == "student"]
@@ -119,12 +141,12 @@ def _compare_chain(cells: Sequence[Cell], links: int, find: GetRun, controls: Se
         if all(cell.stage == "student" for cell in family):
             continue
         chain = _with_teachers(family, cells)
-        comparison = compare_cells(family, find, [*cells, *controls])
-        rows = [*(make_row(cell, students_alone) for cell in chain[len(family) :]), *comparison.rows]
+        comparison = compare_cells(family, find, [*cells, *controls], metric=metric)
+        rows = [*(make_row(cell, students_alone, metric) for cell in chain[len(family) :]), *comparison.rows]
         comparisons.append(replace(comparison, rows=sorted(rows, key=lambda row: row.cell.link)))
         shown |= {cell.key for cell in chain}
     if left := [cell for cell in cells if cell.key not in shown]:
-        rows = [make_row(cell, students_alone) for cell in sorted(left, key=lambda cell: cell.link)]
+        rows = [make_row(cell, students_alone, metric) for cell in sorted(left, key=lambda cell: cell.link)]
         text = f"{CANNOT_TELL}: the chain's last link, which these lead to, has no finished run"
         comparisons.append(Comparison(rows, None, None, text))
     return comparisons
@@ -182,11 +204,14 @@ def draw_pictures(comparison: Comparison, tracker: RunSource) -> dict[str, Pictu
     pictures = {}
     if decisive := comparison.decisive:
         curves = {
-            name: {seed: tracker.history(run.id, "val/accuracy") for seed, run in cell.runs.items()}
+            name: {seed: tracker.history(run.id, f"val/{comparison.metric}") for seed, run in cell.runs.items()}
             for name, cell in _cells_with_curves(comparison, decisive).items()
         }
-        drawn["curves"] = plots.curves(curves), "Validation accuracy during training, and the gain"
-        seed, best = best_run(decisive.cell)
+        drawn["curves"] = (
+            plots.curves(curves, comparison.metric),
+            f"Validation {METRICS[comparison.metric]} during training, and the gain",
+        )
+        seed, best = best_run(decisive)
         for name, caption in PICTURES_OF_A_RUN.items():
             if content := tracker.read(best.id, name):
                 pictures[name] = Picture(content, f"{caption} (run {best.name or best.id}, seed {seed})")

@@ -5,13 +5,13 @@ from typing import Literal
 
 from kdpipe.compare.records import RunSource
 from kdpipe.settings.errors import ConfigError
+from kdpipe.settings.values import METRICS
 from kdpipe.tracking import RunRecord
 
 Select = Literal["last", "best"]
 
 # With these, the first epochs are the same however many follow.
 SAME_FROM_THE_START = ("kdpipe.training.schedules.constant", "kdpipe.training.schedules.multistep")
-VALIDATION, TEST = "val/accuracy", "test/accuracy"
 # Metrics of the weights themselves, beside the accuracies: those of the other weights are not known.
 OF_THE_WEIGHTS = ("test/", "selected/", "teacher/agreement", "teacher/kl", "model/temperature")
 
@@ -81,20 +81,25 @@ class OtherWeights:
         select, last = self._select or own, self._epoch or epochs
         if last > epochs or (last < epochs and record.params.get("scheduler._target_") not in SAME_FROM_THE_START):
             return None
-        validated = dict(self.history(record.id, VALIDATION))
-        epoch = max(validated, key=validated.__getitem__, default=None) if select == "best" else last  # the first best
+        chosen_by = record.params.get("train.metric", "accuracy")
+        validated = {name: dict(self.history(record.id, f"val/{name}")) for name in METRICS}
+        choice = validated[chosen_by]
+        epoch = max(choice, key=choice.__getitem__, default=None) if select == "best" else last  # the first best
         if epoch is None:
             return None
-        tested = dict(self._source.history(record.id, TEST)) if last < epochs else {}
-        # At the run's end there are the accuracies of both; `tested` has the selected weights' there.
-        at_the_end = TEST if select == own else f"{TEST}_{select}"
-        accuracy = tested.get(epoch) if last < epochs else record.metrics.get(at_the_end)
-        if accuracy is None:
+        # At the run's end there are the metrics of both; the history has the selected weights' there.
+        suffix = "" if select == own else f"_{select}"
+        tested = {
+            f"test/{name}": record.metrics.get(f"test/{name}{suffix}")
+            if last == epochs
+            else dict(self._source.history(record.id, f"test/{name}")).get(epoch)
+            for name in METRICS
+        }
+        if tested["test/accuracy"] is None:
             return None
         metrics = {key: value for key, value in record.metrics.items() if not key.startswith(OF_THE_WEIGHTS)}
-        metrics[TEST] = accuracy
-        if epoch in validated:
-            metrics["selected/accuracy"] = validated[epoch]
+        metrics |= {name: value for name, value in tested.items() if value is not None}
+        metrics |= {f"selected/{name}": values[epoch] for name, values in validated.items() if epoch in values}
         params = {**record.params, "train.select": select, "train.epochs": str(last)}
         seconds = record.seconds if last == epochs else float("nan")
         return replace(record, params=params, metrics=metrics, seconds=seconds)

@@ -26,6 +26,7 @@ from kdpipe.compare.cells import Cell, differences
 from kdpipe.compare.comparison import Comparison, uses_final_weights
 from kdpipe.compare.statistics import Interval, interval, share_interval, signed
 from kdpipe.compare.student_summary import students_of
+from kdpipe.settings.values import METRICS, Metric
 
 ALONE, DISTILLED, TEACHER, FRONT = "#D55E00", "#0072B2", "#555555", "#999999"
 STAGES = {
@@ -130,8 +131,8 @@ def gains(comparison: Comparison) -> Figure | None:
     return figure
 
 
-def curves(named: Mapping[str, Curves]) -> Figure | None:
-    """Validation accuracy by epoch, and the gain over the first curves, "student alone", paired by seed; means over
+def curves(named: Mapping[str, Curves], metric: Metric = "accuracy") -> Figure | None:
+    """A validation metric by epoch, and the gain over the first curves, "student alone", paired by seed; means over
     seeds with their 95 % intervals. None for fewer than two epochs."""
     found = {
         name: accuracies
@@ -150,7 +151,7 @@ def curves(named: Mapping[str, Curves]) -> Figure | None:
     figure = Figure(figsize=(12 if paired else 7, 4.2 + 0.2 * max(0, len(found) - 4)), layout="constrained")
     axis, *others = figure.subplots(1, 2 if paired else 1, squeeze=False)[0]
     drawn = [mean for name in found for mean in _band(axis, name, found[name], share_interval, styles[name])]
-    axis.set_ylabel("validation accuracy, %")
+    axis.set_ylabel(f"validation {METRICS[metric]}, %")
     axis.set_ylim(*(100 * limit for limit in _limits(drawn)))
     axis.legend(loc="lower right", frameon=False)
     for other in others:
@@ -210,7 +211,7 @@ def points_of(comparison: Comparison) -> list[Point]:
     latency = f"latency_ms{timings.threads}"
     points = []
     for cell, name in zip(cells, _names(cells), strict=True):
-        if accuracy := share_interval(list(cell.values("test/accuracy").values())):
+        if accuracy := share_interval(list(cell.values(f"test/{comparison.metric}").values())):
             costs = _costs(average(cell, "model/size_mb"), timings.of(cell.first, f"model/{latency}"))
             is_decisive = decisive is not None and cell.key == decisive.cell.key
             points.append(Point(name, cell.stage, costs, accuracy, is_decisive))
@@ -263,7 +264,7 @@ def pareto(comparison: Comparison) -> Figure | None:
         axis.set_ylim(100 * low, 100 * high)
         shown = {number: point for number, point in enumerate(points, start=1) if panel in point.costs}
         _scatter(axis, panel, shown, is_numbered, width=WIDTH / len(panels))
-    axes[0].set_ylabel("test accuracy, %")
+    axes[0].set_ylabel(f"test {METRICS[comparison.metric]}, %")
     if LATENCY in panels:
         timings = comparison.timings
         one = ", one thread" if timings.threads else ""
@@ -291,9 +292,9 @@ def pareto_caption(comparison: Comparison) -> str:
     where = comparison.timings.where
     timed = f"; one image at a time, timed on {where}" if where else ""
     return (
-        "Test accuracy against size and latency, means with 95 % intervals over seeds; networks below the line are "
-        f"beaten by one that is no larger, or no slower{timed}. Points of equal size or latency stand side by side; a "
-        "network is as fast however it was trained"
+        f"Test {METRICS[comparison.metric]} against size and latency, means with 95 % intervals over seeds; "
+        f"networks below the line are beaten by one that is no larger, or no slower{timed}. Points of equal size or "
+        "latency stand side by side; a network is as fast however it was trained"
     )
 
 

@@ -147,11 +147,13 @@ def _half_width(values: Sequence[float], error: float = 0.05) -> float | None:
     return float(stdtrit(len(values) - 1, 1 - error / 2)) * stdev(values) / len(values) ** 0.5
 
 
-def verdict(gain: Interval | None) -> str:
-    """What a gain in test accuracy over the same student alone, paired by seed, says about distillation."""
+def verdict(gain: Interval | None, metric: str = "accuracy") -> str:
+    """What a gain in test accuracy, or another metric, over the same student alone, paired by seed, says about
+    distillation."""
     if gain is None:
         return f"{CANNOT_TELL}: no seed in common with the student alone"
-    points = f"{signed(gain.mean)} points on the test set"
+    of_what = "" if metric == "accuracy" else f" of {metric}"
+    points = f"{signed(gain.mean)} points{of_what} on the test set"
     if gain.number < 2:
         return f"{CANNOT_TELL}: one seed shows nothing ({points}); repeat both with seed=1, seed=2, …"
     if gain.low is None or gain.high is None:

@@ -43,7 +43,7 @@ def summarize_student(comparison: Comparison) -> StudentSummary | None:
             rows[f"teacher {distilled.first.params.get('teacher.name', '')}"] = values
     for name, cell in (("student alone", alone), ("student distilled", distilled)):
         if cell:
-            quality = [average(cell, f"test/{metric}") for metric in ("accuracy", "ece", "loss")]
+            quality = [average(cell, f"test/{metric}") for metric in (comparison.metric, "ece", "loss")]
             rows[name] = [*quality, *(metrics.get(f"model/{cost}") for cost in costs)]
     columns = _columns(list(rows.values()))
     if distilled.teacher_run:

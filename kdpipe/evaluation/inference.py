@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdpipe.data import ImageDataset
+from kdpipe.evaluation.metrics import class_means
 from kdpipe.models.classifier import eval_mode
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.progress import progress
@@ -14,15 +15,20 @@ from kdpipe.system.progress import progress
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, data: ImageDataset, split: str, hardware: Hardware) -> dict[str, float]:
-    """`accuracy` (a fraction) and `loss` (cross-entropy with the labels), averaged over the images of a split."""
+    """`accuracy` (a fraction) and `loss` (cross-entropy with the labels), averaged over the images of a split, and the
+    `class_means` of the predictions."""
     totals = torch.zeros(2, device=hardware.device)  # correct predictions, loss
+    answers = []
     with eval_mode(model):
         for batch, logits in _batched_logits(model, data, split, hardware):
             labels = data.labels[batch].to(hardware.device)
-            totals[0] += (logits.argmax(dim=1) == labels).sum()
+            predicted = logits.argmax(dim=1)
+            answers.append(torch.stack([labels, predicted]))
+            totals[0] += (predicted == labels).sum()
             totals[1] += F.cross_entropy(logits, labels, reduction="sum")
     correct, loss = hardware.sum(totals).tolist()
-    return {"accuracy": correct / len(data.splits[split]), "loss": loss / len(data.splits[split])}
+    means = {"accuracy": correct / len(data.splits[split]), "loss": loss / len(data.splits[split])}
+    return means | class_means(*torch.cat(hardware.gather(torch.cat(answers, dim=1).cpu()), dim=1))
 
 
 def logits_of(model: nn.Module, data: ImageDataset, split: str, hardware: Hardware) -> Tensor:

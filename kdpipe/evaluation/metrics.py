@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.stats import binned_statistic
-from sklearn.metrics import brier_score_loss, confusion_matrix, top_k_accuracy_score
+from sklearn.metrics import brier_score_loss, confusion_matrix, f1_score, recall_score, top_k_accuracy_score
 from torch import Tensor
 
 BINS = 15  # of confidence, as in Guo et al. 2017
@@ -22,7 +22,8 @@ TEMPERATURES = (0.05, 20)
 def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """`accuracy` (a fraction); `loss`, the negative log-likelihood in nats; `brier`, the squared distance of the
     probabilities from the label, summed over classes (0 … 2; Brier 1950); `ece`, the expected calibration error (a
-    fraction; Guo et al. 2017, https://arxiv.org/abs/1706.04599); and `top5_accuracy` for more than five classes."""
+    fraction; Guo et al. 2017, https://arxiv.org/abs/1706.04599); those of `class_means`; and `top5_accuracy` for more
+    than five classes."""
     probabilities = logits.double().softmax(dim=1).numpy()
     classes = np.arange(logits.shape[1])
     found = {
@@ -31,10 +32,21 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
         "brier": float(brier_score_loss(labels.numpy(), probabilities, labels=classes, scale_by_half=False)),
         "ece": reliability(logits, labels).error,
     }
+    found |= class_means(labels, logits.argmax(dim=1))
     if len(classes) > TOP:
         scores = logits.double().numpy()
         found["top5_accuracy"] = float(top_k_accuracy_score(labels.numpy(), scores, k=TOP, labels=classes))
     return found
+
+
+def class_means(labels: Tensor, predicted: Tensor) -> dict[str, float]:
+    """Fractions that count all classes alike: `balanced_accuracy`, the mean accuracy over the classes with images,
+    and `macro_f1`, the mean F1 score over the classes that are a label or a prediction. They are scikit-learn's
+    `balanced_accuracy_score` and `f1_score`. Both arguments are int64 [N]."""
+    truth, answers = labels.numpy(), predicted.numpy()
+    # balanced_accuracy_score is this recall, and warns of predicted classes that have no images.
+    recall = recall_score(truth, answers, labels=np.unique(truth), average="macro")
+    return {"balanced_accuracy": float(recall), "macro_f1": float(f1_score(truth, answers, average="macro"))}
 
 
 def negative_log_likelihood(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> float:

@@ -3,33 +3,40 @@
 from collections.abc import Mapping
 
 from kdpipe.runs.names import ONE_THREAD
+from kdpipe.settings.values import METRICS, Metric
 from kdpipe.system.tables import text_table
 
 BUSY = "the machine was busy with other things: only ratios hold"
 
 
-def epoch_line(epoch: int, epochs: int, metrics: Mapping[str, float]) -> str:
-    """An epoch as a log line."""
+def epoch_line(epoch: int, epochs: int, metrics: Mapping[str, float], chosen_by: Metric = "accuracy") -> str:
+    """An epoch as a log line, with the metric that weights are chosen by."""
     parts = [f"epoch {epoch}/{epochs}", f"loss {metrics['train/loss']:.4f}"]
     parts += [
         f"{split} {100 * metrics[f'{split}/accuracy']:.1f} %"
         for split in ("train", "val", "test")
         if f"{split}/accuracy" in metrics
     ]
+    if chosen_by != "accuracy" and (value := metrics.get(f"val/{chosen_by}")) is not None:
+        parts.append(f"val {METRICS[chosen_by]} {100 * value:.1f} %")
     return "  ".join([*parts, f"{metrics['train/images_per_second']:,.0f} images/s"])
 
 
-def result_table(metrics: Mapping[str, float], width: int | None = None) -> str:
-    """The results of a finished run."""
+def result_table(metrics: Mapping[str, float], width: int | None = None, chosen_by: Metric = "accuracy") -> str:
+    """The results of a finished run, with the metric that weights are chosen by. With as many test images of each class
+    the balanced accuracy is the accuracy, and is left out."""
 
     def percent(name: str) -> str:
         return f"{100 * metrics[name]:.2f} %" if name in metrics else ""
 
+    is_skewed = chosen_by != "accuracy" or percent("test/balanced_accuracy") != percent("test/accuracy")
     scaled, where_wrong = percent("test/ece_scaled"), percent("teacher/agreement_where_wrong")
     rows = {
         "test accuracy": percent("test/accuracy"),
+        **{f"test {METRICS[name]}": percent(f"test/{name}") for name in ("balanced_accuracy", "macro_f1") if is_skewed},
         "test loss": f"{metrics['test/loss']:.4f}",
         "validation accuracy": percent("selected/accuracy"),
+        f"validation {METRICS[chosen_by]}": percent(f"selected/{chosen_by}"),
         "calibration error": percent("test/ece"),
         "the same, scaled": scaled and f"{scaled} (probabilities at temperature {metrics['model/temperature']:.2f})",
         "second student's": percent("peer/accuracy"),

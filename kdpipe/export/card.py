@@ -24,6 +24,8 @@ TEMPLATE = Path(__file__).with_name("card.md.j2")
 # A run's metrics, in the order of the card; fractions are shown in per cent.
 METRICS = {
     "test/accuracy": "test accuracy",
+    "test/balanced_accuracy": "test accuracy, mean over classes",
+    "test/macro_f1": "F1 score on the test images, mean over classes",
     "test/top5_accuracy": "test accuracy, top 5",
     "test/loss": "test loss (cross-entropy)",
     "test/brier": "Brier score",
@@ -33,13 +35,13 @@ METRICS = {
     "test/loss_scaled": "test loss at this temperature",
     "teacher/accuracy": "test accuracy of the teacher",
     "teacher/agreement": "test images with the teacher's prediction",
-    "selected/epoch": "epoch with the best validation accuracy, whose weights these are",
+    "selected/epoch": "epoch that was best on the validation images, whose weights these are",
     "model/params": "parameters",
     "model/flops": "FLOPs per image (convolutions and matrix products)",
     "model/size_mb": "size of the weights in MB (2²⁰ bytes)",
     "model/activation_mb": "activations per image in MB",
 }
-TRAIN_KEYS = {"epochs", "batch_size", "precision", "mixup", "cutmix", "clip_norm", "select"}
+TRAIN_KEYS = {"epochs", "batch_size", "precision", "mixup", "cutmix", "clip_norm", "select", "metric"}
 
 
 def model_card(
@@ -152,7 +154,7 @@ def _metrics_table(run: FinishedRun) -> str:
         if key not in run.metrics or (key == "selected/epoch" and run.settings.train.select != "best"):
             continue  # without a selection that epoch is simply the last one
         value = run.metrics[key]
-        form = ".2%" if key.endswith(("accuracy", "agreement")) else ",.0f" if value >= 1000 else ".4g"
+        form = ".2%" if key.endswith(("accuracy", "f1", "agreement")) else ",.0f" if value >= 1000 else ".4g"
         rows.append([words, f"{value:{form}}".replace("%", " %")])
     return markdown_table(["of the run", ""], rows)
 

@@ -25,15 +25,22 @@ class Plan:
     epochs: int
 
 
-def cross_entropy(student: Tensor, labels: Tensor, label_smoothing: float = 0) -> Tensor:
+def cross_entropy(
+    student: Tensor, labels: Tensor, label_smoothing: float = 0, class_weights: Tensor | None = None
+) -> Tensor:
     """Cross-entropy of the student's logits, averaged over the labelled images; 0 where no image has a label.
 
     Args:
         student: logits, float [N, classes].
         labels: int64 [N], −1 for unlabelled images; or class shares of mixed images, float [N, classes].
         label_smoothing: share of each label that is spread evenly over all classes.
+        class_weights: how much each class counts, float [classes], above 0; None for all alike. As in PyTorch the sum
+            is divided by the weights of the labels, so that only their ratios matter. So it is for mixed images, by
+            their shares, where PyTorch would divide by N.
     """
     student = wide(student)
+    if class_weights is not None:
+        return _weighted_cross_entropy(student, labels, label_smoothing, class_weights.to(student.dtype))
     if labels.is_floating_point():
         return F.cross_entropy(student, labels.to(student.dtype), label_smoothing=label_smoothing)
     labelled = labels >= 0
@@ -46,11 +53,22 @@ def cross_entropy(student: Tensor, labels: Tensor, label_smoothing: float = 0) -
     return torch.where(labelled.all(), every, mean)
 
 
+def _weighted_cross_entropy(student: Tensor, labels: Tensor, label_smoothing: float, weights: Tensor) -> Tensor:
+    if labels.is_floating_point():
+        labels = labels.to(student.dtype)
+        of_labels = labels @ weights
+    else:
+        of_labels = weights[labels.clamp(min=0)] * (labels >= 0)
+    total = F.cross_entropy(student, labels, weights, ignore_index=-1, reduction="sum", label_smoothing=label_smoothing)
+    return total / of_labels.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+
+
 class Loss(nn.Module):
     """Base class of all losses.
 
     A distillation method derives from `WeightedLoss` or `AlphaLoss` and defines `term` only; one that learns
-    projections, or needs to know the training images, also defines `fit_to`.
+    projections, or needs to know the training images, also defines `fit_to`. One that defines `forward` takes the
+    method `cross_entropy`, which weighs the classes.
     """
 
     name: str = ""  # of its term among the parts; without one it cannot be added to another loss
@@ -60,6 +78,15 @@ class Loss(nn.Module):
     roles: tuple[str, ...] = ()  # features it needs in addition to logits, of `kdpipe.losses.outputs.ROLES`
     one_label = False  # whether each image needs exactly one label, neither mixed nor missing
     compares_images = False  # whether its term relates the images of a batch to each other
+    class_weights: Tensor | None  # float [classes], for `cross_entropy`; not part of checkpoints
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("class_weights", None, persistent=False)
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The function of this name, with the loss's `class_weights`."""
+        return cross_entropy(logits, labels, class_weights=self.class_weights)
 
     @property
     def components(self) -> dict[str, "Loss"]:
@@ -122,7 +149,7 @@ class WeightedLoss(Loss):
 
     def forward(self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int) -> Parts:
         assert teacher is not None, f"{type(self).__name__} needs a teacher"
-        ce = cross_entropy(student.logits, labels)
+        ce = self.cross_entropy(student.logits, labels)
         term = self.term(student, teacher, labels, indices, epoch)
         return {"loss": self.ce_weight * ce + self.weight * term, "ce": ce, self.name: term}
 
@@ -142,7 +169,7 @@ class AlphaLoss(WeightedLoss):
     def forward(self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int) -> Parts:
         if teacher is None:
             assert self.alpha == 0, "only alpha 0 needs no teacher"
-            ce = cross_entropy(student.logits, labels)
+            ce = self.cross_entropy(student.logits, labels)
             return {"loss": ce, "ce": ce}
         return super().forward(student, teacher, labels, indices, epoch)
 

@@ -14,9 +14,9 @@ from kdpipe.losses.outputs import Outputs
 from kdpipe.settings.values import checked
 
 
-def label_smoothing(student: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+def label_smoothing(student: Tensor, labels: Tensor, smoothing: float, class_weights: Tensor | None = None) -> Tensor:
     """`cross_entropy` with (1 − smoothing)·labels + smoothing / classes; smoothing is ε of the paper."""
-    return cross_entropy(student, labels, smoothing)
+    return cross_entropy(student, labels, smoothing, class_weights)
 
 
 class LabelSmoothing(Loss):
@@ -34,5 +34,5 @@ class LabelSmoothing(Loss):
         self.smoothing = smoothing
 
     def forward(self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int) -> Parts:
-        loss = label_smoothing(student.logits, labels, self.smoothing)
-        return {"loss": loss, "ce": cross_entropy(student.logits, labels)}
+        loss = label_smoothing(student.logits, labels, self.smoothing, self.class_weights)
+        return {"loss": loss, "ce": self.cross_entropy(student.logits, labels)}

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from kdpipe.losses.base import Parts, WeightedLoss, cross_entropy
+from kdpipe.losses.base import Parts, WeightedLoss
 from kdpipe.losses.kd import kd
 from kdpipe.losses.outputs import Outputs
 from kdpipe.settings.values import Positive, checked
@@ -33,7 +33,7 @@ class Mutual(WeightedLoss):
 
     def forward(self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int) -> Parts:
         assert teacher is not None, "mutual learning needs two networks"
-        ce, peer_ce = cross_entropy(student.logits, labels), cross_entropy(teacher.logits, labels)
+        ce, peer_ce = (self.cross_entropy(network.logits, labels) for network in (student, teacher))
         term = kd(student.logits, teacher.logits.detach(), temperature=1)
         peer_term = kd(teacher.logits, student.logits.detach(), temperature=1)
         loss = ce + self.weight * term + peer_ce + self.weight * peer_term

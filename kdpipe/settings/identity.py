@@ -42,6 +42,7 @@ LOSSES = "kdpipe.losses."
 # Modules that were moved since their first runs: moving code trains nothing anew.
 FORMER_NAMES = {"kdpipe.training.schedules.": "kdpipe.schedulers."}
 
+CLASS_WEIGHTS = "loss.class_weights"  # of the labels, whatever the method
 UNLABELLED = "dataset.unlabelled_root"  # more images for what a teacher says; the student alone has none
 # How each network resized images before it could be set.
 FIRST_RESIZING = {"resize": "squeeze", "interpolation": "bilinear", "crop_pct": 1}
@@ -52,6 +53,8 @@ LATER = {
     "loss.standardize": "False",
     **{f"{network}.{key}": str(value) for network in ("model", "teacher") for key, value in FIRST_RESIZING.items()},
     "dataset.resize": "squeeze",
+    "train.metric": "accuracy",
+    **dict.fromkeys((CLASS_WEIGHTS, "dataset.sampler"), "None"),
 }
 
 
@@ -129,7 +132,8 @@ def what_matters(flat: Mapping[str, Any]) -> dict[str, Any]:
     if matters.get("distillation.outputs") != "views":  # else it only says where the same answers come from
         matters = _without(matters, "distillation.")
     if _is_off(matters, "loss"):
-        matters = _without(matters, "loss.") | {"loss._target_": LABELS_ALONE}
+        weights = {key: value for key, value in matters.items() if key == CLASS_WEIGHTS}
+        matters = _without(matters, "loss.") | weights | {"loss._target_": LABELS_ALONE}
     if _is_off(matters, "also"):
         matters = _without(matters, "also.")
     matters.pop("also.ce_weight", None)  # the cross-entropy is the first one's

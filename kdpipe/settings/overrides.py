@@ -21,6 +21,7 @@ from kdpipe.settings.schema import (
     TEACHERS,
     Component,
     DatasetSettings,
+    LossSettings,
     NetworkSettings,
     Section,
     Settings,
@@ -30,7 +31,8 @@ from kdpipe.settings.values import takes_text
 COMPONENTS: dict[str, type[Section]] = {
     **dict.fromkeys(("model", "teacher"), NetworkSettings),
     "dataset": DatasetSettings,
-    **dict.fromkeys(("loss", "also", "optimizer", "scheduler", "augmentation"), Component),
+    "loss": LossSettings,
+    **dict.fromkeys(("also", "optimizer", "scheduler", "augmentation"), Component),
 }
 
 

@@ -16,6 +16,7 @@ from kdpipe.settings.components import loss_class
 from kdpipe.settings.errors import ConfigError, as_typed
 from kdpipe.settings.values import (
     Interpolation,
+    Metric,
     NonNegative,
     NonNegativeInt,
     Number,
@@ -63,7 +64,7 @@ class Component(Section):
         return {name: value for name, value in (self.model_extra or {}).items() if name != "_partial_"}
 
 
-class LossSettings(Component):
+class MethodSettings(Component):
     @property
     def uses_teacher(self) -> bool:
         """Whether it needs a teacher: it compares the student with one, and its weight is not 0."""
@@ -89,6 +90,13 @@ class LossSettings(Component):
         return own or re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
+class LossSettings(MethodSettings):
+    class_weights: Annotated[
+        Literal["balanced"] | list[Positive] | None,
+        Field(description="balanced, a list with a number above 0 for each class, or null"),
+    ] = None
+
+
 class OptimizerSettings(Component):
     lr: Positive | None = None
     weight_decay: NonNegative | None = None
@@ -106,6 +114,7 @@ class DatasetSettings(Component):
     test_fraction: TestShare | None
     split_seed: SplitSeed
     unlabelled_root: str | None = None
+    sampler: Literal["balanced"] | None = None
 
     @property
     def resize(self) -> Resize:
@@ -216,6 +225,7 @@ class TrainSettings(Section):
     cutmix: Positive | None = None
     clip_norm: Positive | None = None
     select: Literal["last", "best"] = "last"
+    metric: Metric = "accuracy"
     keep_epochs: list[PositiveInt] | None = None
     test_each_epoch: bool = False
 
@@ -284,7 +294,7 @@ class Settings(Section):
     model: NetworkSettings
     teacher: TeacherSettings
     loss: LossSettings
-    also: LossSettings | None = None
+    also: MethodSettings | None = None
     optimizer: OptimizerSettings
     scheduler: Component
     augmentation: Component = Component.model_validate({"_target_": "kdpipe.data.augmentation.no_augmentation"})
@@ -338,7 +348,7 @@ class Settings(Section):
             _check_weights("teacher.weights", self.teacher.weights, choices)
 
     @property
-    def losses(self) -> list[LossSettings]:
+    def losses(self) -> list[MethodSettings]:
         """The loss, and the second one that is added to it."""
         return [self.loss, *([self.also] if self.also else [])]
 

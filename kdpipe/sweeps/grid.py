@@ -17,7 +17,7 @@ from kdpipe.assembly.teachers import KnownTeachers
 from kdpipe.settings.composition import Invocation, read_settings
 from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.hydra_errors import HYDRA_ERRORS, explain
-from kdpipe.settings.identity import canonical, flatten
+from kdpipe.settings.identity import CLASS_WEIGHTS, canonical, flatten
 from kdpipe.settings.overrides import names_as_typed
 from kdpipe.settings.schema import Settings
 
@@ -34,6 +34,7 @@ SHARED = (
     "sweep.confirm_seeds",
     "sweep.rerun",
     "train.resume",
+    "train.metric",
 )
 Axes = dict[str, list[str]]
 
@@ -155,6 +156,12 @@ def plan(
                 name = f"{name}_{parts.teacher_source[:8]}"
         planned[cell.identity] = PlannedRun(name, cell, parts.tags, parts.teacher_source)
     return list(planned.values())
+
+
+def is_of_method(override: str) -> bool:
+    """Whether an override sets what is the loss's own, rather than how much each class counts in any loss."""
+    key = override.partition("=")[0].lstrip("+~")
+    return key.startswith("loss.") and key != CLASS_WEIGHTS
 
 
 def name_of(axes: Axes, cell: GridCell) -> str:

@@ -39,6 +39,7 @@ from kdpipe.sweeps.grid import (
     compose_cell,
     describe,
     expand,
+    is_of_method,
     plan,
     sweep_identity,
 )
@@ -293,7 +294,7 @@ def alone(run: PlannedRun) -> list[str]:
     no_other = ["~loss@also"] if run.settings.also else []
     if run.settings.loss.blends:
         return [*kept, "loss.alpha=0", *no_other]
-    kept = [override for override in _without(kept, "loss") if not override.lstrip("+").startswith("loss.")]
+    kept = [override for override in _without(kept, "loss") if not is_of_method(override)]
     return [*kept, "loss=cross_entropy", *no_other]
 
 

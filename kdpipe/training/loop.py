@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from kdpipe.data import ImageDataset
 from kdpipe.data.augmentation import Views
+from kdpipe.data.balancing import balanced_draw
 from kdpipe.data.feeding import feed
 from kdpipe.data.mixing import Mixing
 from kdpipe.evaluation.inference import evaluate
+from kdpipe.settings.values import METRICS, Metric
 from kdpipe.system.interruption import postponed
 from kdpipe.system.progress import progress
 from kdpipe.system.randomness import generator, seed_all
@@ -28,7 +30,9 @@ class Recipe:
         teacher: gives the soft targets, on the views that the student sees; None where the loss needs none.
         views: what each epoch sees; None for the images as they are stored.
         mixing: mixes the images of each batch, and their labels.
-        select_best: keep the weights of the best validation accuracy (the first of equals) instead of the last ones.
+        balanced: each epoch draws its images with replacement, so that all classes are equally likely.
+        select_best: keep the weights with the best validation metric (the first of equals) instead of the last ones.
+        metric: the one that counts.
         test_each_epoch: evaluate on the test images after each epoch but the last, which the caller does.
         clip_norm: gradients are scaled down to this norm where theirs is larger; None for never.
     """
@@ -39,7 +43,9 @@ class Recipe:
     teacher: Teacher | None = None
     views: Views | None = None
     mixing: Mixing | None = None
+    balanced: bool = False
     select_best: bool = False
+    metric: Metric = "accuracy"
     test_each_epoch: bool = False
     clip_norm: float | None = None
 
@@ -64,8 +70,9 @@ def fit(training: Training, data: ImageDataset, recipe: Recipe, hooks: Hooks) ->
 
     Returns:
         `selected/epoch`, the epoch that the weights are from, and where there are validation images
-        `selected/accuracy`, their accuracy on them, and what the other choice would have given: `test/accuracy_best`
-        with the best weights by validation where the last are selected, else `test/accuracy_last`.
+        `selected/accuracy` and the other `METRICS`, theirs on them, and what the other choice would have given:
+        `test/accuracy_best`, … with the best weights by validation where the last are selected, else
+        `test/accuracy_last`, ….
 
     Raises:
         ValueError: a loss or a weight became NaN or infinite.
@@ -75,7 +82,8 @@ def fit(training: Training, data: ImageDataset, recipe: Recipe, hooks: Hooks) ->
     if training.is_new:
         seed_all(recipe.seed, f"dropout/{hardware.rank}" if hardware.rank else "dropout")
     if has_validation and recipe.epochs == 0:
-        training.selected["selected/accuracy"] = evaluate(training.model, data, "validation", hardware)["accuracy"]
+        measured = evaluate(training.model, data, "validation", hardware)
+        training.selected |= {f"selected/{name}": measured[name] for name in METRICS}
     while training.epoch <= recipe.epochs:
         metrics = train_epoch(training, data, recipe, hooks)
         if has_validation:
@@ -85,37 +93,38 @@ def fit(training: Training, data: ImageDataset, recipe: Recipe, hooks: Hooks) ->
         training.check_finite(*(value for name, value in metrics.items() if name.endswith("/loss")))
         with postponed():
             hooks.on_epoch(training.epoch, metrics)
-            select(training, metrics, recipe.select_best)
+            select(training, metrics, recipe)
             training.begin_epoch(training.epoch + 1)
             hooks.on_checkpoint()
     if training.best:
-        other = "test/accuracy_last" if recipe.select_best else "test/accuracy_best"
-        if other not in training.selected:  # by an earlier process, which was interrupted later
-            training.selected[other] = accuracy_of_other_weights(training, data, recipe.select_best)
+        other = "last" if recipe.select_best else "best"
+        if f"test/accuracy_{other}" not in training.selected:  # by an earlier process, which was interrupted later
+            measured = evaluate_other_weights(training, data, recipe.select_best)
+            training.selected |= {f"test/{name}_{other}": measured[name] for name in METRICS}
         if recipe.select_best:
             training.learner.load_state_dict(training.best)
     return training.selected
 
 
-def select(training: Training, metrics: dict[str, float], best: bool) -> None:
-    """Select the weights of the epoch: always, or only if they are the `best` so far, which are kept in any case."""
-    is_best = metrics.get("val/accuracy", -1.0) > training.highest
+def select(training: Training, metrics: dict[str, float], recipe: Recipe) -> None:
+    """Select the weights of the epoch: always, or only if they are the best so far, which are kept in any case."""
+    reached = metrics.get(f"val/{recipe.metric}", -1.0)
+    is_best = reached > training.highest
     if is_best:
-        training.highest, training.best = metrics["val/accuracy"], copy_state(training.learner)
-    if best and not is_best:
+        training.highest, training.best = reached, copy_state(training.learner)
+    if recipe.select_best and not is_best:
         return
-    training.selected = {"selected/epoch": training.epoch}
-    if "val/accuracy" in metrics:
-        training.selected["selected/accuracy"] = metrics["val/accuracy"]
+    known = {f"selected/{name}": metrics[f"val/{name}"] for name in METRICS if f"val/{name}" in metrics}
+    training.selected = {"selected/epoch": training.epoch, **known}
 
 
-def accuracy_of_other_weights(training: Training, data: ImageDataset, best_are_selected: bool) -> float:
-    """The test accuracy with the weights that are not selected; the last ones are in place afterwards."""
+def evaluate_other_weights(training: Training, data: ImageDataset, best_are_selected: bool) -> dict[str, float]:
+    """`evaluate` on the test images with the weights that are not selected; the last ones are in place afterwards."""
     last = copy_state(training.learner)
     try:
         if not best_are_selected:
             training.learner.load_state_dict(training.best)
-        return evaluate(training.model, data, "test", training.hardware)["accuracy"]
+        return evaluate(training.model, data, "test", training.hardware)
     finally:
         training.learner.load_state_dict(last)
 
@@ -128,6 +137,8 @@ def train_epoch(training: Training, data: ImageDataset, recipe: Recipe, hooks: H
     loss.train()
     started = time.perf_counter() - training.seconds
     positions = data.splits["train"]  # on the device where the images are, if they fit
+    if recipe.balanced:
+        positions = balanced_draw(positions, data.labels[positions], generator(recipe.seed, f"sampler/{epoch}"))
     shuffled = torch.randperm(len(positions), generator=generator(recipe.seed, f"order/{epoch}"))
     order = positions[shuffled.to(positions.device)]
     draws = recipe.views.draws(epoch).to(positions.device) if recipe.views else None

@@ -28,8 +28,8 @@ class Training:
         totals: the parts of the loss and the correct answers, summed over these images.
         seconds: the time that they took, earlier processes included.
         learning_rate: at the start of the epoch.
-        selected: the epoch of the weights to be kept, and its accuracy on the validation images.
-        highest: the highest accuracy on the validation images so far; −1 before there is one.
+        selected: the epoch of the weights to be kept, and its metrics on the validation images.
+        highest: the highest metric of the recipe on the validation images so far; −1 before there is one.
         best: the weights that have it.
     """
 

@@ -47,8 +47,8 @@ def check_teacher(
         problem = f"its logits are NaN or infinite for {bad:,} of {len(positions):,} images"
         raise ConfigError("model@teacher", name, "a teacher whose weights and preprocessing go together", problem)
 
-    labels = data.labels[judged]
-    correct, commonest = int((answers[judged].argmax(dim=1) == labels).sum()), int(labels.bincount().max())
+    labels, predicted = data.labels[judged], answers[judged].argmax(dim=1)
+    correct, by_chance = int((predicted == labels).sum()), correct_by_chance(predicted, labels, data.num_classes)
     found = f"{100 * correct / len(judged):.1f} % of {len(judged):,} {split.replace('train', 'training')} images"
     is_one_hot = False
     if temperature is not None:
@@ -56,13 +56,13 @@ def check_teacher(
         found += f", mean entropy {entropy:.2f} nats of {highest:.2f} at T {temperature:g}"
         is_one_hot = entropy < ONE_HOT * highest
     log.info("teacher %s: %s", name, found)
-    if no_better_than_chance(correct, commonest, len(judged)):
+    if no_better_than_chance(correct, by_chance, len(judged)):
         warn_once(
-            "teacher %s is no better than chance (%s; always the most common class: %.1f %%): distilling from it is "
+            "teacher %s is no better than chance (%s; the same answers in any order: %.1f %%): distilling from it is "
             "mostly a no-op; %s",
             name,
             found,
-            100 * commonest / len(judged),
+            100 * by_chance / len(judged),
             teacher.remedy,
         )
     if is_one_hot:
@@ -106,9 +106,17 @@ def mean_entropy(logits: Tensor, temperature: float) -> float:
     return float(torch.special.entr((logits.double() / temperature).softmax(dim=1)).sum(dim=1).mean())
 
 
-def no_better_than_chance(correct: int, commonest: int, total: int) -> bool:
-    """Whether always answering the most common class would do as well, as far as so many images can tell."""
-    share = commonest / total
+def correct_by_chance(predicted: Tensor, labels: Tensor, classes: int) -> float:
+    """How many of these answers, int64 [n], would be right in a random order, on average. Always the most common class
+    gains nothing by an order; where most images are of one class, to tell the others from it does, at the same
+    accuracy."""
+    counts = (each.bincount(minlength=classes).double() for each in (predicted, labels))
+    return float(torch.dot(*counts)) / len(labels)
+
+
+def no_better_than_chance(correct: int, by_chance: float, total: int) -> bool:
+    """Whether the answers would be right as often in any order, as far as so many images can tell."""
+    share = by_chance / total
     if share**total > CHANCE:  # not even a perfect teacher would stand out
         return False
     return bool(binomtest(correct, total, share, alternative="greater").pvalue > CHANCE)

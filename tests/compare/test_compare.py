@@ -91,6 +91,62 @@ def test_cell_is_a_configuration_without_its_seed() -> None:
     assert cells[0].values("test/accuracy") == {0: 0.8, 1: 0.8}
 
 
+def test_the_control_has_the_same_class_weights_and_draws_its_images_alike() -> None:
+    ways = [{}, {"loss__class_weights": "balanced"}, {"dataset__sampler": "balanced"}]
+    alone = [record("student", 0, 0.8, **way) for way in ways]
+    taught = [record("distill", 0, 0.9, **way) for way in ways]
+    cells = make_cells([*alone, *taught])
+    check_comparable(cells)  # in one table, each with its own control
+    controls = Controls(cells)
+    for cell in cells:
+        if cell.stage == "distill":
+            control = controls.of(cell)
+            assert control is not None and control.first == alone[taught.index(cell.first)]
+    # Runs of before have no such settings, those of today have null.
+    today = {"loss__class_weights": "None", "dataset__sampler": "None", "train__metric": "accuracy"}
+    assert make_cells([record("student", 0, 0.8, **today)])[0].key == make_cells(alone[:1])[0].key
+
+
+def with_rare_classes(balanced: float, accuracy: float, *args: object, **params: str) -> RunRecord:
+    run = record(*args, accuracy, accuracy, **params)
+    run.metrics.update({"test/balanced_accuracy": balanced, "selected/balanced_accuracy": balanced})
+    return run
+
+
+def test_another_metric_chooses_and_judges() -> None:
+    runs = []
+    for seed, noise in enumerate((0.0, 0.002, -0.001)):
+        runs.append(with_rare_classes(0.5 + 2 * noise, 0.90, "student", seed))
+        runs.append(with_rare_classes(0.7 + noise, 0.88 + noise, "distill", seed, loss__alpha="0.5"))
+        runs.append(with_rare_classes(0.4 + noise, 0.93 + noise, "distill", seed, loss__alpha="0.9"))
+    by_accuracy = compare_cells(make_cells(runs), teacher_run)
+    assert by_accuracy.best is not None and by_accuracy.best.cell.settings["loss.alpha"] == "0.9"
+    assert by_accuracy.verdict.startswith("distillation helped: +3.0 points on the test set")
+    balanced = compare_cells(make_cells(runs), teacher_run, metric="balanced_accuracy")
+    assert balanced.best is not None and balanced.best.cell.settings["loss.alpha"] == "0.5"
+    assert balanced.verdict.startswith("distillation helped: +20.0 points of balanced accuracy on the test set")
+    assert balanced.notes[0] == "val %, test % and gains are of the balanced accuracy"
+    alone = compare_cells(make_cells(runs[::3]), teacher_run, metric="balanced_accuracy")
+    assert alone.notes == balanced.notes[:1] and alone.rows[0].test.mean == pytest.approx(0.5, abs=0.01)
+    assert "the student's run with the best validation balanced accuracy is distill1 (seed 1)" in balanced.notes
+    row = balanced.frame[balanced.frame["loss.alpha"] == 0.5].iloc[0]
+    assert row["test_balanced_accuracy"] == pytest.approx(0.7, abs=0.001) and "test_accuracy" not in row
+    assert row["test_gain"] == pytest.approx(0.2, abs=0.001)
+
+
+def test_runs_are_judged_by_the_metric_that_they_were_to_be_chosen_by() -> None:
+    def compared(*metrics: str) -> str:
+        runs = [with_rare_classes(0.7, 0.9, "student", 0, train__metric=metrics[0])]
+        runs += [
+            with_rare_classes(0.8, 0.9, "distill", 0, loss__alpha=f"0.{number}", train__metric=metric)
+            for number, metric in enumerate(metrics, start=1)
+        ]
+        return compare_cells(make_cells(runs), teacher_run).metric
+
+    assert compared("balanced_accuracy", "balanced_accuracy") == "balanced_accuracy"
+    assert compared("balanced_accuracy", "accuracy") == "accuracy"
+
+
 def test_newest_run_of_a_seed_counts() -> None:
     (cell,) = make_cells([record("student", 0, 0.9), record("student", 0, 0.1)])
     assert cell.values("test/accuracy") == {0: 0.9}

@@ -1,15 +1,20 @@
 """Metrics of predictions, and of a student compared with its teacher."""
 
 import math
+import warnings
 
 import pytest
 import torch
+from helpers import classifier, some_digits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import balanced_accuracy_score, f1_score
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
+from kdpipe.evaluation.inference import evaluate, logits_of
 from kdpipe.evaluation.metrics import (
+    class_means,
     classification_metrics,
     confusion,
     divergence,
@@ -17,6 +22,8 @@ from kdpipe.evaluation.metrics import (
     scaling_temperature,
     teacher_agreement,
 )
+from kdpipe.settings.values import METRICS
+from kdpipe.system.hardware import Hardware
 
 ANSWERS = st.tuples(st.integers(2, 12), st.integers(1, 60), st.integers(0, 10_000)).map(
     lambda drawn: some_answers(*drawn)
@@ -39,6 +46,8 @@ def test_a_case_computed_by_hand() -> None:
         "loss": pytest.approx(-(math.log(0.8) + math.log(0.4)) / 2),
         "brier": pytest.approx((2 * 0.2**2 + 2 * 0.6**2) / 2),
         "ece": pytest.approx((abs(0.8 - 1) + abs(0.6 - 0)) / 2),
+        "balanced_accuracy": 0.5,  # all of one class, none of the other
+        "macro_f1": pytest.approx((2 / 3 + 0) / 2),
     }
 
 
@@ -73,6 +82,36 @@ def test_invariants(answers: tuple[Tensor, Tensor]) -> None:
     apart = divergence(logits, other)
     assert torch.equal(apart, divergence(other, logits))
     assert (apart > -1e-12).all() and (apart <= math.log(2) + 1e-12).all()
+
+
+def test_metrics_that_count_all_classes_alike_are_scikit_learns() -> None:
+    labels, predicted = torch.tensor([0, 0, 0, 0, 0, 0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 1, 0])
+    found = class_means(labels, predicted)
+    assert found["balanced_accuracy"] == pytest.approx((7 / 8 + 1 / 2) / 2)
+    assert found["macro_f1"] == pytest.approx((14 / 16 + 2 / 4) / 2)
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes")  # scikit-learn's, of classes without images
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), min_size=1, max_size=30))
+def test_also_where_classes_are_missing(pairs: list[tuple[int, int]]) -> None:
+    labels, predicted = torch.tensor(pairs).T
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = class_means(labels, predicted)
+    if len(set(labels.tolist())) > 1:  # of one class scikit-learn warns
+        assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predicted))
+    assert found["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
+
+
+def test_an_epoch_and_the_exam_measure_the_same() -> None:
+    torch.manual_seed(0)
+    model, data, hardware = classifier(), some_digits(), Hardware(torch.device("cpu"))
+    measured = evaluate(model, data, "test", hardware)
+    labels = data.labels[data.splits["test"]]
+    of_exam = classification_metrics(logits_of(model, data, "test", hardware), labels)
+    assert measured == pytest.approx({name: of_exam[name] for name in measured}, rel=1e-5)
+    assert {*METRICS} <= measured.keys()
 
 
 def test_agreement_of_a_student_with_its_teacher() -> None:

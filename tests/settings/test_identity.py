@@ -41,6 +41,9 @@ OTHER = [
     ["loss=dkd"],
     ["loss=label_smoothing"],
     ["loss.standardize=true"],
+    ["loss.class_weights=balanced"],
+    ["dataset.sampler=balanced"],
+    ["train.metric=macro_f1"],
     ["loss@also=dist"],
     ["loss.alpha=0"],
     ["distillation.outputs=views"],
@@ -74,11 +77,24 @@ def test_at_alpha_0_teacher_and_temperature_do_not_matter(composed: Callable[...
     assert control == composed("loss=logit_mse", "loss.alpha=0").identity
 
 
+def test_at_alpha_0_class_weights_do_matter(composed: Callable[..., Settings]) -> None:
+    control = composed("loss.alpha=0", "loss.class_weights=balanced").identity
+    assert control == composed("experiment=student", "loss.class_weights=balanced").identity
+    assert control != composed("loss.alpha=0").identity
+
+
 def test_identities_are_those_of_before_logits_could_be_standardised() -> None:
     before = {"loss._target_": "kdpipe.losses.KD", "loss.alpha": 0.5, "loss.temperature": 5}
     assert identity(before | {"loss.standardize": False}) == identity(before)
     assert identity(before | {"loss.standardize": "False"}) == identity(before)  # as MLflow has it
     assert identity(before | {"loss.standardize": True}) != identity(before)
+
+
+def test_identities_are_those_of_before_classes_could_be_weighed() -> None:
+    before = {"loss._target_": "kdpipe.losses.KD", "loss.alpha": 0.5, "train.select": "best"}
+    for nothing in (None, "None"):  # as MLflow has it
+        today = {"loss.class_weights": nothing, "dataset.sampler": nothing, "train.metric": "accuracy"}
+        assert identity(before | today) == identity(before)
 
 
 def test_a_second_method_is_part_of_the_identity_where_it_has_an_effect(composed: Callable[..., Settings]) -> None:

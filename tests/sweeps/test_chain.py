@@ -289,6 +289,13 @@ def test_what_a_link_chooses_wins_and_what_was_meant_for_another_choice_goes(
     assert link_overrides(cell, link, teacher) == expected
 
 
+def test_class_weights_are_those_of_all_links_unless_one_has_its_own() -> None:
+    cell = ["loss.alpha=0.9", "loss.class_weights=balanced"]
+    assert link_overrides(cell, ["loss=cross_entropy"]) == ["loss.class_weights=balanced", "loss=cross_entropy"]
+    own = ["loss=cross_entropy", "loss.class_weights=null"]
+    assert link_overrides(cell, own) == own
+
+
 def test_runs_of_a_chain_are_one_cell_where_their_teachers_are() -> None:
     def record(run_id: str, seed: int, stage: str, teacher: str = "", **params: str) -> RunRecord:
         settings = {"seed": str(seed), "model.name": "net", "loss._target_": stage, **params}

@@ -21,7 +21,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from kdpipe.assembly import devices
-from kdpipe.sweeps.sweep import runs_here
+from kdpipe.settings.composition import Invocation
+from kdpipe.sweeps.grid import GridCell, PlannedRun
+from kdpipe.sweeps.sweep import alone, runs_here
 
 SMALL = ["dataset=digits", "dataset.train_fraction=0.2", "train.threads=1", "train.epochs=1"]
 TEACHER = [*SMALL, "experiment=teacher", "model=resnet20", "model.depth=8"]
@@ -172,6 +174,23 @@ def test_the_best_cell_is_run_again_on_new_seeds(kdpipe: Callable, teacher: Run)
     assert "the verdict rests on seeds that the choice did not see: 2, 3" in again.output
 
 
+@pytest.mark.parametrize(
+    ("loss", "control"),
+    [
+        (["loss=dkd", "loss.beta=1"], ["loss=cross_entropy"]),
+        (["loss.alpha=0.9"], ["loss.alpha=0"]),
+    ],
+)
+def test_a_student_is_confirmed_against_one_with_the_same_class_weights_and_sampler(
+    composed: Callable, loss: list[str], control: list[str]
+) -> None:
+    shared = ["dataset.sampler=balanced", "loss.class_weights=balanced"]
+    overrides = [*loss, *shared, "seed=0"]
+    invocation = Invocation(overrides, {}, [], "")
+    run = PlannedRun("", GridCell(tuple(overrides), composed(*overrides), invocation), {}, "")
+    assert alone(run) == [*shared, *control]
+
+
 @pytest.mark.faults
 def test_any_method_is_confirmed_against_the_student_alone(kdpipe: Callable, teacher: Run) -> None:
     """DKD's alpha is no weight against the labels: the student alone is another loss, without the second method."""
@@ -210,6 +229,7 @@ def test_a_failing_cell_leaves_the_others_and_the_summary(kdpipe: Callable, teac
     [
         (["loss.alpha=0,0.5,1.5"], "loss.alpha=1.5: expected a number from 0 to 1"),
         (["loss.temperature=4,0"], "loss.temperature=0: expected a number above 0"),
+        (["train.metric=accuracy,macro_f1"], "train.metric=accuracy,macro_f1: expected one value for the whole sweep"),
         (["seed=0,1,0"], "seed=0: it is in the grid twice; expected each value once"),
         (["loss.alpha=0.5,0.50"], "loss.alpha=0.5: it is in the grid twice"),
         (["seed=range(0,0)"], "seed=range(0,0): the grid is empty; expected at least one value"),

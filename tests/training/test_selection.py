@@ -6,14 +6,33 @@ from helpers import classifier, some_digits
 from torch import nn
 
 from kdpipe.losses import CrossEntropy
+from kdpipe.settings.values import METRICS, Metric
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.interruption import Interrupted
 from kdpipe.training import loop
 from kdpipe.training.checkpoint import copy_state
-from kdpipe.training.loop import Hooks, Recipe, fit
+from kdpipe.training.loop import Hooks, Recipe, fit, select
 from kdpipe.training.observed import Observed
 from kdpipe.training.schedules import constant
 from kdpipe.training.state import Training
+
+
+@pytest.mark.parametrize(("metric", "best"), [("accuracy", 1), ("balanced_accuracy", 2), ("macro_f1", 3)])
+def test_the_best_weights_are_those_of_the_metric_that_was_asked_for(metric: Metric, best: int) -> None:
+    model = classifier()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    training = Training(
+        Observed(model), CrossEntropy(), optimizer, constant(optimizer, 3, 1), Hardware(torch.device("cpu"))
+    )
+    recipe = Recipe(3, batch_size=50, seed=0, select_best=True, metric=metric)
+    # By accuracy the first epoch is best, by balanced accuracy the second, by macro F1 the third.
+    measured = [(0.9, 0.5, 0.4), (0.8, 0.7, 0.5), (0.7, 0.6, 0.6)]
+    for epoch, values in enumerate(measured, start=1):
+        training.begin_epoch(epoch)
+        select(training, {f"val/{name}": value for name, value in zip(METRICS, values, strict=True)}, recipe)
+    reached = {f"selected/{name}": value for name, value in zip(METRICS, measured[best - 1], strict=True)}
+    assert training.selected == {"selected/epoch": best, **reached}
+    assert training.highest == reached[f"selected/{metric}"]
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

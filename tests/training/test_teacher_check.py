@@ -21,7 +21,7 @@ from kdpipe.settings.errors import ConfigError
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.once import log_once
 from kdpipe.training.teacher import FrozenTeacher
-from kdpipe.training.teacher_check import check_teacher, mean_entropy, no_better_than_chance
+from kdpipe.training.teacher_check import check_teacher, correct_by_chance, mean_entropy, no_better_than_chance
 
 CPU = Hardware(torch.device("cpu"))
 DIGITS = split(digits(), "digits", train_fraction=1, val_fraction=0.2, test_fraction=0.2, split_seed=0)
@@ -191,11 +191,22 @@ def test_validation_images_of_one_class_cannot_tell_either(told: Callable) -> No
 
 
 def test_what_is_better_than_chance() -> None:
-    assert no_better_than_chance(correct=10, commonest=10, total=100)
-    assert no_better_than_chance(correct=14, commonest=10, total=100)  # p 0.12
-    assert not no_better_than_chance(correct=16, commonest=10, total=100)  # p 0.04
-    assert no_better_than_chance(correct=90, commonest=90, total=100)  # always the most common class
-    assert not no_better_than_chance(correct=5, commonest=3, total=5)  # five right of five: p 0.08, no more is possible
+    assert no_better_than_chance(correct=10, by_chance=10, total=100)
+    assert no_better_than_chance(correct=14, by_chance=10, total=100)  # p 0.12
+    assert not no_better_than_chance(correct=16, by_chance=10, total=100)  # p 0.04
+    assert no_better_than_chance(correct=90, by_chance=90, total=100)  # always the most common class
+    assert not no_better_than_chance(correct=5, by_chance=3, total=5)  # five right of five: p 0.08, no more is possible
+
+
+def test_a_teacher_that_tells_rare_images_from_common_ones_is_better_than_always_the_common_class() -> None:
+    labels = torch.tensor([0] * 200 + [1] * 20)
+    tells = torch.tensor([0] * 181 + [1] * 19 + [1] * 15 + [0] * 5)  # fewer right answers than 200
+    correct = int((tells == labels).sum())
+    assert correct == 196
+    assert not no_better_than_chance(correct, correct_by_chance(tells, labels, 2), 220)
+    always = torch.zeros(220, dtype=torch.int64)
+    assert correct_by_chance(always, labels, 2) == 200
+    assert no_better_than_chance(200, correct_by_chance(always, labels, 2), 220)
 
 
 def test_logits_that_are_no_numbers_are_refused(told: Callable) -> None:
