@@ -38,7 +38,7 @@ DEMO := dataset=digits tracking.experiment=demo train.epochs=15
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-faults teacher student distill sweep compare cost export predict reproduce sync ui server \
-	bench bench-methods cache-info cache-clean lint format clean
+	bench bench-methods results cache-info cache-clean lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -131,6 +131,9 @@ bench: setup  ## speed compared with the tutorial's loop and the compute limit (
 
 bench-methods: setup  ## speed of each method compared with kd (ARGS="--root cifar10-jpeg --model student_cnn")
 	$(BIN)/python benchmarks/methods.py $(ARGS)
+
+results: setup  ## make the tables and pictures of docs/results from the runs beside them
+	$(BIN)/python benchmarks/results.py
 
 cache-info: setup  ## list cached images, teachers' outputs and features
 	@$(BIN)/python -m kdpipe.clean --caches --output-dir "$(OUTPUTS)"

@@ -22,12 +22,12 @@ class Classifier(nn.Module):
         network: from float [N, len(mean), image_size, image_size] to logits [N, classes].
         image_size: height and width in pixels; other images are resized (antialiased).
         mean, std: of each channel, for pixels in [0, 1].
+        freeze: "none", or "backbone": only the network's head is trained, and the backbone's BatchNorm and dropout
+            stay in evaluation mode.
         resize: "squeeze" both sides to the same length, or the shorter side with the ratio kept, of which the centre
             is "crop"ped.
         interpolation: of resizing.
         crop_pct: the centre that is kept, as a share of the length that images are resized to.
-        freeze: "none", or "backbone": only the network's head is trained, and the backbone's BatchNorm and dropout
-            stay in evaluation mode.
 
     Raises:
         ConfigError: a value outside its range, or "backbone" for a network without `head_name`.
@@ -40,10 +40,10 @@ class Classifier(nn.Module):
         image_size: PositiveInt,
         mean: Sequence[Number],
         std: Sequence[Positive],
+        freeze: Literal["none", "backbone"] = "none",
         resize: Resize = "squeeze",
         interpolation: Interpolation = "bilinear",
         crop_pct: PositiveShare = 1,
-        freeze: Literal["none", "backbone"] = "none",
     ) -> None:
         super().__init__()
         if len(mean) != len(std):
