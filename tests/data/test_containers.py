@@ -82,7 +82,7 @@ def test_hugging_face_s_datasets_give_the_same(
     root = class_folders.parent / folder
     expected = read("dataset=image_folder", f"dataset.root={root}").fingerprint
     assert read("dataset=huggingface", f"dataset.path={root}").fingerprint == expected
-    assert capfd.readouterr().err == ""
+    assert "examples" not in capfd.readouterr().err  # no bars, which `datasets` draws unless it is told not to
     saved, shards = class_folders.parent / "saved", class_folders.parent / "shards"
     parts = datasets.load_dataset(str(root))
     parts.save_to_disk(saved)
