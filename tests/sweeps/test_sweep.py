@@ -98,7 +98,7 @@ def test_a_sweep_has_one_parent_with_its_summary_and_a_child_for_each_run(kdpipe
     assert "teacher.name" not in children[0].data.params
     assert children[2].data.tags["kdpipe.teacher_run"] == teacher.info.run_id
 
-    pictures = {"heatmap.png", "pareto.png"}  # of one epoch there is no curve
+    pictures = {"gains.png", "heatmap.png", "pareto.png"}  # of one epoch there is no curve
     assert artifacts(parent) == pictures | {"comparison.txt", "comparison.csv", "comparison.html"}
     assert parent.data.tags["kdpipe.verdict"] in outcome.output
     assert parent.data.tags["kdpipe.verdict"] in parent.data.tags["mlflow.note.content"]
