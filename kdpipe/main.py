@@ -48,9 +48,9 @@ from kdpipe.settings.composition import (
 from kdpipe.settings.credentials import how_to_fill_in, without_passwords
 from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.hydra_errors import explain
+from kdpipe.settings.metric_names import METRICS, Metric
 from kdpipe.settings.overrides import names_as_typed
 from kdpipe.settings.schema import Settings
-from kdpipe.settings.values import METRICS, Metric
 from kdpipe.settings.yaml_files import check_foreign, to_yaml
 from kdpipe.system import interruption
 from kdpipe.system.files import write_atomically

@@ -64,12 +64,7 @@ def prepare(settings: Settings, parts: Parts, hardware: Hardware, start: dict[st
     check_sharing(loss, parts.data.unlabelled != "", hardware)
     views = build_views(settings, parts.data)
     if teacher and not teacher.learns and train.epochs > 0:
-        cache = cache_folder(settings, "teacher")
-        if isinstance(teacher, FrozenTeacher):
-            check_recorded(settings.teacher.name, teacher, parts.data, cache, hardware)
-        check_teacher(settings.teacher.name, teacher, settings.softening, parts.data, cache, hardware)
-        if isinstance(teacher, FrozenTeacher):
-            _answer_in_advance(settings, teacher, parts.data, views, hardware)
+        _check_and_ask(settings, teacher, parts.data, views, hardware)
     # A head on a frozen backbone trains on the backbone's features, as if they were the images.
     features = None if views else _build_features(settings, model, loss, teacher, parts.data, hardware)
     learner, data = (model.head, features) if features else (model, parts.data)
@@ -104,6 +99,18 @@ def prepare(settings: Settings, parts: Parts, hardware: Hardware, start: dict[st
         clip_norm=train.clip_norm,
     )
     return Prepared(training, data, recipe, learner)
+
+
+def _check_and_ask(
+    settings: Settings, teacher: Teacher, data: ImageDataset, views: Views | None, hardware: Hardware
+) -> None:
+    """Check what a teacher that does not learn can teach, and let it answer in advance where that is possible."""
+    name, cache = settings.teacher.name, cache_folder(settings, "teacher")
+    if isinstance(teacher, FrozenTeacher):
+        check_recorded(name, teacher, data, cache, hardware)
+    check_teacher(name, teacher, settings.softening, data, cache, hardware)
+    if isinstance(teacher, FrozenTeacher):
+        _answer_in_advance(settings, teacher, data, views, hardware)
 
 
 def cache_folder(settings: Settings, kind: str) -> Path:

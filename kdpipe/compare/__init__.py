@@ -17,7 +17,7 @@ from kdpipe.runs.command_line import existing_store
 
 if TYPE_CHECKING:
     from kdpipe.compare.comparison import Comparison
-    from kdpipe.settings.values import Metric
+    from kdpipe.settings.metric_names import Metric
 
 
 def compare_runs(

@@ -13,7 +13,7 @@ from kdpipe.runs.command_line import (
     table_width,
 )
 from kdpipe.settings.errors import ConfigError
-from kdpipe.settings.values import METRICS
+from kdpipe.settings.metric_names import METRICS
 from kdpipe.system.tables import UNLIMITED
 
 

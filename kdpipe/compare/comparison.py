@@ -18,7 +18,7 @@ from kdpipe.compare.statistics import CANNOT_TELL, Interval, interval, share_int
 from kdpipe.runs.names import DUPLICATES
 from kdpipe.settings.addresses import run_and_file
 from kdpipe.settings.identity import UNLABELLED, other_split
-from kdpipe.settings.values import METRICS, Metric
+from kdpipe.settings.metric_names import METRICS, Metric
 from kdpipe.tracking import RunRecord
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from kdpipe.compare.statistics import CANNOT_TELL
 from kdpipe.runs.moved_store import ARTIFACTS
 from kdpipe.runs.names import CONFUSION, DIFFERING, PREDICTIONS, RELIABILITY
 from kdpipe.settings.errors import ConfigError, one_of
-from kdpipe.settings.values import METRICS, Metric
+from kdpipe.settings.metric_names import METRICS, Metric
 from kdpipe.system.optional import no_windows
 from kdpipe.tracking import RunRecord, Tracker
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from kdpipe.compare.records import RunSource
 from kdpipe.settings.errors import ConfigError
-from kdpipe.settings.values import METRICS
+from kdpipe.settings.metric_names import METRICS
 from kdpipe.tracking import RunRecord
 
 Select = Literal["last", "best"]

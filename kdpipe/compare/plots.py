@@ -26,7 +26,7 @@ from kdpipe.compare.cells import Cell, differences
 from kdpipe.compare.comparison import Comparison, uses_final_weights
 from kdpipe.compare.statistics import Interval, interval, share_interval, signed
 from kdpipe.compare.student_summary import students_of
-from kdpipe.settings.values import METRICS, Metric
+from kdpipe.settings.metric_names import METRICS, Metric
 
 ALONE, DISTILLED, TEACHER, FRONT = "#D55E00", "#0072B2", "#555555", "#999999"
 STAGES = {

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from kdpipe.runs.names import ONE_THREAD
-from kdpipe.settings.values import METRICS, Metric
+from kdpipe.settings.metric_names import METRICS, Metric
 from kdpipe.system.tables import text_table
 
 BUSY = "the machine was busy with other things: only ratios hold"

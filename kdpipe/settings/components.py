@@ -17,6 +17,7 @@ ALLOW = "KDPIPE_ALLOW_TARGETS"
 
 # Whole packages would be too much: torch.hub.load runs code from the network, timm.models.load_checkpoint can unpickle.
 OWN = ("kdpipe.data", "kdpipe.losses", "kdpipe.models", "kdpipe.training.schedules")
+MISSING = "???"  # Hydra's mark of a value that has to be given
 FUNCTIONS = (*OWN, "torchvision.models", "timm.create_model")
 TIMM = ("timm.layers", "timm.loss", "timm.models", "timm.optim")
 CLASSES = ("torch.nn", "torch.optim", "torchvision.ops", "torchvision.transforms", *TIMM)
@@ -27,7 +28,7 @@ RENAMED = {"kdpipe.schedulers.": "kdpipe.training.schedules."}  # where configs 
 def check_targets(values: object, key: str = "") -> None:
     """Raise ConfigError for any `_target_` in plain values that may not be built. Nothing is imported."""
     for name, value in leaves(values, key):
-        if name.rpartition(".")[2] == "_target_":
+        if name.rpartition(".")[2] == "_target_" and value != MISSING:
             check_target_name(name, value)
 
 

@@ -14,9 +14,9 @@ from kdpipe.settings import identity
 from kdpipe.settings.addresses import epoch_file, file_and_part, names_weights
 from kdpipe.settings.components import loss_class
 from kdpipe.settings.errors import ConfigError, as_typed
+from kdpipe.settings.metric_names import Metric
 from kdpipe.settings.values import (
     Interpolation,
-    Metric,
     NonNegative,
     NonNegativeInt,
     Number,

@@ -30,9 +30,6 @@ ValidationShare = Annotated[float, Field(ge=0, lt=1)]
 TestShare = Annotated[float, Field(gt=0, lt=1)]
 MAX_SEED = 2**32 - 1  # of NumPy
 SplitSeed = Annotated[int, Field(ge=0, le=MAX_SEED, description=f"a whole number from 0 to {MAX_SEED}")]
-# Of predictions, fractions to choose and to compare by, with what they are called in texts.
-METRICS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1"}
-Metric = Literal["accuracy", "balanced_accuracy", "macro_f1"]
 LARGE_TEMPERATURE = 100  # above it, softened outputs need formulas that do not cancel
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]

@@ -13,7 +13,7 @@ from kdpipe.data.balancing import balanced_draw
 from kdpipe.data.feeding import feed
 from kdpipe.data.mixing import Mixing
 from kdpipe.evaluation.inference import evaluate
-from kdpipe.settings.values import METRICS, Metric
+from kdpipe.settings.metric_names import METRICS, Metric
 from kdpipe.system.interruption import postponed
 from kdpipe.system.progress import progress
 from kdpipe.system.randomness import generator, seed_all

@@ -22,7 +22,7 @@ from kdpipe.evaluation.metrics import (
     scaling_temperature,
     teacher_agreement,
 )
-from kdpipe.settings.values import METRICS
+from kdpipe.settings.metric_names import METRICS
 from kdpipe.system.hardware import Hardware
 
 ANSWERS = st.tuples(st.integers(2, 12), st.integers(1, 60), st.integers(0, 10_000)).map(

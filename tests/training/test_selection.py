@@ -6,7 +6,7 @@ from helpers import classifier, some_digits
 from torch import nn
 
 from kdpipe.losses import CrossEntropy
-from kdpipe.settings.values import METRICS, Metric
+from kdpipe.settings.metric_names import METRICS, Metric
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.interruption import Interrupted
 from kdpipe.training import loop
