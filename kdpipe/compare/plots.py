@@ -123,7 +123,7 @@ def gains(comparison: Comparison) -> Figure | None:
     axis.axvline(0, color=FRONT, linewidth=1, zorder=0)
     texts = [f"{name}  {signed(row.gain.mean)}" for name, row in zip(names, rows, strict=True) if row.gain]
     axis.set_yticks(range(len(rows)), texts)
-    axis.invert_yaxis()
+    axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlabel("gain over the student alone on the test images, points")
     thin = "; thin: for all rows at once" if any(row.adjusted_gain for row in rows) else ""
     axis.set_title(f"mean over seeds with its 95 % interval{thin}", fontsize=10)
