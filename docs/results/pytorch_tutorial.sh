@@ -6,5 +6,5 @@ run() { python -m kdpipe dataset=image_folder dataset.root="$DATA" tracking.expe
 DATA=$1
 
 run experiment=pytorch_tutorial_teacher
-run experiment=pytorch_tutorial
+run experiment=pytorch_tutorial seed='range(10)'
 python -m kdpipe.compare --experiment pytorch_tutorial --format runs --out pytorch_tutorial
