@@ -1,16 +1,10 @@
 """docs/results: what the page says is in the files of runs beside it."""
 
 import re
-import sys
 from contextlib import chdir
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import results  # noqa: E402
+import results
 
 PAGE = results.PAGE.read_text()
 TABLES = [(found["words"], found["text"]) for found in results.TABLE.finditer(PAGE)]

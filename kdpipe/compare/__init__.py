@@ -11,12 +11,14 @@
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from kdpipe.runs.command_line import existing_store
+from kdpipe.settings.errors import ConfigError
 
 if TYPE_CHECKING:
     from kdpipe.compare.comparison import Comparison
+    from kdpipe.compare.other_weights import Select
     from kdpipe.settings.metric_names import Metric
 
 
@@ -28,7 +30,7 @@ def compare_runs(
     mixed: bool = False,
     published: bool = False,
     epoch: int | None = None,
-    select: Literal["last", "best"] | None = None,
+    select: "Select | None" = None,
     metric: "Metric | None" = None,
     uri: str | None = None,
     output_dir: str | Path = "outputs",
@@ -42,13 +44,15 @@ def compare_runs(
         where: settings by key; runs with another value are left out.
         mixed: allow students of different data, budgets or teachers in an experiment, and compare each kind by itself.
         published: add published accuracies.
-        epoch: students as after this epoch, of runs with `train.test_each_epoch`; not with `sweep`.
+        epoch: students as they were after this epoch, of runs with `train.test_each_epoch`; not with `sweep`.
         select: students with these weights (default: those that each run selected); not with `sweep`.
         metric: "accuracy", "balanced_accuracy" or "macro_f1", by which the best student is chosen (on validation
             images) and judged (on test images); by default that of the runs, `train.metric`.
         uri: the MLflow store (default: MLFLOW_TRACKING_URI, else mlflow.db in `output_dir`).
         output_dir: where the runs were written.
     """
+    if sweep is not None and (epoch or select):
+        raise ConfigError("sweep", sweep, problem="not with epoch and select: a sweep has its runs as they ended")
     output_dir = Path(output_dir).expanduser()
     store = existing_store(argparse.Namespace(uri=uri, output_dir=output_dir))
 

@@ -26,15 +26,15 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sweep", metavar="ID", help="only the runs of a sweep, and students alone from elsewhere")
     parser.add_argument("--where", metavar="KEY=VALUE", action="append", default=[], help="leave out other values")
     parser.add_argument("--mixed", action="store_true", help="compare each kind of data, budget and teacher by itself")
-    parser.add_argument("--sort", choices=("gain",), help="the rows with a gain by it, the largest first")
+    parser.add_argument("--sort", choices=("gain",), help="sort the rows by it, the largest first")
     parser.add_argument("--published", action="store_true", help="add published accuracies of experiment=benchmark/…")
     parser.add_argument(
         "--runs", metavar="FILE", type=folder, help="runs of --format runs, in place of those of a store"
     )
     parser.add_argument(
-        "--epoch", metavar="N", type=int, help="students as after N epochs (of runs with train.test_each_epoch)"
+        "--epoch", metavar="N", type=int, help="students as they were after N epochs (needs train.test_each_epoch)"
     )
-    parser.add_argument("--select", choices=("last", "best"), help="students with these weights (default: as trained)")
+    parser.add_argument("--select", choices=("last", "best"), help="weights of the students (default: as selected)")
     parser.add_argument(
         "--metric", choices=METRICS, help="what chooses and judges the best student (default: the runs' train.metric)"
     )
@@ -55,7 +55,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.runs is not None and arguments.sweep is not None:
         raise ConfigError("--sweep", arguments.sweep, problem="not with --runs, which has no sweeps")
     if arguments.epoch is not None and arguments.epoch < 1:
-        raise ConfigError("--epoch", arguments.epoch, "an integer, 1 or more")
+        raise ConfigError("--epoch", arguments.epoch, "a whole number from 1")
     for option, value in {"--epoch": arguments.epoch, "--select": arguments.select}.items():
         if value and (arguments.sweep is not None or arguments.format == "runs"):
             raise ConfigError(

@@ -10,7 +10,6 @@ from pathlib import Path
 from kdpipe.compare.cells import Cell, Controls, make_cells, teacher_runs
 from kdpipe.compare.comparison import (
     Comparison,
-    ComparisonRow,
     GetRun,
     best_run,
     check_comparable,
@@ -39,8 +38,6 @@ PICTURES_OF_A_RUN = {
     DIFFERING: "The test images on which the distilled student and its teacher differ most",
 }
 
-MAX_CURVES = 7  # more cannot be told apart
-
 log = logging.getLogger("kdpipe")
 
 
@@ -62,7 +59,7 @@ def load_comparisons(
     records = source.finished_runs()
     if not records:
         problem = f"no finished run yet in {source.name}; make demo trains three"
-        raise ConfigError("tracking.experiment", problem=problem)
+        raise ConfigError("tracking.experiment", source.experiment, problem=problem)
     cells = select_cells(make_cells(_with_metric(records, metric)), where)
     if not mixed:
         check_comparable(cells)
@@ -205,7 +202,7 @@ def draw_pictures(comparison: Comparison, tracker: RunSource) -> dict[str, Pictu
     if decisive := comparison.decisive:
         curves = {
             name: {seed: tracker.history(run.id, f"val/{comparison.metric}") for seed, run in cell.runs.items()}
-            for name, cell in _cells_with_curves(comparison, decisive).items()
+            for name, cell in plots.cells_with_curves(comparison, decisive).items()
         }
         drawn["curves"] = (
             plots.curves(curves, comparison.metric),
@@ -217,15 +214,6 @@ def draw_pictures(comparison: Comparison, tracker: RunSource) -> dict[str, Pictu
                 pictures[name] = Picture(content, f"{caption} (run {best.name or best.id}, seed {seed})")
     found = {f"{name}.png": Picture(as_png(figure), caption) for name, (figure, caption) in drawn.items() if figure}
     return found | pictures
-
-
-def _cells_with_curves(comparison: Comparison, decisive: ComparisonRow) -> dict[str, Cell]:
-    """The student alone, and all that are compared with it if they are few, else the decisive one."""
-    alone = {"student alone": decisive.control.only(decisive.cell.runs)} if decisive.control else {}
-    rivals = [row.cell for row in comparison.rows if row.control and row.control is decisive.control]
-    if 2 <= len(rivals) < MAX_CURVES and not comparison.confirmed:
-        return alone | {cell.loss: cell for cell in rivals}
-    return alone | {"student distilled": decisive.cell}
 
 
 def with_disagreement(comparison: Comparison, store: RunSource) -> Comparison:

@@ -39,9 +39,14 @@ class OtherWeights:
         return self._source.name
 
     @property
+    def experiment(self) -> str:
+        return self._source.experiment
+
+    @property
     def note(self) -> str:
         chosen = {"last": "the last weights", "best": "the best weights by validation", None: "the selected weights"}
-        after = f" after {self._epoch} epochs" if self._epoch else ""
+        when = "within" if self._select == "best" else "after"
+        after = f" {when} {self._epoch} epochs" if self._epoch else ""
         left_out = f"; runs without a test of these weights are left out: {self._left_out}" if self._left_out else ""
         return f"accuracies are those of {chosen[self._select]}{after}{left_out}"
 

@@ -23,7 +23,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullF
 
 from kdpipe.compare.cell_metrics import average
 from kdpipe.compare.cells import Cell, differences
-from kdpipe.compare.comparison import Comparison, uses_final_weights
+from kdpipe.compare.comparison import Comparison, ComparisonRow, uses_final_weights
 from kdpipe.compare.statistics import Interval, interval, share_interval, signed
 from kdpipe.compare.student_summary import students_of
 from kdpipe.settings.metric_names import METRICS, Metric
@@ -129,6 +129,15 @@ def gains(comparison: Comparison) -> Figure | None:
     axis.set_title(f"mean over seeds with its 95 % interval{thin}", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def cells_with_curves(comparison: Comparison, decisive: ComparisonRow) -> dict[str, Cell]:
+    """The student alone, and all that are compared with it if they can be told apart, else the decisive one."""
+    alone = {ALONE_NAME: decisive.control.only(decisive.cell.runs)} if decisive.control else {}
+    rivals = [row.cell for row in comparison.rows if row.control and row.control is decisive.control]
+    if 2 <= len(rivals) < len(STYLES) and not comparison.confirmed:
+        return alone | dict(zip(_names(rivals), rivals, strict=True))
+    return alone | {"student distilled": decisive.cell}
 
 
 def curves(named: Mapping[str, Curves], metric: Metric = "accuracy") -> Figure | None:

@@ -38,6 +38,9 @@ class RunSource(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def experiment(self) -> str: ...
+
     def finished_runs(self) -> list[RunRecord]: ...
 
     def get_run(self, run_id: str) -> RunRecord | None: ...
@@ -119,17 +122,19 @@ class RunFile:
     """The runs in a file of `runs_to_csv`, as a `RunSource`.
 
     Raises:
-        ConfigError: it cannot be read, lacks a column, or has a value that is none.
+        ConfigError: it cannot be read, lacks a column, holds no runs, or has a value that cannot be read.
     """
 
     def __init__(self, file: Path) -> None:
-        self.name = str(file)
+        self.name = self.experiment = str(file)
         try:
             frame = pd.read_csv(file, dtype=str, keep_default_na=False)
         except (OSError, ValueError) as error:
             raise ConfigError("--runs", file, FILE, first_line(error)) from error
         if missing := [column for column in REQUIRED if column not in frame]:
             raise ConfigError("--runs", file, FILE, f"it has no column {', '.join(missing)}")
+        if frame.empty:
+            raise ConfigError("--runs", file, FILE, "it has no runs")
         self._rows: dict[str, dict[str, str]] = {row["run_id"]: row for row in frame.to_dict("records")}
         try:
             self._records = {run_id: _record(row) for run_id, row in self._rows.items()}

@@ -24,6 +24,7 @@ from kdpipe.compare.__main__ import cli, run_comparison
 from kdpipe.compare.cells import Controls, differences, make_cells
 from kdpipe.compare.comparison import check_comparable, compare_cells, families, teacher_accuracy
 from kdpipe.compare.loading import compare_sweep, select_cells, with_disagreement
+from kdpipe.compare.records import REQUIRED
 from kdpipe.compare.statistics import interval, share_interval, verdict
 from kdpipe.compare.student_summary import summarize_student
 from kdpipe.evaluation.figures import as_png
@@ -855,6 +856,7 @@ def test_unreadable_predictions_are_left_out(content: bytes, caplog: pytest.LogC
         (None, "No such file"),
         ("", "No columns"),
         ("a,b\n1,2\n", "it has no column run_id, seconds, params.seed"),
+        (f"{','.join(REQUIRED)}\n", "it has no runs"),
         ("a,b\n1,2,3,4\n", "expected a file of kdpipe.compare --format runs"),
     ],
 )

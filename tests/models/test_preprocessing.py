@@ -189,8 +189,10 @@ def test_the_pretrained_head_stays_where_the_classes_are_imagenet_s(
     weights = torchvision.models.get_model("squeezenet1_1", weights=None).state_dict()
     torch.save(weights, tmp_path / "hub" / "checkpoints" / published.url.rpartition("/")[2])
 
-    folders = [f"n{number:08}" for number in range(1000)]
-    for class_names, is_kept in ((folders, True), (published.meta["categories"], True), (folders[::-1], False)):
+    folders = timm.data.ImageNetInfo("imagenet-1k").label_names()  # n01440764, …
+    others = [f"n{number:08}" for number in range(1000)]  # as many of another ImageNet
+    known = [(folders, True), (published.meta["categories"], True), (folders[::-1], False), (others, False)]
+    for class_names, is_kept in known:
         network = torchvision_classifier("squeezenet1_1", len(class_names))
         load_imagenet("model.weights", network, "squeezenet1_1", class_names)
         kept = torch.equal(network.state_dict()["classifier.1.weight"], weights["classifier.1.weight"])
