@@ -315,7 +315,7 @@ class SearchSettings(Section):
     @model_validator(mode="after")
     def _begin_with_accuracy(self) -> Self:
         if self.goals not in (["accuracy"], ["accuracy", "latency"]):
-            raise ConfigError("goals", self.goals, "[accuracy] or [accuracy,latency]")
+            raise ConfigError("search.goals", self.goals, "[accuracy] or [accuracy,latency]")
         return self
 
 

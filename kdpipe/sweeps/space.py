@@ -204,4 +204,4 @@ def _rounded(value: float, distribution: BaseDistribution) -> float:
     low, high = distribution.low, distribution.high
     if distribution.step is None:
         low, high = low + MARGIN * (high - low), high - MARGIN * (high - low)
-    return float(f"{min(max(value, low), high):.{DIGITS}g}")
+    return float(f"{min(max(float(f'{value:.{DIGITS}g}'), low), high):.{DIGITS + 4}g}")
