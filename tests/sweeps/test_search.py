@@ -228,13 +228,11 @@ def test_a_search_that_is_killed_five_times_ends_as_one_that_is_not(
 def test_two_processes_share_a_study_in_one_database(start: Callable, tmp_path: Path, database: str) -> None:
     if not database.startswith("postgresql"):
         pytest.skip("needs PostgreSQL")
-    folders = [tmp_path / "one", tmp_path / "other"]
-    for folder in folders:
-        folder.mkdir()
-        assert start(*TEACHER, folder=folder).end() == 0
-    shared = [*SEARCH, f"search.storage={database}", "search.study=shared", "search.trials=6"]
-    both = [start(*shared, folder=folder) for folder in folders]
-    assert [one.end() for one in both] == [0, 0]
+    store = f"tracking.uri={database}"
+    assert start(*TEACHER, store).end() == 0
+    shared = [*SEARCH, store, f"search.storage={database}", "search.study=shared", "search.trials=6"]
+    both = [start(*shared, f"output_dir={name}") for name in ("one", "other")]  # as on two machines
+    assert [one.end() for one in both] == [0, 0], "".join(one.output for one in both)
     study = optuna.load_study(study_name="shared", storage=database)
     assert [trial.number for trial in study.trials] == list(range(6))
     assert all(trial.state.is_finished() for trial in study.trials)
