@@ -13,6 +13,7 @@ from torchvision.transforms.v2.functional import center_crop
 from kdpipe.settings.errors import ConfigError, as_typed
 from kdpipe.settings.identity import FIRST_RESIZING
 from kdpipe.settings.values import Interpolation, Number, Positive, PositiveInt, PositiveShare, Resize, checked
+from kdpipe.system.padding import cut_out, is_padded
 
 
 class Classifier(nn.Module):
@@ -77,8 +78,14 @@ class Classifier(nn.Module):
         return self.network.get_submodule(str(self.network.head_name))
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """From uint8 images [N, C, H, W] to the network's input; one-channel images are repeated for all channels."""
+        """From uint8 images [N, C, H, W] to the network's input; one-channel images are repeated for all channels, and
+        photos of several sizes, which are padded (see `system.padding`), are resized one by one."""
         channels = len(self.mean)
+        if channels == 3 and is_padded(images):
+            pixels = self.mean.new_empty(len(images), channels, self.image_size, self.image_size)
+            for positions, photos in cut_out(images):
+                pixels[positions] = self.preprocess(photos)
+            return pixels.contiguous(memory_format=torch.channels_last)
         if images.shape[1] == 1:
             images = images.expand(-1, channels, -1, -1)
         elif images.shape[1] != channels:

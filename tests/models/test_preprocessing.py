@@ -124,7 +124,7 @@ def test_a_network_at_another_size_than_its_library_s_keeps_the_border(composed:
         ("model.interpolation=lanczos", "model.interpolation=lanczos: expected one of bilinear, bicubic"),
         ("model.crop_pct=0", "model.crop_pct=0: expected a number above 0"),
         ("model.crop_pct=1.1", "model.crop_pct=1.1: expected a number above 0"),
-        ("dataset.resize=pad", "dataset.resize=pad: expected one of squeeze, crop"),
+        ("dataset.resize=pad", "dataset.resize=pad: expected one of squeeze, crop, keep"),
     ],
 )
 def test_bad_values_are_one_line(
