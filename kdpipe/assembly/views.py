@@ -73,7 +73,7 @@ def _check_sizes(settings: Settings) -> None:
         return
     problem = "it needs images of one size, and dataset.resize=keep keeps the shapes of photos"
     if isinstance(build_augmentation(settings), CropFlip):
-        raise ConfigError("augmentation", settings.augmentation.target, "none, or dataset.resize=crop", problem)
+        raise ConfigError("augmentation", "crop_flip", "none, or dataset.resize=crop", problem)
     for name in ("mixup", "cutmix"):
         if (value := getattr(settings.train, name)) is not None:
             raise ConfigError(f"train.{name}", value, "null, or dataset.resize=crop", problem)
