@@ -143,7 +143,7 @@ def test_logits_of_photos_that_keep_their_shape_are_those_of_the_libraries_own_t
     theirs = torch.stack([steps_of_timm(by_timm.network, image) for image in images])
     torch.testing.assert_close(by_timm(batch), by_timm.network(theirs), **close)
     mean = Ensemble([by_torchvision, by_timm], [1, 1], temperature=4)
-    torch.testing.assert_close(mean(batch)[:3], torch.cat([mean(image[None]) for image in images[:3]]), **close)
+    torch.testing.assert_close(mean(batch[:2]), torch.cat([mean(image[None]) for image in images[:2]]), **close)
 
 
 @pytest.mark.parametrize("resize", ["squeeze", "crop"])
