@@ -69,9 +69,8 @@ class Comparable:
     def digest(self, position: int) -> bytes:
         if isinstance(self.images, Photos):
             (photo,) = self.images.at([position])
-            return (
-                hashlib.sha256(photo.data).digest() + str(photo.shape).encode()
-            )  # one colour is the same in 2×8 and 4×4
+            shape = str(photo.shape).encode()  # one colour has the same pixels in 2×8 and 4×4
+            return hashlib.sha256(shape + photo.tobytes()).digest()
         return hashlib.sha256(self.images[position].contiguous().numpy().data).digest()
 
 

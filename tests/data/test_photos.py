@@ -130,10 +130,11 @@ def test_photos_in_two_splits_are_found(odd_folders: Path, read: Read) -> None:
 
 
 def test_one_colour_in_two_shapes_is_not_a_duplicate(tmp_path: Path, read: Read) -> None:
-    for split, size in (("train", (4, 4)), ("test", (2, 8))):
+    for split, sizes in (("train", [(4, 4), (2, 6)]), ("test", [(2, 8), (4, 2)])):
         for name, colour in (("red", "#f00"), ("blue", "#00f")):
             (tmp_path / "plain" / split / name).mkdir(parents=True)
-            Image.new("RGB", size, colour).save(tmp_path / "plain" / split / name / "1.png")
+            for number, size in enumerate(sizes):
+                Image.new("RGB", size, colour).save(tmp_path / "plain" / split / name / f"{number}.png")
     arguments = ("dataset=image_folder", f"dataset.root={tmp_path / 'plain'}", "dataset.resize=keep")
     assert not read(*arguments, "dataset.val_fraction=0").duplicates
 

@@ -266,6 +266,7 @@ def test_a_teacher_that_crops_and_a_student_that_squeezes_learn_from_photos_stor
     export(export_arguments([run, "--out", "exported", "--format", "safetensors", "--seconds", "0.01"]))
     for predictor in (open_predictor(run, lambda: store), open_predictor("exported", lambda: store)):
         assert (predictor.image_shape, predictor.resize) == ((3, 40, 40), "squeeze")
+    assert "12 test, 28 train images in their own shape (" in Path("exported/README.md").read_text()
     finished = open_run(run, store)
     data = open_data(finished)
     squares = images_for(finished.classifier, data, data.splits["test"])
