@@ -14,7 +14,9 @@ def padded(photos: Sequence[Tensor], device: torch.device | None = None) -> Tens
     right and at the bottom."""
     height, width = (max((photo.shape[axis] for photo in photos), default=0) for axis in (1, 2))
     batch = torch.zeros(len(photos), CHANNELS, height, width, dtype=torch.uint8, device=device)
-    for place, photo in zip(batch, photos, strict=True):
+    on_cpu = batch.device.type == "cpu"  # NumPy copies there: PyTorch would start its threads for each photo
+    places = batch.numpy() if on_cpu else batch
+    for place, photo in zip(places, (photo.numpy() if on_cpu else photo for photo in photos), strict=True):
         room = place[:, : photo.shape[1], : photo.shape[2]]
         room[:3], room[3] = photo, 255
     return batch
