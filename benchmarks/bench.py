@@ -22,7 +22,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -64,15 +64,15 @@ TEACHER = "densenet121"
 
 
 class Bench:
-    """The data, the networks and how they are measured."""
+    """The data, the networks and how they are measured; `more` are overrides of the config."""
 
-    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+    def __init__(self, arguments: argparse.Namespace, folder: Path, more: Sequence[str] = ()) -> None:
         register_resolvers()
         self.folder = folder
         data = ["dataset=digits"]  # for whole runs
         if arguments.root:
             data = ["dataset=image_folder", f"dataset.root={arguments.root}", f"dataset.cache_dir={folder}/images"]
-        self.overrides = [*data, f"model={arguments.model}", f"train.device={arguments.device}"]
+        self.overrides = [*data, f"model={arguments.model}", f"train.device={arguments.device}", *more]
         self.model_name = arguments.model
         self.hardware: Hardware = use_hardware(self.config("loss=cross_entropy"))
         if arguments.root:

@@ -19,6 +19,7 @@ from torch import distributed
 
 from kdpipe.assembly.datasets import build_data, forget_data
 from kdpipe.assembly.devices import use_hardware
+from kdpipe.assembly.networks import images_for
 from kdpipe.assembly.parts import Parts, build_parts, check_components
 from kdpipe.assembly.preparation import Prepared, cache_folder, prepare
 from kdpipe.assembly.run_networks import with_networks_of_runs
@@ -286,7 +287,7 @@ def _cost_of(settings: Settings, parts: Parts, hardware: Hardware) -> dict[str, 
     networks: dict[str, Classifier | Ensemble] = {"model": parts.model}
     if isinstance(parts.teacher, NetworkTeacher):
         networks[parts.teacher.role] = parts.teacher.classifier
-    images = parts.data.images[parts.data.splits["test"][:BATCH]]
+    images = images_for(parts.model, parts.data, parts.data.splits["test"][:BATCH])
     return cost(networks, images, hardware, settings.evaluation.timing_seconds, attempt=optional)
 
 

@@ -4,7 +4,7 @@ import torch
 
 from kdpipe.assembly.building import build
 from kdpipe.data import ImageDataset
-from kdpipe.data.augmentation import DRAWS, Augmentation, Views
+from kdpipe.data.augmentation import DRAWS, Augmentation, CropFlip, Views
 from kdpipe.data.mixing import Mixing
 from kdpipe.settings.errors import ConfigError, first_line
 from kdpipe.settings.identity import canonical
@@ -53,6 +53,7 @@ def build_mixing(settings: Settings, data: ImageDataset) -> Mixing | None:
 
 def check_outputs(settings: Settings) -> None:
     """Raise ConfigError for a way to get the teacher's answers that the views of the images rule out."""
+    _check_sizes(settings)
     outputs, key = settings.distillation.outputs, "distillation.outputs"
     has_views = build_augmentation(settings) is not None
     if settings.needs_teacher and isinstance(settings.teacher, AnswersSettings):
@@ -64,6 +65,18 @@ def check_outputs(settings: Settings) -> None:
         raise ConfigError(key, outputs, "auto or online", problem)
     if outputs == "views" and not has_views:
         raise ConfigError(key, outputs, "auto, cached or online", "without augmentation there is only one view")
+
+
+def _check_sizes(settings: Settings) -> None:
+    """Raise ConfigError for what shifts or mixes images of one size, where photos keep their shape."""
+    if settings.dataset.resize != "keep":
+        return
+    problem = "it needs images of one size, and dataset.resize=keep keeps the shapes of photos"
+    if isinstance(build_augmentation(settings), CropFlip):
+        raise ConfigError("augmentation", "crop_flip", "none, or dataset.resize=crop", problem)
+    for name in ("mixup", "cutmix"):
+        if (value := getattr(settings.train, name)) is not None:
+            raise ConfigError(f"train.{name}", value, "null, or dataset.resize=crop", problem)
 
 
 def _check_views_of_answers(settings: Settings, has_views: bool) -> None:

@@ -84,8 +84,8 @@ def draw_reliability(networks: Mapping[str, Reliability]) -> Figure:
 
 
 @NO_FORMULAS
-def draw_differing(images: Tensor, captions: Sequence[Sequence[str]]) -> Figure:
-    """Images, uint8 [n, C, H, W], each with its label, the student's prediction and probability, and the teacher's."""
+def draw_differing(images: Sequence[Tensor], captions: Sequence[Sequence[str]]) -> Figure:
+    """Images, uint8 [C, H, W], each with its label, the student's prediction and probability, and the teacher's."""
     columns = 4
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(2.2 * columns, 2.75 * rows + 0.4), layout="constrained")

@@ -54,7 +54,7 @@ def model_card(
     )
     return environment.from_string(TEMPLATE.read_text()).render(
         class_accuracy=_class_accuracies(sources.class_accuracy),
-        crops=settings.dataset.resize == "crop",
+        crops=run.resize == "crop",
         data=sources.data,
         files={name: DESCRIPTIONS[name] for name in files if name in DESCRIPTIONS},
         front_matter=_front_matter(sources, files, license),

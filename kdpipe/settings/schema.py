@@ -25,6 +25,7 @@ from kdpipe.settings.values import (
     PositiveShare,
     Resize,
     SplitSeed,
+    StoredResize,
     TestShare,
     TrainShare,
     ValidationShare,
@@ -117,8 +118,8 @@ class DatasetSettings(Component):
     sampler: Literal["balanced"] | None = None
 
     @property
-    def resize(self) -> Resize:
-        """How photos become squares; for data sets of other images, too."""
+    def resize(self) -> StoredResize:
+        """How photos are stored; for data sets of other images, too."""
         return self.arguments.get("resize", "squeeze")
 
     @model_validator(mode="after")
