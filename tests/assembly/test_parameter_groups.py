@@ -98,12 +98,22 @@ def test_each_optimizer_lowers_the_loss_of_a_network(composed: Composed, name: s
     assert losses[-1] < losses[0] - 0.1, losses
 
 
+class WithoutTimm:
+    """Finds modules as where timm is not installed."""
+
+    @staticmethod
+    def find_spec(name: str, *_: object) -> None:
+        if name.partition(".")[0] == "timm":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
 @pytest.mark.parametrize("override", ["optimizer=lion", "optimizer=lamb", "optimizer=muon"])
 def test_without_timm_its_optimizers_are_refused_in_one_line(
     composed: Composed, override: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "timm.optim", raising=False)
-    monkeypatch.setitem(sys.modules, "timm", None)
+    for module in [name for name in sys.modules if name.partition(".")[0] == "timm"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(sys, "meta_path", [WithoutTimm, *sys.meta_path])
     settings = composed(override)
     with pytest.raises(ConfigError, match=r"^optimizer\._target_=timm\.optim\.\w+: timm is not installed; pip install"):
         check_step(settings, build_loss(settings))
