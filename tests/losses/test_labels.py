@@ -35,7 +35,7 @@ def test_bce_asks_for_each_class_whether_it_is_there(labels: Tensor, smoothing: 
     assert bce(STUDENT, labels, smoothing).item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("threshold", [None, 0.2])
+@pytest.mark.parametrize("threshold", [None, 0.2, 0.02])
 @pytest.mark.parametrize("smoothing", [0, 0.1])
 def test_bce_is_timm_s(smoothing: float, threshold: float | None) -> None:
     theirs = pytest.importorskip("timm.loss").BinaryCrossEntropy(smoothing, threshold)
