@@ -110,7 +110,8 @@ def run(settings: Settings, folder: Path, invocation: Invocation) -> Objective:
             log.info("this run is already finished (train.resume=never trains anew)")
             tracker.restore(finished.id, folder)
             if settings.train.keep_epochs:
-                settings.train.warn_of_missing_epochs(settings.train.epochs, tracker.artifacts(finished.id))
+                last = settings.train.last_epoch(finished.metrics)
+                settings.train.warn_of_missing_epochs(last, tracker.artifacts(finished.id))
             _show_result(finished.metrics, settings, folder, tracker, finished.id)
             return _objective(finished.metrics, settings.train.metric)
         return _lead(settings, parts, tracker, folder, hardware)
@@ -153,7 +154,7 @@ def _lead(settings: Settings, parts: Parts, tracker: "Tracker", folder: Path, ha
         metrics |= _cost_of(settings, parts, hardware)
         for file in _write_results(settings, parts, exam, folder):
             current.save(file)
-        current.log(metrics, step=settings.train.epochs)
+        current.log(metrics, step=settings.train.last_epoch(metrics))
     _show_result(metrics, settings, folder, tracker, current.id)
     return _objective(metrics, settings.train.metric)
 

@@ -157,7 +157,11 @@ def forget_data() -> None:
 
 
 def check_selection(settings: Settings, data: ImageDataset) -> None:
-    """Raise ConfigError where weights are to be selected and there is nothing to select them on."""
-    if settings.train.select == "best" and "validation" not in data.splits:
-        expected = "dataset.val_fraction above 0 with it: weights are selected on validation images"
-        raise ConfigError("train.select", "best", expected)
+    """Raise ConfigError where weights or the last epoch are to be chosen and there is nothing to choose them by."""
+    if "validation" in data.splits:
+        return
+    more = "dataset.val_fraction above 0 with it"
+    if settings.train.select == "best":
+        raise ConfigError("train.select", "best", f"{more}: weights are selected on validation images")
+    if settings.train.early_stop is not None:
+        raise ConfigError("train.early_stop", settings.train.early_stop, f"{more}: training stops by validation images")

@@ -9,6 +9,7 @@ from kdpipe.assembly.building import check_arguments
 from kdpipe.assembly.datasets import build_data, build_unlabelled, check_dataset, check_selection
 from kdpipe.assembly.networks import build_model, check_single_images, say_size
 from kdpipe.assembly.objectives import build_loss, check_fit, check_step, class_weights
+from kdpipe.assembly.parameter_groups import by_layer
 from kdpipe.assembly.teachers import KnownTeachers, build_teacher
 from kdpipe.assembly.views import check_augmentation, check_outputs
 from kdpipe.data import ImageDataset
@@ -88,6 +89,8 @@ def build_parts(settings: Settings, invocation: Invocation, tracker: "Tracker", 
         known[key] = build_teacher(settings, invocation, data, tracker)
     teacher, teacher_source = known[key]
     model = build_model(settings, data, tracker)
+    if settings.optimizer.layer_decay is not None:
+        by_layer(settings.optimizer, model)
     networks = {"model": (settings.model.name, model)}
     if isinstance(teacher, NetworkTeacher) and isinstance(teacher.classifier, Classifier):
         networks["teacher"] = (settings.teacher.name, teacher.classifier)
