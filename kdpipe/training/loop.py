@@ -129,6 +129,16 @@ def evaluate_other_weights(training: Training, data: ImageDataset, best_are_sele
         training.learner.load_state_dict(last)
 
 
+def epoch_order(data: ImageDataset, seed: int, epoch: int, balanced: bool) -> Tensor:
+    """The positions of the training images in the order in which an epoch sees them, int64 [n], on the device where the
+    images are, if they fit; `balanced` as in `Recipe`."""
+    positions = data.splits["train"]
+    if balanced:
+        positions = balanced_draw(positions, data.labels[positions], generator(seed, f"sampler/{epoch}"))
+    shuffled = torch.randperm(len(positions), generator=generator(seed, f"order/{epoch}"))
+    return positions[shuffled.to(positions.device)]
+
+
 def train_epoch(training: Training, data: ImageDataset, recipe: Recipe, hooks: Hooks) -> dict[str, float]:
     """The rest of a pass over the training images; the parts of the loss and the accuracy, averaged over the images as
     they were seen."""
@@ -136,12 +146,8 @@ def train_epoch(training: Training, data: ImageDataset, recipe: Recipe, hooks: H
     model.train()
     loss.train()
     started = time.perf_counter() - training.seconds
-    positions = data.splits["train"]  # on the device where the images are, if they fit
-    if recipe.balanced:
-        positions = balanced_draw(positions, data.labels[positions], generator(recipe.seed, f"sampler/{epoch}"))
-    shuffled = torch.randperm(len(positions), generator=generator(recipe.seed, f"order/{epoch}"))
-    order = positions[shuffled.to(positions.device)]
-    draws = recipe.views.draws(epoch).to(positions.device) if recipe.views else None
+    order = epoch_order(data, recipe.seed, epoch, recipe.balanced)
+    draws = recipe.views.draws(epoch).to(order.device) if recipe.views else None
     learned = [weight for part in (model, loss) for weight in part.parameters() if weight.requires_grad]
     with progress(f"epoch {epoch}/{recipe.epochs}", len(order)) as bar:
         bar.advance(training.seen * hardware.processes)
