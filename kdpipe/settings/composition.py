@@ -9,9 +9,8 @@ from typing import Any, Self
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.conf import HydraConf
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from kdpipe.settings.components import check_targets
@@ -27,6 +26,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 CONF = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())
 # The groups whose options fill a section of another name.
 GROUPS = {"teacher": "model@teacher", "also": "loss@also", "hydra.launcher": "hydra/launcher"}
+ADDED = ("command-line", "hydra.searchpath in command-line")  # what Hydra calls folders that a command adds
 PIPELINE = "kdpipe.data.augmentation.Pipeline"  # whose steps are options of its own group
 SECTIONS = ("teacher", "train", "evaluation", "distillation", "sweep", "tracking")
 
@@ -46,7 +46,7 @@ def read_settings(config: DictConfig, invocation: "Invocation") -> Settings:
     composed = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
     assert isinstance(composed, dict)
     plain = {str(key): value for key, value in composed.items()}
-    plain["augmentation"] = _with_steps(plain.get("augmentation"))
+    plain["augmentation"] = _with_steps(plain.get("augmentation"), invocation)
     check_targets(plain)
     raw = OmegaConf.to_container(own, resolve=False)
     assert isinstance(raw, dict)
@@ -62,27 +62,29 @@ def read_settings(config: DictConfig, invocation: "Invocation") -> Settings:
     return validated(Settings, plain)
 
 
-def _with_steps(augmentation: Any) -> Any:
+def _with_steps(augmentation: Any, invocation: "Invocation") -> Any:
     """An augmentation with the options that the steps of a pipeline name, crop_flip or {random_erasing: {p: 0.1}}."""
     is_pipeline = isinstance(augmentation, dict) and augmentation.get("_target_") == PIPELINE
     if not is_pipeline or not isinstance(augmentation.get("steps"), list):
         return augmentation
-    options = GlobalHydra.instance().config_loader().get_group_options("augmentation")
+    search = f"hydra.searchpath={[f'file://{folder}' for folder in invocation.config_dirs]}"
     steps = []
     for number, step in enumerate(augmentation["steps"]):
-        names = step if isinstance(step, dict) else {step: None}
-        if len(names) != 1 or "_target_" in names:
-            steps.append(step)
+        names = step if isinstance(step, dict) else {step: None} if isinstance(step, str) else {}
+        name, changes = next(iter(names.items()), (None, None))
+        if len(names) != 1 or name == "_target_" or not str(name).replace("-", "_").isidentifier():
+            steps.append(step)  # written out, or no augmentation, which the pipeline says
             continue
-        ((name, changes),) = names.items()
         key = f"augmentation.steps.{number}"
-        if name not in options:
-            raise ConfigError(key, name, one_of(options), suggestion(str(name), options))
         if not isinstance(changes, dict | None):
             raise ConfigError(f"{key}.{name}", changes, f"keys with values, such as {{{name}:{{key:value}}}}")
-        option = to_plain(compose("config", [f"augmentation={name}"]).augmentation)
+        try:
+            option = to_plain(compose("config", [search, f"augmentation={name}"]).augmentation)
+        except MissingConfigException as error:
+            options = error.options or []
+            raise ConfigError(key, name, one_of(options), suggestion(str(name), options)) from None
         assert isinstance(option, dict)
-        steps.append(_with_steps(option | (changes or {})))
+        steps.append(_with_steps(option | (changes or {}), invocation))
     return augmentation | {"steps": steps}
 
 
@@ -114,7 +116,7 @@ class Invocation:
         return cls(
             overrides=tuple(config.overrides.task),
             choices={str(group): option for group, option in config.runtime.choices.items()},
-            config_dirs=tuple(source.path for source in sources if source.provider == "command-line"),
+            config_dirs=tuple(source.path for source in sources if source.provider in ADDED),
             launcher=str(config.launcher.get("_target_")) if config.launcher else "",
         )
 
