@@ -140,7 +140,8 @@ def test_a_resized_crop_is_torchvision_s(photos, interpolation, size):
         worst, share = difference(view, exact.round().clamp(0, 255).to(torch.uint8))
         assert worst <= 1 and share < 0.01
         # For uint8 torchvision rounds and cuts off between rows and columns.
-        assert difference(view, functional.resized_crop(image, *one, list(size), interpolation=mode))[0] <= 3
+        rounded = functional.resized_crop(image, *one, list(size), interpolation=mode)
+        assert difference(view, rounded)[0] <= (1 if interpolation == "bilinear" else 8)
 
 
 def test_boxes_have_the_areas_and_shapes_that_were_asked_for_and_are_of_the_photo_s_own_size():

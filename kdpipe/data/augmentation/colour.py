@@ -54,8 +54,8 @@ class ColorJitter:
                 name, strength = list(self.strengths.items())[number]
                 if strength == 0:
                     continue
-                change = (2 * plan[chosen, 1 + number].double() - 1) * strength
-                factors = change if name == "hue" else (1 + change).clamp(min=0) if strength > 1 else 1 + change
+                low, high = (-strength, strength) if name == "hue" else (max(0, 1 - strength), 1 + strength)
+                factors = low + (high - low) * plan[chosen, 1 + number].double()
                 where = chosen.to(images.device)
                 views[where] = ADJUST[name](views[where], factors)
         return views
