@@ -37,7 +37,7 @@ endif
 DEMO := dataset=digits tracking.experiment=demo train.epochs=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults teacher student distill sweep compare cost export predict reproduce sync ui server \
+.PHONY: help setup demo test test-faults teacher student distill sweep compare cost views export predict reproduce sync ui server \
 	bench bench-methods bench-photos results cache-info cache-clean lint format clean
 
 help:  ## list the targets
@@ -91,6 +91,9 @@ cost: setup  ## measure the cost of a finished run's network and its teacher (AR
 
 export: setup  ## export a finished run to ONNX and int8, checked (ARGS="RUN --out student")
 	$(BIN)/python -m kdpipe.export $(ARGS)
+
+views: setup  ## a picture of what training sees of its first images (ARGS="dataset=cifar10 augmentation=trivial_augment")
+	$(BIN)/python -m kdpipe.views $(ARGS)
 
 predict: setup  ## classify photos (ARGS="student photo.jpg other.png")
 	$(BIN)/python -m kdpipe.predict $(ARGS)

@@ -19,6 +19,7 @@ from torch import distributed
 
 from kdpipe.assembly.datasets import build_data, forget_data
 from kdpipe.assembly.devices import use_hardware
+from kdpipe.assembly.epoch_views import first_views
 from kdpipe.assembly.networks import images_for
 from kdpipe.assembly.parts import Parts, build_parts, check_components
 from kdpipe.assembly.preparation import Prepared, cache_folder, prepare
@@ -35,7 +36,7 @@ from kdpipe.runs.claim import ClaimedError, claim
 from kdpipe.runs.commands import compare_command, export_command
 from kdpipe.runs.journal import CHECKPOINTS, NOT_CREATED, Journal, is_unfinished, rows_since, sync_command
 from kdpipe.runs.moved_store import ARTIFACTS
-from kdpipe.runs.names import CONFIG, PEER_WEIGHTS
+from kdpipe.runs.names import CONFIG, PEER_WEIGHTS, VIEWS
 from kdpipe.settings.addresses import WEIGHTS, epoch_file
 from kdpipe.settings.composition import (
     CONF,
@@ -135,6 +136,7 @@ def _lead(settings: Settings, parts: Parts, tracker: "Tracker", folder: Path, ha
     seconds = start["seconds"] if start else 0.0
     with tracker.run(settings.run_name, folder, settings.params, tags, unfinished, history, seconds) as current:
         _describe_inputs(settings, current, tracker, parts)
+        _show_views(settings, current, parts)
         _save_earlier_epochs(settings, current, start["training"]["epoch"] if start else 1)
 
         def keep(state: dict[str, Any]) -> None:
@@ -270,6 +272,18 @@ def _describe_inputs(settings: Settings, current: "ActiveRun", tracker: "Tracker
     if data.unlabelled:
         sizes["unlabelled"] = int((data.labels < 0).sum())
     tracker.log_dataset(current.id, data.name, data.fingerprint, settings.dataset.root, sizes)
+
+
+def _show_views(settings: Settings, current: "ActiveRun", parts: Parts) -> None:
+    """Save a picture of what the first epoch sees, where the settings ask for one."""
+    if not settings.train.show_views:
+        return
+    with optional("the picture of views"):
+        from kdpipe.evaluation.figures import as_png, draw_views  # takes a second
+
+        file = current.folder / VIEWS
+        write_atomically(file, as_png(draw_views(*first_views(settings, parts.data))))
+        current.save(file)
 
 
 def _save_earlier_epochs(settings: Settings, current: "ActiveRun", epoch: int) -> None:

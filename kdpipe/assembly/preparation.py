@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from kdpipe.assembly.epoch_views import build_mixing, build_views
 from kdpipe.assembly.objectives import build_loss, build_optimizer, check_sharing, class_weights, fit_loss
 from kdpipe.assembly.parts import Parts
-from kdpipe.assembly.views import build_mixing, build_views
 from kdpipe.data import ImageDataset
 from kdpipe.data.augmentation import Views
 from kdpipe.losses import Loss

@@ -20,6 +20,7 @@ PLACES = (
     "train.threads",
     "train.resume",
     "train.checkpoint_minutes",
+    "train.show_views",
     "train.compile",
     "optimizer.fused",
     "train.profile",  # of runs of 0.4.0

@@ -239,6 +239,7 @@ class TrainSettings(Section):
     metric: Metric = "accuracy"
     keep_epochs: list[PositiveInt] | None = None
     test_each_epoch: bool = False
+    show_views: bool = False
 
     @property
     def mixes(self) -> bool:

@@ -173,6 +173,16 @@ def evaluate_with(weights: State, training: Training, data: ImageDataset, split:
         training.learner.load_state_dict(trained)
 
 
+def epoch_order(data: ImageDataset, seed: int, epoch: int, balanced: bool) -> Tensor:
+    """The positions of the training images in the order in which an epoch sees them, int64 [n], on the device where the
+    images are, if they fit; `balanced` as in `Recipe`."""
+    positions = data.splits["train"]
+    if balanced:
+        positions = balanced_draw(positions, data.labels[positions], generator(seed, f"sampler/{epoch}"))
+    shuffled = torch.randperm(len(positions), generator=generator(seed, f"order/{epoch}"))
+    return positions[shuffled.to(positions.device)]
+
+
 def train_epoch(training: Training, data: ImageDataset, recipe: Recipe, hooks: Hooks) -> dict[str, float]:
     """The rest of a pass over the training images; the parts of the loss and the accuracy, averaged over the images as
     they were seen."""
@@ -180,12 +190,8 @@ def train_epoch(training: Training, data: ImageDataset, recipe: Recipe, hooks: H
     training.model.train()
     training.loss.train()
     started = time.perf_counter() - training.seconds
-    positions = data.splits["train"]  # on the device where the images are, if they fit
-    if recipe.balanced:
-        positions = balanced_draw(positions, data.labels[positions], generator(recipe.seed, f"sampler/{epoch}"))
-    shuffled = torch.randperm(len(positions), generator=generator(recipe.seed, f"order/{epoch}"))
-    order = positions[shuffled.to(positions.device)]
-    draws = recipe.views.draws(epoch).to(positions.device) if recipe.views else None
+    order = epoch_order(data, recipe.seed, epoch, recipe.balanced)
+    draws = recipe.views.draws(epoch).to(order.device) if recipe.views else None
     with progress(f"epoch {epoch}/{recipe.epochs}", len(order)) as bar:
         bar.advance(training.seen * hardware.processes)
         left = batches(order, recipe.batch_size, hardware.processes)[training.steps :]
