@@ -37,11 +37,11 @@ endif
 DEMO := dataset=digits tracking.experiment=demo train.epochs=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults teacher student distill sweep compare cost export predict reproduce sync ui server dashboard \
-	bench bench-methods results cache-info cache-clean lint format clean
+.PHONY: help setup demo test test-faults teacher student distill sweep compare cost views export predict reproduce sync ui server \
+	bench bench-methods bench-photos results cache-info cache-clean lint format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo '  overrides go in ARGS: make distill ARGS="loss.alpha=0.9 seed=1"'
 
 setup: $(VENV)/ready  ## create .venv with all dependencies (with uv if installed, else with pip)
@@ -92,6 +92,9 @@ cost: setup  ## measure the cost of a finished run's network and its teacher (AR
 export: setup  ## export a finished run to ONNX and int8, checked (ARGS="RUN --out student")
 	$(BIN)/python -m kdpipe.export $(ARGS)
 
+views: setup  ## a picture of what training sees of its first images (ARGS="dataset=cifar10 augmentation=trivial_augment")
+	$(BIN)/python -m kdpipe.views $(ARGS)
+
 predict: setup  ## classify photos (ARGS="student photo.jpg other.png")
 	$(BIN)/python -m kdpipe.predict $(ARGS)
 
@@ -134,6 +137,9 @@ bench: setup  ## speed compared with the tutorial's loop and the compute limit (
 
 bench-methods: setup  ## speed of each method compared with kd (ARGS="--root cifar10-jpeg --model student_cnn")
 	$(BIN)/python benchmarks/methods.py $(ARGS)
+
+bench-photos: setup  ## speed from JPEG files compared with torchvision's loop (ARGS="--root dogs-vs-cats --images 20000")
+	$(BIN)/python benchmarks/photos.py $(ARGS)
 
 results: setup  ## make the tables and pictures of docs/results from the runs beside them
 	$(BIN)/python benchmarks/results.py

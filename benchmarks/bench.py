@@ -22,7 +22,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -39,13 +39,15 @@ import tutorial
 
 from kdpipe.assembly.datasets import build_data
 from kdpipe.assembly.devices import use_hardware
+from kdpipe.assembly.epoch_views import build_views
 from kdpipe.assembly.networks import build_network
 from kdpipe.assembly.objectives import build_loss, build_optimizer
 from kdpipe.data import ImageDataset, PerImageValues, split
+from kdpipe.data.augmentation import Views
 from kdpipe.data.dataset import Source
 from kdpipe.losses import CrossEntropy
 from kdpipe.models.weights import save_weights
-from kdpipe.settings.composition import compose_settings, register_resolvers
+from kdpipe.settings.composition import CONF, compose_settings, register_resolvers
 from kdpipe.settings.schema import Settings
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.progress import progress
@@ -61,18 +63,22 @@ EPOCH = 50_000  # images, whatever the number measured on
 SECTIONS = 10
 SLOW_STEPS = 3  # of each slow loop in each section
 TEACHER = "densenet121"
+# What augmentations are held against, and what they may cost.
+AUGMENTED, AUGMENTED_BATCH = "resnet20", 128
+COST_GOALS = {"crop_flip": 0.05, "flip": 0.05, "random_resized_crop": 0.05}
+COST_GOAL = 0.25  # of the others
 
 
 class Bench:
-    """The data, the networks and how they are measured."""
+    """The data, the networks and how they are measured; `more` are overrides of the config."""
 
-    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+    def __init__(self, arguments: argparse.Namespace, folder: Path, more: Sequence[str] = ()) -> None:
         register_resolvers()
         self.folder = folder
         data = ["dataset=digits"]  # for whole runs
         if arguments.root:
             data = ["dataset=image_folder", f"dataset.root={arguments.root}", f"dataset.cache_dir={folder}/images"]
-        self.overrides = [*data, f"model={arguments.model}", f"train.device={arguments.device}"]
+        self.overrides = [*data, f"model={arguments.model}", f"train.device={arguments.device}", *more]
         self.model_name = arguments.model
         self.hardware: Hardware = use_hardware(self.config("loss=cross_entropy"))
         if arguments.root:
@@ -95,7 +101,12 @@ class Bench:
         return build_network("model", config.model, self.data, config.model.freeze).to(self.hardware.device)
 
     def epoch(
-        self, learner: nn.Module, data: ImageDataset, loss: str = "cross_entropy", teacher: FrozenTeacher | None = None
+        self,
+        learner: nn.Module,
+        data: ImageDataset,
+        loss: str = "cross_entropy",
+        teacher: FrozenTeacher | None = None,
+        batch_size: int = tutorial.BATCH_SIZE,
     ) -> Callable[[Tensor], float]:
         """A function that trains on the images at some positions and says how many it took a second."""
         config = self.config(f"loss={loss}")
@@ -106,7 +117,7 @@ class Bench:
             metrics = train_epoch(
                 Training(Observed(learner), criterion, optimizer, scheduler, self.hardware),
                 replace(data, splits={"train": positions}),
-                Recipe(epochs=1, batch_size=tutorial.BATCH_SIZE, seed=0, teacher=teacher),
+                Recipe(epochs=1, batch_size=batch_size, seed=0, teacher=teacher),
                 Hooks(),
             )
             return metrics["train/images_per_second"]
@@ -319,6 +330,40 @@ def line(name: str, value: float, sign: str, goal: float, details: str) -> dict[
     return {"line": name, "value": round(value, 4), "goal": f"{sign} {goal:g}", "met": met, "details": details}
 
 
+def augmentation_lines(bench: Bench) -> list[dict[str, Any]]:
+    """What each augmentation adds to an epoch without one: the time that the views of a section take, of the time that
+    training on it takes. Epochs with and without differ by less than they do by themselves on a busy machine."""
+    train = bench.epoch(bench.model(f"model={AUGMENTED}"), bench.data, batch_size=AUGMENTED_BATCH)
+    options = sorted(file.stem for file in (CONF / "augmentation").glob("*.yaml") if file.stem != "none")
+    all_views = {name: build_views(bench.config(f"augmentation={name}"), bench.data) for name in options}
+    shares: dict[str, list[float]] = {name: [] for name in options}
+    for number, section in enumerate([bench.sections[0], *bench.sections]):
+        training = len(section) / train(section)
+        for name, views in all_views.items():
+            assert views
+            seconds = bench.seconds(partial(augment_section, bench, views, section))
+            if number > 0:  # the first one warms up
+                shares[name].append(seconds / training)
+    return [
+        line(
+            f"{name}, of an epoch",
+            statistics.median(found),
+            "<=",
+            COST_GOALS.get(name, COST_GOAL),
+            f"{AUGMENTED}, batch {AUGMENTED_BATCH}; from {min(found):.1%} to {max(found):.1%}",
+        )
+        for name, found in shares.items()
+    ]
+
+
+def augment_section(bench: Bench, views: Views, section: Tensor) -> None:
+    """All that an epoch does for the views of some images."""
+    draws = views.draws(1)[section.cpu()].to(bench.hardware.device)
+    images = bench.data.images
+    for batch, own in zip(section.split(AUGMENTED_BATCH), draws.split(AUGMENTED_BATCH), strict=True):
+        views.augment(images[batch].to(bench.hardware.device), own)
+
+
 def sweep_lines(bench: Bench, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """12 distilled students and 12 students alone, one command: `python -m kdpipe experiment=sweep …`."""
     output = bench.folder / "sweep"
@@ -484,12 +529,18 @@ def main() -> None:
     parser.add_argument("--model", default="student_cnn", help="an option of the group model (default: student_cnn)")
     parser.add_argument("--device", default="auto", help="as train.device (default: auto)")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench.json"), help="(default: outputs/bench.json)")
+    only = "measure nothing but what each augmentation costs"
+    parser.add_argument("--only-augmentation", action="store_true", help=only)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kdpipe-bench-") as folder:
         bench = Bench(arguments, Path(folder))
         print(f"{machine(bench.hardware)}; {bench.model_name} and {TEACHER}; {bench.what}", flush=True)
+        augmenting = augmentation_lines(bench)
+        if arguments.only_augmentation:
+            print("\n".join(table(augmenting)))
+            return
         rates = loops(bench)
-        lines = loop_lines(rates)
+        lines = [*loop_lines(rates), *augmenting]
         lines += [bookkeeping_line(bench, statistics.median(rates["ours alone"])), *start_lines(bench)]
         print("\n".join(table(lines)), flush=True)
         lines += sweep_lines(bench, arguments)

@@ -19,6 +19,8 @@ from torch import distributed
 
 from kdpipe.assembly.datasets import build_data, forget_data
 from kdpipe.assembly.devices import use_hardware
+from kdpipe.assembly.epoch_views import first_views
+from kdpipe.assembly.networks import images_for
 from kdpipe.assembly.parts import Parts, build_parts, check_components
 from kdpipe.assembly.preparation import Prepared, cache_folder, prepare
 from kdpipe.assembly.run_networks import with_networks_of_runs
@@ -34,7 +36,7 @@ from kdpipe.runs.claim import ClaimedError, claim
 from kdpipe.runs.commands import compare_command, export_command
 from kdpipe.runs.journal import CHECKPOINTS, NOT_CREATED, Journal, is_unfinished, rows_since, sync_command
 from kdpipe.runs.moved_store import ARTIFACTS
-from kdpipe.runs.names import CONFIG, PEER_WEIGHTS
+from kdpipe.runs.names import CONFIG, PEER_WEIGHTS, VIEWS
 from kdpipe.settings.addresses import WEIGHTS, epoch_file
 from kdpipe.settings.composition import (
     CONF,
@@ -126,7 +128,8 @@ def run(settings: Settings, folder: Path, invocation: Invocation, stop_after: St
             log.info("this run is already finished (train.resume=never trains anew)")
             tracker.restore(finished.id, folder)
             if settings.train.keep_epochs:
-                settings.train.warn_of_missing_epochs(settings.train.epochs, tracker.artifacts(finished.id))
+                last = settings.train.last_epoch(finished.metrics)
+                settings.train.warn_of_missing_epochs(last, tracker.artifacts(finished.id))
             _show_result(finished.metrics, settings, folder, tracker, finished.id)
             return _objective(finished.metrics, settings.train.metric, finished.id)
         return _lead(settings, parts, tracker, folder, hardware, stop_after)
@@ -153,6 +156,7 @@ def _lead(
     stops: list[int] = []  # the epoch after which the run is to stop
     with tracker.run(settings.run_name, folder, settings.params, tags, unfinished, history, seconds) as current:
         _describe_inputs(settings, current, tracker, parts)
+        _show_views(settings, current, parts)
         _save_earlier_epochs(settings, current, start["training"]["epoch"] if start else 1)
 
         def keep(state: dict[str, Any]) -> None:
@@ -176,7 +180,7 @@ def _lead(
         metrics |= _cost_of(settings, parts, hardware)
         for file in _write_results(settings, parts, exam, folder):
             current.save(file)
-        current.log(metrics, step=settings.train.epochs)
+        current.log(metrics, step=settings.train.last_epoch(metrics))
     _show_result(metrics, settings, folder, tracker, current.id)
     return _objective(metrics, settings.train.metric, current.id)
 
@@ -294,6 +298,18 @@ def _describe_inputs(settings: Settings, current: "ActiveRun", tracker: "Tracker
     tracker.log_dataset(current.id, data.name, data.fingerprint, settings.dataset.root, sizes)
 
 
+def _show_views(settings: Settings, current: "ActiveRun", parts: Parts) -> None:
+    """Save a picture of what the first epoch sees, where the settings ask for one."""
+    if not settings.train.show_views:
+        return
+    with optional("the picture of views"):
+        from kdpipe.evaluation.figures import as_png, draw_views  # takes a second
+
+        file = current.folder / VIEWS
+        write_atomically(file, as_png(draw_views(*first_views(settings, parts.data))))
+        current.save(file)
+
+
 def _save_earlier_epochs(settings: Settings, current: "ActiveRun", epoch: int) -> None:
     """Save the weights that were kept before `epoch`, where the training continues, among the run's artifacts."""
     over = [current.folder / epoch_file(number) for number in range(1, epoch)]
@@ -310,7 +326,7 @@ def _cost_of(settings: Settings, parts: Parts, hardware: Hardware) -> dict[str, 
     networks: dict[str, Classifier | Ensemble] = {"model": parts.model}
     if isinstance(parts.teacher, NetworkTeacher):
         networks[parts.teacher.role] = parts.teacher.classifier
-    images = parts.data.images[parts.data.splits["test"][:BATCH]]
+    images = images_for(parts.model, parts.data, parts.data.splits["test"][:BATCH])
     return cost(networks, images, hardware, settings.evaluation.timing_seconds, attempt=optional)
 
 

@@ -297,7 +297,7 @@ STUDENT = [
         "model.weights=null",
         "model.image_size=32",
     ),
-    *("augmentation=crop_flip", "scheduler=cosine", "optimizer.lr=3e-4", "train.epochs=4", "train.batch_size=20"),
+    *("augmentation=pipeline", "scheduler=cosine", "optimizer.lr=3e-4", "train.epochs=4", "train.batch_size=20"),
 ]
 
 

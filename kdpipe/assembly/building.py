@@ -74,7 +74,8 @@ def _find(
         if name not in own:
             near = suggestion(name, own) or suggestion(name, fields)
             none = "" if own or near else f"{target} takes no arguments; "
-            instead = near or f"{none}~{key}.{name} leaves it out"
+            in_list = key.rpartition(".")[2].isdigit()  # of which ~ deletes nothing
+            instead = near or f"{none}{'leave it out' if in_list else f'~{key}.{name} leaves it out'}"
             raise ConfigError(f"{key}.{name}", value, one_of(own) if own else "", instead)
     for name, parameter in inspect.signature(function).parameters.items():
         is_required = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_POSITIONAL

@@ -63,9 +63,11 @@ def _read(described: str) -> ImageDataset:
     except ConfigError as error:
         raise error.under("dataset") from error
     sizes = ", ".join(f"{len(positions):,} {name}" for name, positions in data.splits.items())
-    _, channels, height, width = data.images.shape
+    _, _, height, width = data.images.shape
+    limit = "up to " if settings.resize == "keep" else ""
     classes = ", ".join(data.class_names[:10]) + (", …" if data.num_classes > 10 else "")
-    log.info("%d classes (%s); images of %d×%d×%d: %s", data.num_classes, classes, width, height, channels, sizes)
+    shape = f"{limit}{width}×{height}×{data.image_shape[0]}"
+    log.info("%d classes (%s); images of %s: %s", data.num_classes, classes, shape, sizes)
     for duplicates in data.duplicates:
         log.warning("data set %s: %s", settings.name, duplicates)
     return data
@@ -140,7 +142,8 @@ def _read_unlabelled(described: str, cache: str) -> ImageDataset:
         if data.more:
             data = with_its_unlabelled(data)
         else:
-            data = with_unlabelled(data, str(settings.unlabelled_root), on_bad_image, cache, settings.resize)
+            how = (on_bad_image, cache, settings.resize, settings.arguments.get("image_size"))
+            data = with_unlabelled(data, str(settings.unlabelled_root), *how)
     except ConfigError as error:
         raise error.under("dataset") from error
     log.info("images without labels: %s", f"{int((data.labels < 0).sum()):,}")
@@ -154,7 +157,11 @@ def forget_data() -> None:
 
 
 def check_selection(settings: Settings, data: ImageDataset) -> None:
-    """Raise ConfigError where weights are to be selected and there is nothing to select them on."""
-    if settings.train.select == "best" and "validation" not in data.splits:
-        expected = "dataset.val_fraction above 0 with it: weights are selected on validation images"
-        raise ConfigError("train.select", "best", expected)
+    """Raise ConfigError where weights or the last epoch are to be chosen and there is nothing to choose them by."""
+    if "validation" in data.splits:
+        return
+    more = "dataset.val_fraction above 0 with it"
+    if settings.train.select == "best":
+        raise ConfigError("train.select", "best", f"{more}: weights are selected on validation images")
+    if settings.train.early_stop is not None:
+        raise ConfigError("train.early_stop", settings.train.early_stop, f"{more}: training stops by validation images")

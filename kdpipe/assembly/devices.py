@@ -17,8 +17,12 @@ _own_gpu: list[FileLock] = []  # held until the process ends
 
 
 def check_device(settings: Settings) -> None:
-    """Raise ConfigError for a device that this machine does not have."""
-    check_available("train.device", settings.train.device, "auto")
+    """Raise ConfigError for a device that this machine does not have, or a precision that the device does not."""
+    name, precision = settings.train.device, settings.train.precision
+    check_available("train.device", name, "auto")
+    if precision == "float16" and not (devices()[0] if name == "auto" else name).startswith("cuda"):
+        problem = "its gradients are scaled on CUDA devices only"
+        raise ConfigError("train.precision", precision, "auto, float32 or bfloat16 on this device", problem)
 
 
 def use_hardware(settings: Settings) -> Hardware:

@@ -17,6 +17,7 @@ from kdpipe.settings.addresses import WEIGHTS, run_and_file, weights_address
 from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.saved import read_run_settings
 from kdpipe.settings.schema import AnswersSettings, DatasetSettings, EnsembleSettings, Settings, validated
+from kdpipe.settings.values import Resize
 
 if TYPE_CHECKING:
     from kdpipe.tracking import RunRecord, RunStore
@@ -31,7 +32,8 @@ class FinishedRun:
     Attributes:
         address: of its weights, runs:/<run id> or runs:/<run id>/epoch_<number>.
         classifier: with its weights, in evaluation mode, on the CPU.
-        image_shape: (C, H, W) of the raw images that it was given.
+        image_shape: (C, H, W) of the raw images that it was given; where photos kept their shape, of the squares that
+            stand for them.
     """
 
     address: str
@@ -44,6 +46,12 @@ class FinishedRun:
     @property
     def name(self) -> str:
         return self.settings.model.name
+
+    @property
+    def resize(self) -> Resize:
+        """How photos become images of that shape."""
+        stored = self.settings.dataset.resize
+        return self.classifier.resize if stored == "keep" else stored
 
     @property
     def teacher_weights(self) -> list[str]:

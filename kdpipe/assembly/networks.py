@@ -5,11 +5,13 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from kdpipe.assembly.building import build
 from kdpipe.assembly.run_networks import network_differences, refuse, trained_network
 from kdpipe.data import ImageDataset
+from kdpipe.data.decode import stored
 from kdpipe.models import Classifier
 from kdpipe.models.weights import check_class_names, load_imagenet, load_state, read_weights
 from kdpipe.settings.addresses import file_and_part, run_and_file
@@ -17,6 +19,7 @@ from kdpipe.settings.errors import ConfigError, first_line
 from kdpipe.settings.identity import FIRST_RESIZING
 from kdpipe.settings.schema import Freeze, NetworkSettings, Settings
 from kdpipe.system.once import log_once
+from kdpipe.system.padding import each_photo
 from kdpipe.system.randomness import derive_seed
 
 if TYPE_CHECKING:
@@ -87,9 +90,20 @@ def check_single_images(key: str, name: str, classifier: Classifier, data: Image
         raise ConfigError("train.batch_size", 1, f"2 or more, or a larger {key}.image_size", problem) from error
 
 
+def images_for(network: Classifier, data: ImageDataset, positions: Tensor) -> Tensor:
+    """Images as an exported network takes them, uint8 [n, C, H, W]: photos that keep their shape as squares, squeezed
+    or cropped as the network would do."""
+    images = data.images[positions].contiguous()
+    if not data.keeps_shapes:
+        return images
+    _, height, width = data.image_shape
+    photos = (Image.fromarray(photo.permute(1, 2, 0).cpu().numpy()) for photo in each_photo(images))
+    return torch.stack([torch.from_numpy(stored(photo, (width, height), network.resize).copy()) for photo in photos])
+
+
 def say_size(key: str, name: str, classifier: Classifier, data: ImageDataset) -> None:
     """Log, once in a command, that a network sees images smaller than they are stored."""
-    size, stored = classifier.image_size, max(data.images.shape[2:])
+    size, stored = classifier.image_size, max(data.image_shape[1:])
     if size < stored:
         message = "%s sees the images at %d×%d, smaller than stored (%d×%d); %s.image_size is its size"
         log_once(logging.INFO, message, name, size, size, stored, stored, key)

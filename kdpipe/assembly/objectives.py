@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from kdpipe.assembly.building import build
+from kdpipe.assembly.parameter_groups import parameter_groups
 from kdpipe.data import ImageDataset
-from kdpipe.losses import AlphaLoss, CombinedLoss, Loss, WeightedLoss
+from kdpipe.losses import AlphaLoss, CombinedLoss, LabelSmoothing, Loss, WeightedLoss
 from kdpipe.losses.base import Plan
 from kdpipe.losses.outputs import Outputs
 from kdpipe.models import Classifier
@@ -28,6 +29,10 @@ from kdpipe.training.teacher import NetworkTeacher, Teacher
 def build_loss(settings: Settings) -> Loss:
     """The loss, with the term of the second method, if any."""
     loss: Loss = build("loss", settings.loss)
+    if settings.loss.label_smoothing > 0 and isinstance(loss, LabelSmoothing):
+        expected = "0 with loss=label_smoothing, which has loss.smoothing"
+        raise ConfigError("loss.label_smoothing", settings.loss.label_smoothing, expected)
+    loss.label_smoothing = settings.loss.label_smoothing
     if settings.also is None:
         return loss
     target = settings.also.target
@@ -117,9 +122,11 @@ def _caveats(
     if isinstance(first, WeightedLoss) and first.ce_weight == 0 and not compares_logits:
         problem = "nothing trains the last layer, since the loss compares features alone"
         yield ConfigError("loss.ce_weight", 0, problem=problem)
-    if isinstance(first, WeightedLoss) and first.ce_weight == 0 and settings.loss.class_weights is not None:
-        problem = "the loss has no cross-entropy that they would weigh"
-        yield ConfigError("loss.class_weights", settings.loss.class_weights, problem=problem)
+    of_labels = {"class_weights": settings.loss.class_weights, "label_smoothing": settings.loss.label_smoothing}
+    if isinstance(first, WeightedLoss) and first.ce_weight == 0:
+        for key, value in of_labels.items():
+            if value:
+                yield ConfigError(f"loss.{key}", value, problem="the loss has no cross-entropy that it would change")
     if torch.equal(student.logits, teacher.logits):
         problem = "the student answers like its teacher before it has learned: the term starts at 0"
         yield ConfigError("model.weights", settings.model.weights, problem=problem)
@@ -176,10 +183,12 @@ def build_optimizer(
     settings: Settings, model: nn.Module, loss: Loss, steps_per_epoch: int
 ) -> tuple[Optimizer, LRScheduler]:
     """Optimizer and schedule for the parameters of the model and of the loss that can be trained."""
-    parameters = [parameter for part in (model, loss) for parameter in part.parameters() if parameter.requires_grad]
-    optimizer = build("optimizer", settings.optimizer, parameters)
+    optimizer = build("optimizer", settings.optimizer, parameter_groups(settings.optimizer, model, loss))
     if not isinstance(optimizer, Optimizer):
         raise ConfigError("optimizer._target_", settings.optimizer.target, "an optimizer, such as torch.optim.Adam")
+    for group in optimizer.param_groups:
+        if "lr_scale" in group:
+            group["lr"] *= group.pop("lr_scale")
     epochs = settings.train.epochs
     schedule = build("scheduler", settings.scheduler, optimizer, epochs=epochs, steps_per_epoch=steps_per_epoch)
     if not isinstance(schedule, LRScheduler):
@@ -191,7 +200,9 @@ def build_optimizer(
 def check_step(settings: Settings, loss: Loss) -> None:
     """Raise ConfigError for an optimizer or a schedule that cannot be used, tried on two numbers."""
     layer = nn.Linear(1, 1)
-    optimizer, schedule = build_optimizer(settings, layer, loss, steps_per_epoch=1)
+    of_any_network = settings.optimizer.model_copy(update={"layer_decay": None})
+    tried = settings.model_copy(update={"optimizer": of_any_network})
+    optimizer, schedule = build_optimizer(tried, layer, loss, steps_per_epoch=1)
     layer(torch.ones(1, 1)).sum().backward()
     try:
         optimizer.step()

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from kdpipe.assembly.building import check_arguments
 from kdpipe.assembly.datasets import build_data, build_unlabelled, check_dataset, check_selection
+from kdpipe.assembly.epoch_views import check_augmentation, check_outputs
 from kdpipe.assembly.networks import build_model, check_single_images, say_size
 from kdpipe.assembly.objectives import build_loss, check_fit, check_step, class_weights
+from kdpipe.assembly.parameter_groups import by_layer
 from kdpipe.assembly.teachers import KnownTeachers, build_teacher
-from kdpipe.assembly.views import check_augmentation, check_outputs
 from kdpipe.data import ImageDataset
 from kdpipe.models import Classifier
 from kdpipe.models.weights import weights_digest
@@ -73,21 +74,18 @@ def build_parts(settings: Settings, invocation: Invocation, tracker: "Tracker", 
         invocation: how the settings were composed, for the command that a message suggests.
         known: teachers that were built already; new ones are added.
     """
-    data = build_data(settings.dataset)
-    check_selection(settings, data)
-    class_weights(settings, data)
-    check_augmentation(settings, data)
+    data = build_checked_data(settings)
     key = ""
     if settings.teacher_learns:  # each run has its own
         known = {}
     elif settings.needs_teacher:
         key = json.dumps([settings.dataset.plain, settings.teacher.plain])
-    if settings.needs_teacher and (settings.dataset.unlabelled_root is not None or _learns_from_more(settings, data)):
-        data = build_unlabelled(settings)
     if key not in known:
         known[key] = build_teacher(settings, invocation, data, tracker)
     teacher, teacher_source = known[key]
     model = build_model(settings, data, tracker)
+    if settings.optimizer.layer_decay is not None:
+        by_layer(settings.optimizer, model)
     networks = {"model": (settings.model.name, model)}
     if isinstance(teacher, NetworkTeacher) and isinstance(teacher.classifier, Classifier):
         networks["teacher"] = (settings.teacher.name, teacher.classifier)
@@ -103,6 +101,17 @@ def build_parts(settings: Settings, invocation: Invocation, tracker: "Tracker", 
         "kdpipe.stage": settings.run_stage,
     }
     return Parts(data, teacher, teacher_source, model, tags)
+
+
+def build_checked_data(settings: Settings) -> ImageDataset:
+    """The images that a run trains on. Raises ConfigError for settings that do not go with them."""
+    data = build_data(settings.dataset)
+    check_selection(settings, data)
+    class_weights(settings, data)
+    check_augmentation(settings, data)
+    if settings.needs_teacher and (settings.dataset.unlabelled_root is not None or _learns_from_more(settings, data)):
+        return build_unlabelled(settings)
+    return data
 
 
 def _learns_from_more(settings: Settings, data: ImageDataset) -> bool:

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from kdpipe.assembly.epoch_views import build_mixing, build_views
 from kdpipe.assembly.objectives import build_loss, build_optimizer, check_sharing, class_weights, fit_loss
 from kdpipe.assembly.parts import Parts
-from kdpipe.assembly.views import build_mixing, build_views
 from kdpipe.data import ImageDataset
 from kdpipe.data.augmentation import Views
 from kdpipe.losses import Loss
@@ -71,14 +71,14 @@ def prepare(settings: Settings, parts: Parts, hardware: Hardware, start: dict[st
     data = data.moved_to(device)
     if teacher:
         teacher.stay_near(device)
-    steps_per_epoch = len(batches(data.splits["train"], train.batch_size, hardware.processes))
+    steps_per_epoch = -(-len(batches(data.splits["train"], train.batch_size, hardware.processes)) // train.accumulate)
     optimizer, scheduler = build_optimizer(settings, learner, loss, steps_per_epoch)
-    if train.compile is True:
-        learner.compile()
+    if train.compile not in ("auto", False):
+        learner.compile(mode="default" if train.compile is True else train.compile)
 
     changing = model.head if model.frozen_backbone else model  # with features or without
     student.model = hardware.distribute(learner)
-    training = Training(student, loss, optimizer, scheduler, hardware, changing)
+    training = Training(student, loss, optimizer, scheduler, hardware, changing, train.ema)
     if start := hardware.broadcast(start):
         training.restore(start)
         if training.epoch <= train.epochs:
@@ -93,10 +93,12 @@ def prepare(settings: Settings, parts: Parts, hardware: Hardware, start: dict[st
         views=views,
         mixing=build_mixing(settings, parts.data),
         balanced=settings.dataset.sampler == "balanced",
-        select_best=train.select == "best",
+        select=train.select,
         metric=train.metric,
+        early_stop=train.early_stop,
         test_each_epoch=train.test_each_epoch,
         clip_norm=train.clip_norm,
+        accumulate=train.accumulate,
     )
     return Prepared(training, data, recipe, learner)
 

@@ -9,7 +9,7 @@ from kdpipe.system.hardware import Hardware
 def run_tags(settings: Settings, parts: Parts, hardware: Hardware) -> dict[str, str]:
     """What a run is found by, in MLflow's UI too."""
     tags = {**parts.tags, "kdpipe.data": parts.data.fingerprint, "kdpipe.hardware": hardware.described}
-    tags[IMAGE_SHAPE] = "x".join(map(str, parts.data.images.shape[1:]))
+    tags[IMAGE_SHAPE] = "x".join(map(str, parts.data.image_shape))
     tags[TIMED_ON] = hardware.machine if settings.evaluation.timing_seconds > 0 else ""
     if parts.data.duplicates:
         tags[DUPLICATES] = "; ".join(map(str, parts.data.duplicates))

@@ -18,8 +18,7 @@ from kdpipe.settings.errors import ConfigError
 
 if TYPE_CHECKING:
     from kdpipe.compare.comparison import Comparison
-    from kdpipe.compare.other_weights import Select
-    from kdpipe.settings.metric_names import Metric
+    from kdpipe.settings.metric_names import Metric, Select
 
 
 def compare_runs(

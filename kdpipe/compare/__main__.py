@@ -3,6 +3,7 @@
 import argparse
 import sys
 from dataclasses import replace
+from typing import get_args
 
 from kdpipe.runs.command_line import (
     add_store_arguments,
@@ -13,7 +14,7 @@ from kdpipe.runs.command_line import (
     table_width,
 )
 from kdpipe.settings.errors import ConfigError
-from kdpipe.settings.metric_names import METRICS
+from kdpipe.settings.metric_names import METRICS, Select
 from kdpipe.system.tables import UNLIMITED
 
 
@@ -34,7 +35,7 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--epoch", metavar="N", type=int, help="students as they were after N epochs (needs train.test_each_epoch)"
     )
-    parser.add_argument("--select", choices=("last", "best"), help="weights of the students (default: as selected)")
+    parser.add_argument("--select", choices=get_args(Select), help="weights of the students (default: as selected)")
     parser.add_argument(
         "--metric", choices=METRICS, help="what chooses and judges the best student (default: the runs' train.metric)"
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from kdpipe.settings.identity import CLASS_WEIGHTS, LABELS_ALONE, UNLABELLED, what_matters
+from kdpipe.settings.identity import LABELS_ALONE, OF_LABELS, UNLABELLED, what_matters
 from kdpipe.tracking import RunRecord
 
 Key = frozenset[tuple[str, str]]
@@ -139,14 +139,15 @@ class Controls:
                 self._found.setdefault(self._shared(cell), cell)
 
     def of(self, cell: Cell) -> Cell | None:
-        """The same student alone: same images, class weights and settings except for the loss and the teacher."""
+        """The same student alone: same images, class weights, label smoothing and settings except for the loss and the
+        teacher."""
         return self._found.get(self._shared(cell))
 
     @staticmethod
     def _shared(cell: Cell) -> Key:
         of_the_method = ("loss", "also", "teacher", "stage", "kdpipe", "distillation", UNLABELLED, "model.stages")
         shared = cell.settings_without(*of_the_method)
-        shared |= {key: value for key, value in cell.settings.items() if key == CLASS_WEIGHTS}
+        shared |= {key: value for key, value in cell.settings.items() if key in OF_LABELS}
         return frozenset({**shared, "kdpipe.data": cell.first.tags["kdpipe.data"]}.items())
 
 

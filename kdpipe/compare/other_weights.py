@@ -1,14 +1,11 @@
 """Finished runs as they were after an earlier epoch, or with the weights that they did not select."""
 
 from dataclasses import replace
-from typing import Literal
 
 from kdpipe.compare.records import RunSource
 from kdpipe.settings.errors import ConfigError
-from kdpipe.settings.metric_names import METRICS
+from kdpipe.settings.metric_names import LAST_EPOCH, METRICS, Select
 from kdpipe.tracking import RunRecord
-
-Select = Literal["last", "best"]
 
 # With these, the first epochs are the same however many follow.
 SAME_FROM_THE_START = ("kdpipe.training.schedules.constant", "kdpipe.training.schedules.multistep")
@@ -23,7 +20,8 @@ class OtherWeights:
     Args:
         epoch: the runs as if they had ended after this epoch (None: at their end). Needs `train.test_each_epoch`, and a
             learning rate that does not depend on the number of epochs.
-        select: the weights of the last epoch, or the best by validation (None: as each run selected).
+        select: the weights of the last epoch, the best by validation, or the averaged ones (None: as each run
+            selected).
 
     Attributes:
         note: what the accuracies are, for a reader of the comparison.
@@ -44,11 +42,12 @@ class OtherWeights:
 
     @property
     def note(self) -> str:
-        chosen = {"last": "the last weights", "best": "the best weights by validation", None: "the selected weights"}
+        chosen = {"last": "the last weights", "best": "the best weights by validation", "ema": "the averaged weights"}
+        weights = chosen[self._select] if self._select else "the selected weights"
         when = "within" if self._select == "best" else "after"
         after = f" {when} {self._epoch} epochs" if self._epoch else ""
         left_out = f"; runs without a test of these weights are left out: {self._left_out}" if self._left_out else ""
-        return f"accuracies are those of {chosen[self._select]}{after}{left_out}"
+        return f"accuracies are those of {weights}{after}{left_out}"
 
     def finished_runs(self) -> list[RunRecord]:
         """Raises ConfigError if no student's other weights were tested."""
@@ -82,12 +81,14 @@ class OtherWeights:
         return None if run_id in self._students else self._source.read(run_id, name)
 
     def _changed(self, record: RunRecord) -> RunRecord | None:
-        own, epochs = record.params.get("train.select", "last"), int(record.params["train.epochs"])
+        own = record.params.get("train.select", "last")
+        epochs = int(record.metrics.get(LAST_EPOCH, record.params["train.epochs"]))
         select, last = self._select or own, self._epoch or epochs
         if last > epochs or (last < epochs and record.params.get("scheduler._target_") not in SAME_FROM_THE_START):
             return None
         chosen_by = record.params.get("train.metric", "accuracy")
-        validated = {name: dict(self.history(record.id, f"val/{name}")) for name in METRICS}
+        averaged = "_ema" if select == "ema" else ""
+        validated = {name: dict(self.history(record.id, f"val/{name}{averaged}")) for name in METRICS}
         choice = validated[chosen_by]
         epoch = max(choice, key=choice.__getitem__, default=None) if select == "best" else last  # the first best
         if epoch is None:
@@ -97,7 +98,7 @@ class OtherWeights:
         tested = {
             f"test/{name}": record.metrics.get(f"test/{name}{suffix}")
             if last == epochs
-            else dict(self._source.history(record.id, f"test/{name}")).get(epoch)
+            else dict(self._source.history(record.id, f"test/{name}{averaged}")).get(epoch)
             for name in METRICS
         }
         if tested["test/accuracy"] is None:
@@ -105,6 +106,8 @@ class OtherWeights:
         metrics = {key: value for key, value in record.metrics.items() if not key.startswith(OF_THE_WEIGHTS)}
         metrics |= {name: value for name, value in tested.items() if value is not None}
         metrics |= {f"selected/{name}": values[epoch] for name, values in validated.items() if epoch in values}
-        params = {**record.params, "train.select": select, "train.epochs": str(last)}
+        params = {**record.params, "train.select": select}
+        if self._epoch:
+            params["train.epochs"] = str(last)
         seconds = record.seconds if last == epochs else float("nan")
         return replace(record, params=params, metrics=metrics, seconds=seconds)

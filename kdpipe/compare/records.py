@@ -24,6 +24,7 @@ from kdpipe.settings.identity import is_place
 from kdpipe.tracking import RunRecord
 
 HISTORIES = {"val/accuracy": "history", "test/accuracy": "tests"}  # columns, by metric
+OF_AVERAGES = {f"{metric}_ema": f"{column}_ema" for metric, column in HISTORIES.items()}  # where runs have them
 REQUIRED = (
     *("run_id", "seconds", "params.seed", "params.model.name", "params.dataset.name", "params.train.epochs"),
     *("params.loss._target_", "metrics.test/accuracy", "tags.kdpipe.stage", "tags.kdpipe.data", "name", "ended"),
@@ -57,7 +58,17 @@ def runs_to_csv(records: Iterable[RunRecord], source: RunSource) -> str:
     rows = [{**_row(record, source), LISTED: True} for record in listed.values()]
     rows += [{**_row(record, source), LISTED: False} for record in _sources(listed, source)]
     frame = pd.DataFrame(rows)
-    place = {"params": 1, "metrics": 2, "tags": 3, LISTED: 4, "history": 5, "tests": 6, "right": 7}
+    place = {
+        "params": 1,
+        "metrics": 2,
+        "tags": 3,
+        LISTED: 4,
+        "history": 5,
+        "history_ema": 5,
+        "tests": 6,
+        "tests_ema": 6,
+        "right": 7,
+    }
     columns = sorted(frame, key=lambda column: (place.get(column.partition(".")[0], 0), "." in column and column))
     return frame[columns].to_csv(index=False, lineterminator="\n")
 
@@ -87,6 +98,11 @@ def _row(record: RunRecord, source: RunSource) -> dict[str, object]:
         **{f"metrics.{key}": float(f"{value:.8g}") for key, value in record.metrics.items()},
         **{f"tags.{key}": _without_folder(text) for key, text in tags.items()},
         **{column: _history(source.history(record.id, metric)) for metric, column in HISTORIES.items()},
+        **{
+            column: text
+            for metric, column in OF_AVERAGES.items()
+            if (text := _history(source.history(record.id, metric)))
+        },
         "right": _packed(source.read(record.id, PREDICTIONS)),
     }
 
@@ -149,8 +165,8 @@ class RunFile:
         return self._records.get(run_id)
 
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
-        values = self._rows[run_id].get(HISTORIES.get(metric, ""), "").split()
-        return [(epoch, float(value)) for epoch, value in enumerate(values, start=1)]
+        values = self._rows[run_id].get((HISTORIES | OF_AVERAGES).get(metric, ""), "")
+        return [(epoch, float(value)) for epoch, value in enumerate(values.split(), start=1)]
 
     def read(self, run_id: str, name: str) -> bytes | None:
         """The predictions, as far as they are known: which are right."""

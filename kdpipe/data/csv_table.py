@@ -19,7 +19,7 @@ from kdpipe.data.decode import ImageFile, ImageSize, OnBadImage, image_file
 from kdpipe.data.folders import LeftOut, is_left_by_system, split_named
 from kdpipe.data.listed import AUTO, NAME_COLUMNS, Listed, arranged, called, listed_source, usable_names
 from kdpipe.settings.errors import ConfigError, flat, shortened
-from kdpipe.settings.values import Resize, checked
+from kdpipe.settings.values import StoredResize, checked
 
 log = logging.getLogger("kdpipe")
 
@@ -50,7 +50,7 @@ def csv_table(
     image_size: ImageSize | None,
     on_bad_image: OnBadImage,
     cache_dir: str,
-    resize: Resize = "squeeze",
+    resize: StoredResize = "squeeze",
 ) -> Source:
     """Images as uint8 [N, 3, H, W] that a table lists: a row for each, with a file name (its extension may be missing)
     or, in Parquet, the content of an image file; a label, or columns of 0 and 1 for the classes; and, if there is such

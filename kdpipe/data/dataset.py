@@ -11,6 +11,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from kdpipe.data.duplicates import Comparable, Duplicates, duplicates_of
+from kdpipe.data.photos import Photos
 from kdpipe.settings.errors import ConfigError, shortened
 from kdpipe.settings.values import SplitSeed, TestShare, TrainShare, ValidationShare, check_shares, checked
 
@@ -20,7 +21,7 @@ class Source:
     """All the images of a data set, before they are split. Raises ValueError for a tensor of another type or shape, a
     label without a class name, and splits that overlap."""
 
-    images: Tensor  # uint8 [N, C, H, W] at their stored size, in memory or memory-mapped
+    images: Tensor | Photos  # uint8 [N, C, H, W] at their stored size, in memory or memory-mapped
     labels: Tensor  # int64 [N]
     class_names: tuple[str, ...]
     given: dict[str, Tensor] = field(default_factory=dict)  # "validation" and "test", if any, as positions int64 [n]
@@ -29,7 +30,8 @@ class Source:
     more: "Callable[[], Source] | None" = None  # reads its training images without a label, if it has some
 
     def __post_init__(self) -> None:
-        _check_tensor("images", self.images, torch.uint8, 4)
+        if not isinstance(self.images, Photos):
+            _check_tensor("images", self.images, torch.uint8, 4)
         _check_tensor("labels", self.labels, torch.int64, 1, below=len(self.class_names))
         if len(self.labels) != len(self.images):
             raise ValueError(f"data source: {len(self.labels)} labels for {len(self.images)} images")
@@ -44,7 +46,12 @@ class Source:
             raise ValueError("data source: an image is more than once in the validation and test splits it brings")
         if not self.fingerprint:
             digest = hashlib.sha256(json.dumps([list(self.images.shape), self.class_names]).encode())
-            digest.update(self.images.contiguous().numpy().data)
+            if isinstance(self.images, Photos):
+                digest.update(self.images.places[:, 1:].contiguous().numpy().data)
+                for photo in self.images:
+                    digest.update(photo.data)
+            else:
+                digest.update(self.images.contiguous().numpy().data)
             digest.update(self.labels.numpy().data)
             for name, positions in sorted(self.given.items()):
                 digest.update(name.encode())
@@ -107,7 +114,7 @@ class ImageDataset:
     """
 
     name: str
-    images: Images  # uint8 [N, C, H, W], or a frozen backbone's features of them
+    images: Images  # uint8 [N, C, H, W], padded where they are `Photos`, or a frozen backbone's features of them
     labels: Tensor  # int64 [N]
     class_names: tuple[str, ...]
     splits: dict[str, Tensor]  # positions, int64 [n]
@@ -121,12 +128,27 @@ class ImageDataset:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of the images that an exported network takes."""
+        return shape_of_one(self.images)
+
+    @property
+    def keeps_shapes(self) -> bool:
+        """Whether its images are photos of several sizes, in padded batches."""
+        return self.images.shape[1] != self.image_shape[0]
+
     def moved_to(self, device: torch.device) -> "ImageDataset":
         """The data set on a GPU, if it fits there; the same one otherwise."""
         if not fits_on_gpu(self.images, device):
             return self
         splits = {name: positions.to(device) for name, positions in self.splits.items()}
         return replace(self, images=self.images.to(device), labels=self.labels.to(device), splits=splits)
+
+
+def shape_of_one(images: Images) -> tuple[int, ...]:
+    """(C, H, W) of the images, which photos of several sizes choose."""
+    return getattr(images, "image_shape", None) or tuple(images.shape[1:])
 
 
 def fits_on_gpu(images: Images, device: torch.device) -> bool:

@@ -1,4 +1,5 @@
-"""Photos: decoded once, in parallel, to one size; the decoded array is kept on disk and memory-mapped."""
+"""Photos: decoded once, in parallel, to one size or in their own shape; what is decoded is kept on disk and
+memory-mapped."""
 
 import hashlib
 import io
@@ -23,9 +24,10 @@ from pydantic import Field
 from torch import Tensor
 
 from kdpipe.data.dataset import Source
+from kdpipe.data.photos import PIXELS, PLACES, Photos, PhotoWriter, kept, open_photos
 from kdpipe.data.pixels import as_rgb
 from kdpipe.settings.errors import ConfigError, flat
-from kdpipe.settings.values import Resize
+from kdpipe.settings.values import Resize, StoredResize
 from kdpipe.system.disk_cache import META, ensure_entry, mapped_array, new_array, read_meta
 from kdpipe.system.progress import progress
 
@@ -108,13 +110,14 @@ def decoded_source(
     image_size: int | None,
     on_bad_image: str,
     cache_dir: str,
-    resize: Resize = "squeeze",
+    resize: StoredResize = "squeeze",
 ) -> Source:
     """The `Source` of `files`, from the cache if they were decoded before.
 
     Args:
         image_size: side in pixels of the stored squares; None keeps the images' size, which must be the same for all.
-        resize: whether photos are squeezed into squares, or cropped to their centre.
+        resize: whether photos are squeezed into squares, cropped to their centre, or `kept` in their shape, with
+            `image_size` for the shorter side.
         on_bad_image: "stop", or "skip" to leave out files that are not readable images.
         cache_dir: folder of the decoded arrays.
 
@@ -131,18 +134,18 @@ def decoded_source(
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     entry = Path(cache_dir).expanduser() / key
     decode = partial(_decode, files, class_names, image_size, resize, on_bad_image == "skip")
-    ensure_entry(entry, partial(_is_complete, files, len(class_names)), decode)
+    ensure_entry(entry, partial(_is_complete, files, len(class_names), resize), decode)
     meta = json.loads((entry / META).read_text())
     if bad := meta["bad"]:
         log.warning("dataset.on_bad_image=skip: %d of %d files are not readable images, left out", len(bad), len(files))
-    kept = [file for file in files if file.name not in bad]
+    readable = [file for file in files if file.name not in bad]
     return Source(
-        images=mapped_array(entry / "images.npy"),
+        images=open_photos(entry) if resize == "keep" else mapped_array(entry / "images.npy"),
         labels=torch.from_numpy(np.load(entry / "labels.npy")),
         class_names=class_names,
-        given=_given_splits(kept),
+        given=_given_splits(readable),
         fingerprint=meta["fingerprint"],
-        names=[file.name for file in kept],
+        names=[file.name for file in readable],
     )
 
 
@@ -155,38 +158,62 @@ def _decode(
     files: Sequence[ImageFile],
     class_names: tuple[str, ...],
     image_size: int | None,
-    resize: Resize,
+    resize: StoredResize,
     skips: bool,
     folder: Path,
 ) -> None:
-    """Write images.npy, labels.npy and meta.json into `folder`."""
-    width, height = (image_size, image_size) if image_size else _first_size(files)
-    images = new_array(folder / "images.npy", (len(files), 3, height, width), np.uint8)
-    bad = _decode_into(images, files, resize if image_size else None)
+    """Write the images, labels.npy and meta.json into `folder`."""
+    images: np.memmap | None = None
+    if resize == "keep":
+        bad = _decode_photos(files, image_size, folder)
+    else:
+        width, height = (image_size, image_size) if image_size else _first_size(files)
+        images = new_array(folder / "images.npy", (len(files), 3, height, width), np.uint8)
+        bad = _decode_into(images, files, resize if image_size else None)
+    readable = _readable(files, class_names, bad, skips)
+    labels = np.array([file.label for file in readable], dtype=np.int64)
+    if images is not None and bad:
+        everything, images = images, new_array(folder / "good.npy", (len(readable), *images.shape[1:]), np.uint8)
+        good = (position for position, file in enumerate(files) if file.name not in bad)
+        for row, position in enumerate(good):
+            images[row] = everything[position]
+        (folder / "good.npy").replace(folder / "images.npy")
+    if images is not None:
+        images.flush()
+    np.save(folder / "labels.npy", labels)
+    pixels = open_photos(folder) if images is None else torch.from_numpy(images)
+    source = Source(pixels, torch.from_numpy(labels), class_names, _given_splits(readable))
+    meta = {"about": _about(pixels), "bad": bad, "fingerprint": source.fingerprint}
+    (folder / META).write_text(json.dumps(meta))
+
+
+def _readable(
+    files: Sequence[ImageFile], class_names: Sequence[str], bad: Mapping[str, str], skips: bool
+) -> list[ImageFile]:
+    """The files that are readable images. Raises ConfigError if others are not to be skipped, or too many are."""
     if bad and not skips:
         names = "; ".join(f"{name} ({reason})" for name, reason in sorted(bad.items()))
         problem = f"{len(bad)} of {len(files)} files are not readable images; remove them, or set skip: {names}"
         raise ConfigError("on_bad_image", "stop", problem=problem)
-    good = [position for position, file in enumerate(files) if file.name not in bad]
-    kept = [files[position] for position in good]
-    labels = np.array([file.label for file in kept], dtype=np.int64)
-    trained = {file.label for file in kept if file.split is None}
+    readable = [file for file in files if file.name not in bad]
+    trained = {file.label for file in readable if file.split is None}
     for label, class_name in enumerate(class_names):
         if label not in trained:
             raise ConfigError("root", expected="at least one", problem=f"class {class_name} has no readable image")
-    if lost := {file.split for file in files} - {file.split for file in kept}:
+    if lost := {file.split for file in files} - {file.split for file in readable}:
         problem = f"the {lost.pop() or 'train'} folder has no readable image"
         raise ConfigError("root", expected="at least one", problem=problem)
-    if bad:
-        everything, images = images, new_array(folder / "good.npy", (len(good), *images.shape[1:]), np.uint8)
-        for row, position in enumerate(good):
-            images[row] = everything[position]
-        (folder / "good.npy").replace(folder / "images.npy")
-    images.flush()
-    np.save(folder / "labels.npy", labels)
-    source = Source(torch.from_numpy(images), torch.from_numpy(labels), class_names, _given_splits(kept))
-    meta = {"about": _about(images.shape), "bad": bad, "fingerprint": source.fingerprint}
-    (folder / META).write_text(json.dumps(meta))
+    return readable
+
+
+def _decode_photos(files: Sequence[ImageFile], shorter_side: int | None, folder: Path) -> Mapping[str, str]:
+    """Decode files into photos that keep their shape, and return those that are not readable images, with the
+    reasons."""
+    with (folder / PIXELS).open("wb") as file:
+        writer = PhotoWriter(file)
+        bad = _decode_each(files, lambda position, photo: writer.add(position, kept(photo, shorter_side)))
+        np.save(folder / PLACES, writer.table().numpy())
+    return bad
 
 
 def _decode_into(images: np.memmap, files: Sequence[ImageFile], resize: Resize | None) -> Mapping[str, str]:
@@ -196,8 +223,25 @@ def _decode_into(images: np.memmap, files: Sequence[ImageFile], resize: Resize |
         resize: how to fit photos of other sizes; None to refuse them.
     """
     size = (images.shape[3], images.shape[2])
-    bad: dict[str, str] = {}
     other_sizes: list[str] = []
+
+    def add(position: int, photo: Image.Image) -> None:
+        if photo.size != size and resize is None:
+            other_sizes.append(f"{files[position].name} has {photo.width}×{photo.height}")
+        else:
+            images[position] = stored(photo, size, resize or "squeeze")
+
+    bad = _decode_each(files, add)
+    if other_sizes:
+        problem = f"the first image has {size[0]}×{size[1]} pixels, but {min(other_sizes)}"
+        raise ConfigError("image_size", None, "the side in pixels, such as 128", problem)
+    return bad
+
+
+def _decode_each(files: Sequence[ImageFile], add: Callable[[int, Image.Image], None]) -> dict[str, str]:
+    """Decode files in parallel and `add` their images, with their numbers; return those that are not readable images,
+    with the reasons."""
+    bad: dict[str, str] = {}
 
     def decode_one(position: int) -> None:
         file = files[position]
@@ -207,19 +251,13 @@ def _decode_into(images: np.memmap, files: Sequence[ImageFile], resize: Resize |
             raise
         except Exception as error:  # zipfile raises all kinds
             bad[file.name] = flat(error)
-            return
-        if pixels.size != size and resize is None:
-            other_sizes.append(f"{file.name} has {pixels.width}×{pixels.height}")
-            return
-        images[position] = stored(pixels, size, resize or "squeeze")
+        else:
+            add(position, pixels)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress("decoding images", len(files)) as bar:
         for start in range(0, len(files), QUEUED):
             for _ in pool.map(decode_one, range(len(files))[start : start + QUEUED]):
                 bar.advance(1)
-    if other_sizes:
-        problem = f"the first image has {size[0]}×{size[1]} pixels, but {min(other_sizes)}"
-        raise ConfigError("image_size", None, "the side in pixels, such as 128", problem)
     return bad
 
 
@@ -237,9 +275,9 @@ def stored(photo: Image.Image, size: tuple[int, int], resize: Resize) -> NDArray
     return np.asarray(fitted(photo, size, resize)).transpose(2, 0, 1)
 
 
-def _about(shape: tuple[int, ...]) -> str:
-    number, _, height, width = shape
-    return f"{number:,} images, {width}×{height}"
+def _about(images: Tensor | Photos) -> str:
+    number, _, height, width = images.shape
+    return f"{number:,} images, {'up to ' if isinstance(images, Photos) else ''}{width}×{height}"
 
 
 def _first_size(files: Sequence[ImageFile]) -> tuple[int, int]:
@@ -250,20 +288,22 @@ def _first_size(files: Sequence[ImageFile]) -> tuple[int, int]:
     return 1, 1
 
 
-def _is_complete(files: Sequence[ImageFile], num_classes: int, entry: Path) -> bool:
+def _is_complete(files: Sequence[ImageFile], num_classes: int, resize: StoredResize, entry: Path) -> bool:
     """Whether an entry can be used; a damaged one cannot."""
     meta = read_meta(entry)
     bad = meta.get("bad")
     try:  # mapped, because a damaged header may promise any size
-        images, labels = (np.lib.format.open_memmap(entry / f"{name}.npy", mode="r") for name in ("images", "labels"))
+        labels = np.lib.format.open_memmap(entry / "labels.npy", mode="r")
+        images = open_photos(entry) if resize == "keep" else mapped_array(entry / "images.npy")
     except Exception:  # NumPy's reader of headers raises all kinds
         return False
     return (
         isinstance(bad, dict)
         and isinstance(meta.get("fingerprint"), str)
-        and (images.dtype, images.ndim, labels.dtype, labels.ndim) == (np.uint8, 4, np.int64, 1)
-        and images.flags.c_contiguous
-        and (images.shape[1], _about(images.shape)) == (3, meta.get("about"))
+        and (len(images.shape), labels.dtype, labels.ndim) == (4, np.int64, 1)
+        and (isinstance(images, Photos) or (images.dtype == torch.uint8 and images.is_contiguous()))
+        and (images.shape[1] == 3 or resize == "keep")
+        and _about(images) == meta.get("about")
         and sum(file.name not in bad for file in files) == len(images) == len(labels) > 0
         and 0 <= int(labels.min()) <= int(labels.max()) < num_classes
     )

@@ -11,7 +11,7 @@ from kdpipe.data.dataset import Source
 from kdpipe.data.decode import MAX_BYTES, ImageFile, ImageSize, OnBadImage, decoded_source, image_file
 from kdpipe.data.folders import LeftOut, files_below, folder_content, split_named
 from kdpipe.settings.errors import ConfigError, flat
-from kdpipe.settings.values import Resize, checked
+from kdpipe.settings.values import StoredResize, checked
 
 CLASS_NAMES = ("cat", "dog")
 MAX_NESTED = 1_000_000_000  # bytes of the train.zip in dogs-vs-cats.zip, which is read into memory; Kaggle's has 0.57e9
@@ -20,7 +20,7 @@ NAME = re.compile(r"(?:.*/)?(cat|dog)\.\d+\.jpg")
 
 @checked
 def dogs_vs_cats(
-    root: str, image_size: ImageSize, on_bad_image: OnBadImage, cache_dir: str, resize: Resize = "squeeze"
+    root: str, image_size: ImageSize, on_bad_image: OnBadImage, cache_dir: str, resize: StoredResize = "squeeze"
 ) -> Source:
     """Photos as uint8 [N, 3, image_size, image_size]; classes cat and dog, no splits of its own but those that have
     folders of such files beside `train` (`validation/cats/cat.2000.jpg`).

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 4096  # rows in memory at once
+from kdpipe.data.photos import Photos
+
 SHOWN = 2  # examples in a message
 
 
@@ -49,10 +50,10 @@ class Comparable:
     """Images [N, C, H, W] to be compared with others, by one row first, which tells most apart: little of a
     memory-mapped array is read."""
 
-    def __init__(self, images: Tensor) -> None:
+    def __init__(self, images: Tensor | Photos) -> None:
         self.images = images
-        rows = images[:, :, images.shape[2] // 2]
-        self.keys = np.array([hash(row.tobytes()) for some in rows.split(CHUNK) for row in some.numpy()], np.int64)
+        each = images if isinstance(images, Photos) else images.numpy()
+        self.keys = np.array([hash(image[:, image.shape[1] // 2].tobytes()) for image in each], np.int64)
 
     def twins(self, positions: Tensor, others: "Comparable", other_positions: Tensor) -> dict[int, int]:
         """Those of the positions whose pixels are also at one of the other images' positions, each with the first such
@@ -66,6 +67,10 @@ class Comparable:
         return {position: first[digest] for position, digest in digests if digest in first}
 
     def digest(self, position: int) -> bytes:
+        if isinstance(self.images, Photos):
+            (photo,) = self.images.at([position])
+            shape = str(photo.shape).encode()  # one colour has the same pixels in 2×8 and 4×4
+            return hashlib.sha256(shape + photo.tobytes()).digest()
         return hashlib.sha256(self.images[position].contiguous().numpy().data).digest()
 
 

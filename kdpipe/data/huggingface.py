@@ -16,7 +16,7 @@ from kdpipe.data.decode import ImageFile, ImageSize, OnBadImage, image_file
 from kdpipe.data.folders import split_named
 from kdpipe.data.listed import AUTO, NAME_COLUMNS, SPLITS, Listed, arranged, called, listed_source, usable_names
 from kdpipe.settings.errors import ConfigError, first_line, one_of, shortened
-from kdpipe.settings.values import Resize, checked
+from kdpipe.settings.values import StoredResize, checked
 from kdpipe.system.hub import without_retries
 from kdpipe.system.silence import quiet
 
@@ -42,7 +42,7 @@ def huggingface(
     image_size: ImageSize | None,
     on_bad_image: OnBadImage,
     cache_dir: str,
-    resize: Resize = "squeeze",
+    resize: StoredResize = "squeeze",
 ) -> Source:
     """Images as uint8 [N, 3, H, W] of a data set that `datasets` reads; without a network from its cache.
 

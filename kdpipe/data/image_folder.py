@@ -20,7 +20,7 @@ from kdpipe.data.folders import (
     split_within,
 )
 from kdpipe.settings.errors import ConfigError, shortened
-from kdpipe.settings.values import Resize, checked
+from kdpipe.settings.values import StoredResize, checked
 
 log = logging.getLogger("kdpipe")
 
@@ -30,7 +30,7 @@ LAYOUTS = "folders of classes (cat/1.jpg), or train/ (train/cat/1.jpg) with test
 
 @checked
 def image_folder(
-    root: str, image_size: ImageSize | None, on_bad_image: OnBadImage, cache_dir: str, resize: Resize = "squeeze"
+    root: str, image_size: ImageSize | None, on_bad_image: OnBadImage, cache_dir: str, resize: StoredResize = "squeeze"
 ) -> Source:
     """Images as uint8 [N, 3, H, W] from `root/<class>/*`, or from `root/train/<class>/*` with a folder of test images,
     one of validation images, both or neither next to it; these may have other common names, such as `Training` and

@@ -18,9 +18,10 @@ from torch.utils.data import IterableDataset
 from kdpipe.data.dataset import Source
 from kdpipe.data.decode import ImageSize, OnBadImage, stored
 from kdpipe.data.listed import SPLITS, Listed, arranged
+from kdpipe.data.photos import Photos, PhotoWriter, kept
 from kdpipe.data.pixels import as_rgb
 from kdpipe.settings.errors import ConfigError, flat, shortened
-from kdpipe.settings.values import Resize, checked
+from kdpipe.settings.values import Resize, StoredResize, checked
 from kdpipe.system.progress import progress
 
 log = logging.getLogger("kdpipe")
@@ -36,7 +37,7 @@ def torch_source(
     image_size: ImageSize | None,
     on_bad_image: OnBadImage,
     cache_dir: str,
-    resize: Resize = "squeeze",
+    resize: StoredResize = "squeeze",
 ) -> Source:
     """The images of map-style data sets as uint8 [N, 3, H, W], read in their order.
 
@@ -48,7 +49,8 @@ def torch_source(
             image is `PICTURE`; the label is a class or its number, in `.classes` if the data set has them, and −1 or
             None where there is none.
         class_names: the classes in their order; None for `.classes`, or the sorted labels.
-        image_size: side in pixels of the stored squares; None keeps the images' size, which must be the same for all.
+        image_size: side in pixels of the stored squares; None keeps the images' size, which must be the same for all
+            unless `resize` is "keep" (see `kept`).
         cache_dir: folder of that file.
 
     Raises ConfigError for items of another form, for one that raises an error (unless `on_bad_image` is "skip"), and
@@ -62,13 +64,16 @@ def torch_source(
             _read(parts[split], split, class_names, on_bad_image == "skip", items)
     order = class_names or next((list(named) for part in parts.values() if (named := _classes_of(part))), None)
     plan = arranged(items.listed, order, "_target_", _name_of(parts["train"]))
-    images = items.images[: len(items.listed)]
+    images = items.stored()
     names = [str(one.name) for one in items.listed]
     is_named = all(one.name is not None for one in items.listed)
 
     def source(positions: Sequence[int], labels: Sequence[int], classes: tuple[str, ...], **more: Any) -> Source:
-        in_order = list(positions) == list(range(len(images)))
-        pixels = torch.from_numpy(images if in_order else images[list(positions)])
+        if isinstance(images, Photos):
+            pixels: Tensor | Photos = images.at(positions)
+        else:
+            in_order = list(positions) == list(range(len(images)))
+            pixels = torch.from_numpy(images if in_order else images[list(positions)])
         known = [names[position] for position in positions] if is_named else ()
         return Source(pixels, torch.tensor(labels, dtype=torch.int64), classes, names=known, **more)
 
@@ -84,13 +89,32 @@ class _Items:
     """What was read."""
 
     image_size: int | None
-    resize: Resize
+    resize: StoredResize
     folder: Path
     count: int  # at most
     images: NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 3, 1, 1), np.uint8))  # [count, 3, H, W]
+    writer: PhotoWriter | None = None  # of photos that keep their shape
     listed: list[Listed] = field(default_factory=list)
 
     def add(self, image: Image.Image, listed: Listed, called: str) -> None:
+        if self.resize == "keep":
+            if not self.writer:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.writer = PhotoWriter(tempfile.TemporaryFile(dir=self.folder))  # noqa: SIM115 - `stored` closes it
+            self.writer.add(len(self.listed), kept(image, self.image_size))
+        else:
+            self._add_at_one_size(image, called, self.resize)
+        self.listed.append(listed)
+
+    def stored(self) -> NDArray[np.uint8] | Photos:
+        """What was read, in its order."""
+        if not self.writer:
+            return self.images[: len(self.listed)]
+        places = self.writer.table()
+        with self.writer.file as file:
+            return Photos(torch.from_numpy(np.memmap(file, np.uint8, "c")), places)
+
+    def _add_at_one_size(self, image: Image.Image, called: str, resize: Resize) -> None:
         if not self.listed:
             width, height = (self.image_size, self.image_size) if self.image_size else image.size
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -100,8 +124,7 @@ class _Items:
         if not self.image_size and image.size != (width, height):
             problem = f"the first image has {width}×{height} pixels, but {called} {image.width}×{image.height}"
             raise ConfigError("image_size", None, "the side in pixels, such as 128", problem)
-        self.images[len(self.listed)] = stored(image, (width, height), self.resize)
-        self.listed.append(listed)
+        self.images[len(self.listed)] = stored(image, (width, height), resize)
 
 
 def check_map_style(dataset: Any, target: str) -> None:

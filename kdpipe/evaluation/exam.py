@@ -27,6 +27,7 @@ from kdpipe.runs.names import CLASSES, CONFUSION, DIFFERING, PREDICTIONS, RELIAB
 from kdpipe.system.files import write_atomically
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.optional import no_windows, optional
+from kdpipe.system.padding import each_photo
 
 log = logging.getLogger("kdpipe")
 
@@ -184,10 +185,11 @@ def _draw(exam: Exam, data: ImageDataset) -> dict[str, bytes]:
     return drawn
 
 
-def _most_differing(exam: Exam, teacher: Tensor, data: ImageDataset) -> tuple[Tensor, list[tuple[str, ...]]]:
-    """The images, uint8 [n, C, H, W], on which both differ most, each with its label, predictions and probabilities."""
+def _most_differing(exam: Exam, teacher: Tensor, data: ImageDataset) -> tuple[list[Tensor], list[tuple[str, ...]]]:
+    """The images, uint8 [C, H, W], on which both differ most, each with its label, predictions and probabilities."""
     order = divergence(exam.student, teacher).argsort(descending=True, stable=True)[:SHOWN]
     columns = [[data.class_names[label] for label in exam.labels[order].tolist()]]
     for logits in (exam.student, teacher):
         columns += _predictions(logits[order], data.class_names)
-    return data.images[exam.positions[order]].cpu(), list(zip(*columns, strict=True))
+    images = data.images[exam.positions[order]].cpu()
+    return each_photo(images) if data.keeps_shapes else list(images), list(zip(*columns, strict=True))

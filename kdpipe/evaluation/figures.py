@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -84,8 +85,8 @@ def draw_reliability(networks: Mapping[str, Reliability]) -> Figure:
 
 
 @NO_FORMULAS
-def draw_differing(images: Tensor, captions: Sequence[Sequence[str]]) -> Figure:
-    """Images, uint8 [n, C, H, W], each with its label, the student's prediction and probability, and the teacher's."""
+def draw_differing(images: Sequence[Tensor], captions: Sequence[Sequence[str]]) -> Figure:
+    """Images, uint8 [C, H, W], each with its label, the student's prediction and probability, and the teacher's."""
     columns = 4
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(2.2 * columns, 2.75 * rows + 0.4), layout="constrained")
@@ -103,6 +104,23 @@ def draw_differing(images: Tensor, captions: Sequence[Sequence[str]]) -> Figure:
             axis.text(0, -0.02 - 0.105 * number, text, transform=axis.transAxes, va="top", fontsize=8.5, color=color)
     figure.suptitle("test images on which student and teacher differ most, with their answers", fontsize=11)
     figure.set_layout_engine("constrained", h_pad=0.22)
+    return figure
+
+
+def draw_views(stored: Tensor, seen: Tensor) -> Figure:
+    """Images as they are stored, uint8 [n, C, H, W], each beside what training sees of it, of the same shape."""
+    columns = min(4, len(stored))
+    rows = -(-len(stored) // columns)
+    gap = stored.new_full((*stored.shape[:3], max(stored.shape[3] // 16, 1)), 255)
+    pairs = torch.cat([stored, gap, seen], dim=3).permute(0, 2, 3, 1)
+    height = 2.6 * pairs.shape[1] / pairs.shape[2]
+    figure = Figure(figsize=(2.8 * columns, (height + 0.2) * rows + 0.4), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes:
+        axis.axis("off")
+    for axis, pair in zip(axes, pairs, strict=False):
+        axis.imshow(pair if pair.shape[2] == 3 else pair[:, :, 0], cmap="gray", vmin=0, vmax=255)
+    figure.suptitle("the first batch: each image as stored (left) and as epoch 1 sees it (right)", fontsize=11)
     return figure
 
 

@@ -17,6 +17,7 @@ from kdpipe.export.sources import Sources, fitted_temperature, public_settings
 from kdpipe.export.writers import strip_folders
 from kdpipe.runs.names import UNLABELLED_IMAGES
 from kdpipe.settings.identity import canonical
+from kdpipe.settings.metric_names import LAST_EPOCH
 from kdpipe.settings.schema import NetworkSettings
 from kdpipe.system.tables import markdown_table
 
@@ -36,12 +37,15 @@ METRICS = {
     "teacher/accuracy": "test accuracy of the teacher",
     "teacher/agreement": "test images with the teacher's prediction",
     "selected/epoch": "epoch that was best on the validation images, whose weights these are",
+    LAST_EPOCH: "epoch that the training stopped after",
     "model/params": "parameters",
     "model/flops": "FLOPs per image (convolutions and matrix products)",
     "model/size_mb": "size of the weights in MB (2²⁰ bytes)",
     "model/activation_mb": "activations per image in MB",
 }
 TRAIN_KEYS = {"epochs", "batch_size", "precision", "mixup", "cutmix", "clip_norm", "select", "metric"}
+TRAIN_KEYS |= {"accumulate", "ema", "early_stop"}
+WITHOUT_EFFECT = {"select": "last", "accumulate": 1}
 
 
 def model_card(
@@ -54,7 +58,7 @@ def model_card(
     )
     return environment.from_string(TEMPLATE.read_text()).render(
         class_accuracy=_class_accuracies(sources.class_accuracy),
-        crops=settings.dataset.resize == "crop",
+        crops=run.resize == "crop",
         data=sources.data,
         files={name: DESCRIPTIONS[name] for name in files if name in DESCRIPTIONS},
         front_matter=_front_matter(sources, files, license),
@@ -137,7 +141,7 @@ def _training_settings(run: FinishedRun) -> dict[str, Any]:
     if "distillation" in shown:
         shown["distillation"].pop("cache_max_gb", None)
     train = canonical(settings.train.model_dump(include=TRAIN_KEYS))
-    shown["train"] = {key: value for key, value in train.items() if value not in (None, "last")}
+    shown["train"] = {key: value for key, value in train.items() if value not in (None, WITHOUT_EFFECT.get(key))}
     return shown
 
 

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdpipe.data import ImageDataset
+from kdpipe.assembly.networks import images_for
 from kdpipe.data.dataset import subsample
 from kdpipe.export.card import model_card
 from kdpipe.export.formats import CARD, FORMATS, INT8, LABELS, ONNX, PROGRAM
@@ -136,12 +136,17 @@ def _started_export(sources: Sources, folder: Path, formats: Sequence[str], imag
     """An export without files, with measurements of the teacher, if there is one, and the student in PyTorch."""
     files = [name for key, names in FORMATS.items() if key in formats for name in names]
     positions = subsample(sources.data.splits["test"], images)
-    checked, labels = _images_at(sources.data, positions), sources.data.labels[positions].numpy()
+    data, student = sources.data, sources.run.classifier
+    checked, labels = images_for(student, data, positions).numpy(), data.labels[positions].numpy()
     networks: dict[str, Classifier | Ensemble] = {"teacher": sources.teacher[0]} if sources.teacher else {}
     measurements = []
-    for name, network in [*networks.items(), ("student", sources.run.classifier)]:
+    for name, network in [*networks.items(), ("student", student)]:
         forward = numpy_forward(network)
-        logits = _logits(name, forward, checked)
+        if network is student:
+            batches = (checked[first : first + BATCH] for first in range(0, len(checked), BATCH))
+        else:  # photos that keep their shape become other squares for it
+            batches = (data.images[some].contiguous().numpy() for some in positions.split(BATCH))
+        logits = _logits(name, forward, batches, len(labels))
         size, accuracy = size_mb(network.network), top1_accuracy(logits, labels)
         measurements.append(Measurement(name, size, accuracy, on_one_thread(forward), forward))
     return Export(sources, folder, files, checked, labels, logits, measurements, list(sources.notes))
@@ -160,7 +165,12 @@ def _write_files(export: Export) -> None:
     if INT8 in export.files:
         with export.refusing(INT8):
             positions = subsample(export.sources.data.splits["train"], CALIBRATION_IMAGES)
-            write_int8(folder / ONNX, folder / INT8, _images_at(export.sources.data, positions), metadata)
+            write_int8(
+                folder / ONNX,
+                folder / INT8,
+                images_for(run.classifier, export.sources.data, positions).numpy(),
+                metadata,
+            )
     if PROGRAM in export.files:
         with export.refusing(PROGRAM):
             write_program(program, folder / PROGRAM, metadata)
@@ -193,16 +203,11 @@ def _check_file(export: Export, name: str, max_loss: float) -> None:
         )
 
 
-def _images_at(data: ImageDataset, positions: torch.Tensor) -> NDArray[np.uint8]:
-    """uint8 [N, C, H, W] in memory."""
-    return data.images[positions].contiguous().numpy()
-
-
-def _logits(name: str, forward: Forward, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Logits [N, classes], with a progress bar, since teachers may be slow."""
+def _logits(name: str, forward: Forward, batches: Iterable[NDArray[np.uint8]], count: int) -> NDArray[np.float32]:
+    """Logits [count, classes] of images, batch by batch, with a progress bar, since teachers may be slow."""
     parts = []
-    with progress(f"{name}'s logits", len(images)) as bar:
-        for first in range(0, len(images), BATCH):
-            parts.append(forward(images[first : first + BATCH]))
-            bar.advance(len(parts[-1]))
+    with progress(f"{name}'s logits", count) as bar:
+        for images in batches:
+            parts.append(forward(images))
+            bar.advance(len(images))
     return np.concatenate(parts)

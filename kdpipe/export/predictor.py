@@ -86,8 +86,8 @@ def model_metadata(run: FinishedRun) -> dict[str, str]:
     }
     if (temperature := fitted_temperature(run)) != 1:
         metadata["temperature"] = repr(temperature)
-    if run.settings.dataset.resize != "squeeze":
-        metadata["resize"] = run.settings.dataset.resize
+    if run.resize != "squeeze":
+        metadata["resize"] = run.resize
     return metadata
 
 
@@ -177,8 +177,7 @@ def _open_run_predictor(address: str, open_store: Callable[[], RunStore]) -> Pre
             f"{address}: no file or folder has this name, and it cannot be opened as a run: {error}"
         ) from error
     forward = numpy_forward(run.classifier)
-    resize = run.settings.dataset.resize
-    return Predictor(run.address, forward, run.class_names, run.image_shape, fitted_temperature(run), resize)
+    return Predictor(run.address, forward, run.class_names, run.image_shape, fitted_temperature(run), run.resize)
 
 
 def numpy_forward(network: nn.Module) -> Forward:

@@ -43,7 +43,7 @@ def open_sources(address: str, store: RunStore, root: str | None) -> Sources:
     """
     run = open_run(address, store)
     data = open_data(run, root)
-    channels, height, width = data.images.shape[1:]
+    channels, height, width = data.image_shape
     run = replace(run, image_shape=(channels, height, width))  # runs before 0.4.0 do not store it
     return Sources(run, data, *teacher_if_there(run, store), _accuracy_by_class(run, store))
 

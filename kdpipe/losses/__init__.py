@@ -6,11 +6,13 @@ A module derives from `WeightedLoss` (ce_weight·CE + weight·term) or `AlphaLos
 
 from kdpipe.losses.attention import Attention, attention
 from kdpipe.losses.base import AlphaLoss, CombinedLoss, Loss, WeightedLoss
+from kdpipe.losses.bce import BCE, bce
 from kdpipe.losses.correlation import Correlation, correlation
 from kdpipe.losses.crd import CRD, crd
 from kdpipe.losses.cross_entropy import CrossEntropy, cross_entropy
 from kdpipe.losses.dist import DIST, dist
 from kdpipe.losses.dkd import DKD, dkd
+from kdpipe.losses.hard import Hard, hard
 from kdpipe.losses.hidden_cosine import HiddenCosine, hidden_cosine
 from kdpipe.losses.hint import Hint, hint
 from kdpipe.losses.kd import KD, kd

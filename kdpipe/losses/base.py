@@ -68,7 +68,7 @@ class Loss(nn.Module):
 
     A distillation method derives from `WeightedLoss` or `AlphaLoss` and defines `term` only; one that learns
     projections, or needs to know the training images, also defines `fit_to`. One that defines `forward` takes the
-    method `cross_entropy`, which weighs the classes.
+    method `cross_entropy`, which smooths the labels and weighs the classes.
     """
 
     name: str = ""  # of its term among the parts; without one it cannot be added to another loss
@@ -78,6 +78,7 @@ class Loss(nn.Module):
     roles: tuple[str, ...] = ()  # features it needs in addition to logits, of `kdpipe.losses.outputs.ROLES`
     one_label = False  # whether each image needs exactly one label, neither mixed nor missing
     compares_images = False  # whether its term relates the images of a batch to each other
+    label_smoothing: float = 0  # share of each label that is spread evenly over all classes, for `cross_entropy`
     class_weights: Tensor | None  # float [classes], for `cross_entropy`; not part of checkpoints
 
     def __init__(self) -> None:
@@ -85,8 +86,8 @@ class Loss(nn.Module):
         self.register_buffer("class_weights", None, persistent=False)
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The function of this name, with the loss's `class_weights`."""
-        return cross_entropy(logits, labels, class_weights=self.class_weights)
+        """The function of this name, with the loss's `label_smoothing` and `class_weights`."""
+        return cross_entropy(logits, labels, self.label_smoothing, self.class_weights)
 
     @property
     def components(self) -> dict[str, "Loss"]:

@@ -12,5 +12,5 @@ class CrossEntropy(Loss):
     uses_teacher = False
 
     def forward(self, student: Outputs, teacher: Outputs | None, labels: Tensor, indices: Tensor, epoch: int) -> Parts:
-        ce = cross_entropy(student.logits, labels, class_weights=self.class_weights)
+        ce = cross_entropy(student.logits, labels, self.label_smoothing, self.class_weights)
         return {"loss": ce, "ce": ce}

@@ -13,6 +13,7 @@ from torchvision.transforms.v2.functional import center_crop
 from kdpipe.settings.errors import ConfigError, as_typed
 from kdpipe.settings.identity import FIRST_RESIZING
 from kdpipe.settings.values import Interpolation, Number, Positive, PositiveInt, PositiveShare, Resize, checked
+from kdpipe.system.padding import cut_out, is_padded
 
 
 class Classifier(nn.Module):
@@ -77,8 +78,17 @@ class Classifier(nn.Module):
         return self.network.get_submodule(str(self.network.head_name))
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """From uint8 images [N, C, H, W] to the network's input; one-channel images are repeated for all channels."""
+        """From uint8 images [N, C, H, W] to the network's input; one-channel images are repeated for all channels, and
+        photos of several sizes, which are padded (see `system.padding`), are resized one by one."""
         channels = len(self.mean)
+        if channels == 3 and is_padded(images):
+            shape = (len(images), self.image_size, self.image_size, channels)
+            pixels = self.mean.new_empty(shape).permute(0, 3, 1, 2)  # channels-last
+            for positions, photos in cut_out(images):
+                if len(positions) == len(images):
+                    return self.preprocess(photos)
+                pixels[positions] = self.preprocess(photos)
+            return pixels
         if images.shape[1] == 1:
             images = images.expand(-1, channels, -1, -1)
         elif images.shape[1] != channels:
@@ -105,11 +115,10 @@ class Classifier(nn.Module):
         if self.resize == "crop":
             shorter = min(height, width)
             size = (int(length * height / shorter), int(length * width / shorter))
-        pixels = images.float()
-        if size != (height, width):
-            pixels = F.interpolate(pixels, size=size, mode=self.interpolation, antialias=True)
-            pixels = pixels.clamp(0, 255).round()
-        return center_crop(pixels, [self.image_size, self.image_size])
+        if size == (height, width):
+            return center_crop(images, [self.image_size, self.image_size]).float()
+        pixels = F.interpolate(images.float(), size=size, mode=self.interpolation, antialias=True)
+        return center_crop(pixels.clamp(0, 255).round(), [self.image_size, self.image_size])
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, classes] of uint8 images [N, C, H, W]."""

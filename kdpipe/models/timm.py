@@ -7,6 +7,7 @@ import torchvision.models
 from torch import Tensor, nn
 
 from kdpipe.models.torchvision import check_stages
+from kdpipe.settings.components import NO_TIMM
 from kdpipe.settings.errors import ConfigError, one_of, suggestion
 from kdpipe.system.hub import without_retries
 
@@ -25,8 +26,7 @@ def classifier(architecture: str, num_classes: int, stages: Sequence[str] | None
     try:
         import timm
     except ImportError as error:
-        problem = "timm is not installed; pip install 'kdpipe[timm]'"
-        raise ConfigError("name", architecture, problem=problem) from error
+        raise ConfigError("name", architecture, problem=NO_TIMM) from error
     if not timm.is_model(architecture):
         near = suggestion(architecture, timm.list_models())
         if architecture in torchvision.models.list_models(module=torchvision.models):

@@ -5,6 +5,7 @@ CONFIG = "config.yaml"
 PEER_WEIGHTS = "peer.safetensors"
 PREDICTIONS = "predictions.csv"  # a line for each test image
 CLASSES = "classes.csv"
+VIEWS = "views.png"
 CONFUSION, RELIABILITY, DIFFERING = "confusion.png", "reliability.png", "differing.png"
 # Tags of a run.
 IMAGE_SHAPE = "kdpipe.image_shape"  # of its stored images, such as 3x32x32

@@ -17,6 +17,7 @@ ALLOW = "KDPIPE_ALLOW_TARGETS"
 
 # Whole packages would be too much: torch.hub.load runs code from the network, timm.models.load_checkpoint can unpickle.
 OWN = ("kdpipe.data", "kdpipe.losses", "kdpipe.models", "kdpipe.training.schedules")
+NO_TIMM = "timm is not installed; pip install 'kdpipe[timm]'"
 MISSING = "???"  # Hydra's mark of a value that has to be given
 FUNCTIONS = (*OWN, "torchvision.models", "timm.create_model")
 TIMM = ("timm.layers", "timm.loss", "timm.models", "timm.optim")
@@ -53,6 +54,8 @@ def find_target(key: str, target: str) -> Any:
     try:
         found = getattr(import_module(module_name), name)
     except Exception as error:  # a module raises whatever it likes
+        if isinstance(error, ModuleNotFoundError) and error.name == "timm":
+            raise ConfigError(key, target, problem=NO_TIMM) from error
         raise ConfigError(key, target, "a class or function", f"not found ({flat(error)})") from error
     if target in _allowed_names():
         return found

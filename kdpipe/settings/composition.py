@@ -10,21 +10,24 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.conf import HydraConf
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from kdpipe.settings.components import check_targets
 from kdpipe.settings.credentials import put_away, without_password, without_passwords
-from kdpipe.settings.errors import ConfigError, suggestion
+from kdpipe.settings.errors import ConfigError, one_of, suggestion
 from kdpipe.settings.identity import flatten, temperature_of
 from kdpipe.settings.overrides import leave_out, left_out, names_as_typed, read_numbers, restore_names
 from kdpipe.settings.schema import Settings, validated
+from kdpipe.settings.yaml_files import check_foreign
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # In a wheel it is inside the package, in a checkout next to it.
 CONF = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())
 # The groups whose options fill a section of another name.
 GROUPS = {"teacher": "model@teacher", "also": "loss@also", "hydra.launcher": "hydra/launcher"}
+ADDED = ("command-line", "hydra.searchpath in command-line")  # what Hydra calls folders that a command adds
+PIPELINE = "kdpipe.data.augmentation.Pipeline"  # whose steps are options of its own group
 SECTIONS = ("teacher", "train", "evaluation", "distillation", "sweep", "tracking")
 
 
@@ -43,6 +46,7 @@ def read_settings(config: DictConfig, invocation: "Invocation") -> Settings:
     composed = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
     assert isinstance(composed, dict)
     plain = {str(key): value for key, value in composed.items()}
+    plain["augmentation"] = _with_steps(plain.get("augmentation"), invocation)
     check_targets(plain)
     raw = OmegaConf.to_container(own, resolve=False)
     assert isinstance(raw, dict)
@@ -56,6 +60,32 @@ def read_settings(config: DictConfig, invocation: "Invocation") -> Settings:
     if isinstance(tracking.get("uri"), str):
         plain["tracking"] = tracking | {"uri": put_away(tracking["uri"])}
     return validated(Settings, plain)
+
+
+def _with_steps(augmentation: Any, invocation: "Invocation") -> Any:
+    """An augmentation with the options that the steps of a pipeline name, crop_flip or {random_erasing: {p: 0.1}}."""
+    is_pipeline = isinstance(augmentation, dict) and augmentation.get("_target_") == PIPELINE
+    if not is_pipeline or not isinstance(augmentation.get("steps"), list):
+        return augmentation
+    search = f"hydra.searchpath={[f'file://{folder}' for folder in invocation.config_dirs]}"
+    steps = []
+    for number, step in enumerate(augmentation["steps"]):
+        names = step if isinstance(step, dict) else {step: None} if isinstance(step, str) else {}
+        name, changes = next(iter(names.items()), (None, None))
+        if len(names) != 1 or name == "_target_" or not str(name).replace("-", "_").isidentifier():
+            steps.append(step)  # written out, or no augmentation, which the pipeline says
+            continue
+        key = f"augmentation.steps.{number}"
+        if not isinstance(changes, dict | None):
+            raise ConfigError(f"{key}.{name}", changes, f"keys with values, such as {{{name}:{{key:value}}}}")
+        try:
+            option = to_plain(compose("config", [search, f"augmentation={name}"]).augmentation)
+        except MissingConfigException as error:
+            options = error.options or []
+            raise ConfigError(key, name, one_of(options), suggestion(str(name), options)) from None
+        assert isinstance(option, dict)
+        steps.append(_with_steps(option | (changes or {}), invocation))
+    return augmentation | {"steps": steps}
 
 
 def to_plain(value: object) -> object:
@@ -86,7 +116,7 @@ class Invocation:
         return cls(
             overrides=tuple(config.overrides.task),
             choices={str(group): option for group, option in config.runtime.choices.items()},
-            config_dirs=tuple(source.path for source in sources if source.provider == "command-line"),
+            config_dirs=tuple(source.path for source in sources if source.provider in ADDED),
             launcher=str(config.launcher.get("_target_")) if config.launcher else "",
         )
 
@@ -121,10 +151,15 @@ def stated_of_network(invocation: Invocation, section: str, network: Mapping[str
     return (option if group in words or option != default_option else None), stated
 
 
-def compose_settings(overrides: Sequence[str]) -> Settings:
-    """The settings of a run with these overrides."""
+def compose_settings(overrides: Sequence[str], folder: Path | None = None) -> Settings:
+    """The settings of a run with these overrides, with the config files of a folder besides our own."""
+    words = [names_as_typed(word) for word in overrides]
+    if folder:
+        for file in added_configs(["--config-dir", str(folder)]):
+            check_foreign(file)
+        words.append(f"hydra.searchpath=['file://{folder.resolve()}']")
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("config", [names_as_typed(word) for word in overrides], return_hydra_config=True)
+        config = compose("config", words, return_hydra_config=True)
         return read_settings(config, Invocation.of(config.hydra))
 
 

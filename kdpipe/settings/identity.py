@@ -20,6 +20,7 @@ PLACES = (
     "train.threads",
     "train.resume",
     "train.checkpoint_minutes",
+    "train.show_views",
     "train.compile",
     "optimizer.fused",
     "train.profile",  # of runs of 0.4.0
@@ -43,7 +44,7 @@ LOSSES = "kdpipe.losses."
 # Modules that were moved since their first runs: moving code trains nothing anew.
 FORMER_NAMES = {"kdpipe.training.schedules.": "kdpipe.schedulers."}
 
-CLASS_WEIGHTS = "loss.class_weights"  # of the labels, whatever the method
+OF_LABELS = ("loss.class_weights", "loss.label_smoothing")  # whatever the method
 UNLABELLED = "dataset.unlabelled_root"  # more images for what a teacher says; the student alone has none
 # How each network resized images before it could be set.
 FIRST_RESIZING = {"resize": "squeeze", "interpolation": "bilinear", "crop_pct": 1}
@@ -55,8 +56,12 @@ LATER = {
     **{f"{network}.{key}": str(value) for network in ("model", "teacher") for key, value in FIRST_RESIZING.items()},
     "dataset.resize": "squeeze",
     "train.metric": "accuracy",
-    **dict.fromkeys((CLASS_WEIGHTS, "dataset.sampler"), "None"),
+    **dict.fromkeys(("loss.class_weights", "dataset.sampler"), "None"),
+    **dict.fromkeys(("train.ema", "train.early_stop", "optimizer.layer_decay"), "None"),
+    **{"train.accumulate": "1", "loss.label_smoothing": "0", "optimizer.decay_norm_and_bias": "True"},
 }
+# The same for what some components had from the start, and others have now.
+LATER_OF = {f"kdpipe.schedulers.{name}": {"scheduler.warmup_epochs": "0"} for name in ("constant", "multistep")}
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -125,7 +130,7 @@ def what_matters(flat: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in flat.items()
         if not is_place(key) and key not in PLACES_OF.get(str(flat.get("dataset._target_")), ())
     }
-    for key, absent in LATER.items():
+    for key, absent in (LATER | LATER_OF.get(str(matters.get("scheduler._target_")), {})).items():
         if str(matters.get(key)) == absent:
             matters.pop(key, None)
     if unlabelled := matters.get(UNLABELLED):
@@ -133,8 +138,8 @@ def what_matters(flat: Mapping[str, Any]) -> dict[str, Any]:
     if matters.get("distillation.outputs") != "views":  # else it only says where the same answers come from
         matters = _without(matters, "distillation.")
     if _is_off(matters, "loss"):
-        weights = {key: value for key, value in matters.items() if key == CLASS_WEIGHTS}
-        matters = _without(matters, "loss.") | weights | {"loss._target_": LABELS_ALONE}
+        of_labels = {key: value for key, value in matters.items() if key in OF_LABELS}
+        matters = _without(matters, "loss.") | of_labels | {"loss._target_": LABELS_ALONE}
     if _is_off(matters, "also"):
         matters = _without(matters, "also.")
     matters.pop("also.ce_weight", None)  # the cross-entropy is the first one's

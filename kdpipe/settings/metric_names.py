@@ -1,4 +1,5 @@
-"""Fractions of predictions that a run may choose and be compared by, with what they are called in texts.
+"""Fractions of predictions that a run may choose and be compared by, with what they are called in texts, and the
+weights that they may be of.
 
 Apart from other values, because commands know them before slow imports."""
 
@@ -10,3 +11,6 @@ METRICS: dict[str, str] = {
     "balanced_accuracy": "balanced accuracy",
     "macro_f1": "macro F1",
 }
+# Which weights: those after the last epoch, the best by validation, or their average over the steps (`train.ema`).
+Select = Literal["last", "best", "ema"]
+LAST_EPOCH = "train/last_epoch"  # where a training that may stop early has ended

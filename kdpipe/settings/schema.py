@@ -14,7 +14,7 @@ from kdpipe.settings import identity
 from kdpipe.settings.addresses import epoch_file, file_and_part, names_weights
 from kdpipe.settings.components import loss_class
 from kdpipe.settings.errors import ConfigError, as_typed
-from kdpipe.settings.metric_names import Metric
+from kdpipe.settings.metric_names import LAST_EPOCH, Metric, Select
 from kdpipe.settings.values import (
     Interpolation,
     NonNegative,
@@ -25,6 +25,7 @@ from kdpipe.settings.values import (
     PositiveShare,
     Resize,
     SplitSeed,
+    StoredResize,
     TestShare,
     TrainShare,
     ValidationShare,
@@ -95,16 +96,20 @@ class LossSettings(MethodSettings):
         Literal["balanced"] | list[Positive] | None,
         Field(description="balanced, a list with a number above 0 for each class, or null"),
     ] = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0
 
 
 class OptimizerSettings(Component):
     lr: Positive | None = None
     weight_decay: NonNegative | None = None
     momentum: NonNegative | None = None
+    decay_norm_and_bias: bool = True
+    layer_decay: PositiveShare | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return {key: value for key, value in self.plain.items() if key not in ("_target_", "_partial_")}
+        own = ("_target_", "_partial_", "decay_norm_and_bias", "layer_decay")
+        return {key: value for key, value in self.plain.items() if key not in own}
 
 
 class DatasetSettings(Component):
@@ -117,8 +122,8 @@ class DatasetSettings(Component):
     sampler: Literal["balanced"] | None = None
 
     @property
-    def resize(self) -> Resize:
-        """How photos become squares; for data sets of other images, too."""
+    def resize(self) -> StoredResize:
+        """How photos are stored; for data sets of other images, too."""
         return self.arguments.get("resize", "squeeze")
 
     @model_validator(mode="after")
@@ -216,23 +221,34 @@ class TrainSettings(Section):
     device: Annotated[
         str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:<number> or mps")
     ] = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    compile: Annotated[Literal["auto"] | bool, Field(description="one of auto, true, false")] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    compile: Annotated[
+        Literal["auto", "default", "reduce-overhead", "max-autotune"] | bool,
+        Field(description="one of auto, true, false, default, reduce-overhead, max-autotune"),
+    ] = "auto"
     threads: PositiveInt | None = None
     resume: Literal["auto", "never"] = "auto"
     checkpoint_minutes: Positive | None = 10
     mixup: Positive | None = None
     cutmix: Positive | None = None
     clip_norm: Positive | None = None
-    select: Literal["last", "best"] = "last"
+    accumulate: PositiveInt = 1
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    early_stop: PositiveInt | None = None
+    select: Select = "last"
     metric: Metric = "accuracy"
     keep_epochs: list[PositiveInt] | None = None
     test_each_epoch: bool = False
+    show_views: bool = False
 
     @property
     def mixes(self) -> bool:
         """Whether images are mixed, so that no two epochs see the same ones."""
         return self.mixup is not None or self.cutmix is not None
+
+    def last_epoch(self, metrics: Mapping[str, float]) -> int:
+        """The epoch that a finished run has ended with, from its metrics."""
+        return int(metrics.get(LAST_EPOCH, self.epochs))
 
     def warn_of_missing_epochs(self, over: int, files: Collection[str], run: str = "this run") -> None:
         """Log the epochs of `keep_epochs` that are over and not among a run's files."""
@@ -366,6 +382,13 @@ class Settings(Section):
         beyond = [epoch for epoch in self.train.keep_epochs or () if epoch > self.train.epochs]
         if beyond:
             raise ConfigError("train.keep_epochs", beyond[0], f"epochs up to train.epochs={self.train.epochs}")
+        if self.train.ema is not None and self.train.epochs == 0:
+            raise ConfigError("train.ema", self.train.ema, "null with train.epochs=0", "there are no steps to average")
+        if self.optimizer.layer_decay is not None and self.model.freeze == "backbone":
+            problem = "the head alone is trained (model.freeze=backbone)"
+            raise ConfigError("optimizer.layer_decay", self.optimizer.layer_decay, "null", problem)
+        if self.train.select == "ema" and self.train.ema is None:
+            raise ConfigError("train.select", "ema", "train.ema with it, such as train.ema=0.999")
         if self.teacher_learns:
             self._check_second_student()
         if self.needs_teacher and not isinstance(self.teacher, NetworkSettings):
@@ -379,6 +402,8 @@ class Settings(Section):
             raise ConfigError("teacher.freeze", self.teacher.freeze, "none", "a second student learns")
         if self.train.select == "best":
             raise ConfigError("train.select", "best", "last", "two students are best at different epochs")
+        if self.train.ema is not None:
+            raise ConfigError("train.ema", self.train.ema, "null", "the weights of a second student are not averaged")
 
     def check_weights(self) -> None:
         """Raise ConfigError for weights that are no run and no existing file. Of a finished run they may be gone."""

@@ -21,8 +21,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]  # 0 and 1 included
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
-# How images become a network's input, or those of a data set.
-Resize = Literal["squeeze", "crop"]
+Resize = Literal["squeeze", "crop"]  # how images become a network's input
+StoredResize = Literal["squeeze", "crop", "keep"]  # how photos become the images of a data set
 Interpolation = Literal["bilinear", "bicubic"]
 # Of images: those to train on, to validate on and to test on.
 TrainShare = PositiveShare

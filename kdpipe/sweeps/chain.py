@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import Override
 
 from kdpipe.settings.composition import to_plain
 from kdpipe.settings.errors import ConfigError, as_typed
-from kdpipe.settings.identity import CLASS_WEIGHTS, flatten
+from kdpipe.settings.identity import OF_LABELS, flatten
 from kdpipe.settings.overrides import names_as_typed
 from kdpipe.sweeps.grid import Axes, GridCell, compose_cell
 
@@ -153,7 +153,7 @@ def networks_of(cells: Sequence[GridCell]) -> str:
 
 def _kept(cell: Sequence[str], link: Sequence[str], has_link_before: bool) -> list[str]:
     """A cell's overrides without those for what a link chooses itself (with loss=cross_entropy goes no loss.alpha, but
-    any loss has class weights), and for the teacher where it is the link before."""
+    any loss has class weights and label smoothing), and for the teacher where it is the link before."""
     own = [_key(override) for override in link]
     of_own = [f"{key.rpartition('@')[2]}." for key in own if "." not in key]
     if "loss" in own:  # a second method belongs to the loss of other links
@@ -162,7 +162,7 @@ def _kept(cell: Sequence[str], link: Sequence[str], has_link_before: bool) -> li
         override
         for override in cell
         if _key(override) not in own
-        and (_key(override) == CLASS_WEIGHTS or not _key(override).startswith(tuple(of_own)))
+        and (_key(override) in OF_LABELS or not _key(override).startswith(tuple(of_own)))
         and not (has_link_before and _is_of_teacher(override))
     ]
 

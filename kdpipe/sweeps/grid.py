@@ -17,7 +17,7 @@ from kdpipe.assembly.teachers import KnownTeachers
 from kdpipe.settings.composition import Invocation, read_settings
 from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.hydra_errors import HYDRA_ERRORS, explain
-from kdpipe.settings.identity import CLASS_WEIGHTS, canonical, flatten
+from kdpipe.settings.identity import OF_LABELS, canonical, flatten
 from kdpipe.settings.overrides import names_as_typed
 from kdpipe.settings.schema import Settings
 
@@ -162,9 +162,9 @@ def plan(
 
 
 def is_of_method(override: str) -> bool:
-    """Whether an override sets what is the loss's own, rather than how much each class counts in any loss."""
+    """Whether an override sets what is the loss's own, rather than what any loss makes of the labels."""
     key = override.partition("=")[0].lstrip("+~")
-    return key.startswith("loss.") and key != CLASS_WEIGHTS
+    return key.startswith("loss.") and key not in OF_LABELS
 
 
 def name_of(axes: Axes, cell: GridCell) -> str:

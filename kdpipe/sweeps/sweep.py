@@ -160,7 +160,7 @@ def check_networks(drafts: Sequence[Sequence[GridCell]], tracker: "Tracker") -> 
     """Raise ConfigError for images or networks of links after the first that cannot be used: `plan` would find out only
     when the links before are trained."""
     every = [cell.settings for cells in drafts for cell in cells]
-    alike = {str([one.model.plain, one.dataset.plain, one.train.select]): one for one in every}
+    alike = {str([one.model.plain, one.dataset.plain, one.train.select, one.train.early_stop]): one for one in every}
     for settings in alike.values():
         data = build_data(settings.dataset)
         check_selection(settings, data)
@@ -231,7 +231,7 @@ def take_finished(sweep: Sweep, run: PlannedRun) -> bool:
         return False
     train = run.settings.train
     if train.keep_epochs:
-        train.warn_of_missing_epochs(train.epochs, sweep.tracker.artifacts(finished.id), run.name)
+        train.warn_of_missing_epochs(train.last_epoch(finished.metrics), sweep.tracker.artifacts(finished.id), run.name)
     sweep.tracker.adopt(finished, sweep.id, sweep.parent)
     sweep.finished[run.identity] = finished
     return True

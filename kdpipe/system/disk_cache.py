@@ -10,7 +10,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -74,15 +74,24 @@ def new_array(file: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> np
 
 def mapped_array(file: Path) -> Tensor:
     """A memory-mapped array as a tensor; writing to it changes memory only, not the file."""
+    return _mapped(partial(np.lib.format.open_memmap, file))
+
+
+def mapped_bytes(file: Path) -> Tensor:
+    """The same for all bytes of a file, uint8. Raises ValueError for an empty file."""
+    return _mapped(partial(np.memmap, file, np.uint8))
+
+
+def _mapped(opened: Callable[..., np.memmap]) -> Tensor:
     try:
-        return torch.from_numpy(np.lib.format.open_memmap(file, mode="c"))
+        return torch.from_numpy(opened(mode="c"))
     except OSError as error:
         if error.errno != errno.ENOMEM:
             raise
     # The system commits no more writable pages than it has memory, whether they are written to or not.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(np.lib.format.open_memmap(file, mode="r"))
+        return torch.from_numpy(opened(mode="r"))
 
 
 def array_digest(file: Path) -> str:

@@ -22,7 +22,7 @@ class Hardware:
     """Where a run computes."""
 
     device: torch.device
-    precision: str = "float32"  # or "bfloat16", for autocast
+    precision: str = "float32"  # or "bfloat16" or "float16", for autocast
     rank: int = 0  # of this process among those that `torchrun` started
     processes: int = 1
 
@@ -50,7 +50,8 @@ class Hardware:
         return 250 if self.device.type == "cuda" else 50
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16")
+        narrow = torch.float16 if self.precision == "float16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=narrow, enabled=self.precision != "float32")
 
     def shard(self, positions: Tensor) -> Tensor:
         """This process's part of `positions` [n]: every `processes`-th of them."""

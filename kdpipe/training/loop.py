@@ -1,11 +1,13 @@
 """The one training loop: a teacher, a student alone and a distilled student differ in what is passed to it."""
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdpipe.data import ImageDataset
 from kdpipe.data.augmentation import Views
@@ -13,13 +15,16 @@ from kdpipe.data.balancing import balanced_draw
 from kdpipe.data.feeding import feed
 from kdpipe.data.mixing import Mixing
 from kdpipe.evaluation.inference import evaluate
-from kdpipe.settings.metric_names import METRICS, Metric
+from kdpipe.models.weights import State
+from kdpipe.settings.metric_names import LAST_EPOCH, METRICS, Metric, Select
 from kdpipe.system.interruption import postponed
 from kdpipe.system.progress import progress
 from kdpipe.system.randomness import generator, seed_all
 from kdpipe.training.checkpoint import copy_state
 from kdpipe.training.state import Training
 from kdpipe.training.teacher import Teacher
+
+log = logging.getLogger("kdpipe")
 
 
 @dataclass(frozen=True)
@@ -31,10 +36,14 @@ class Recipe:
         views: what each epoch sees; None for the images as they are stored.
         mixing: mixes the images of each batch, and their labels.
         balanced: each epoch draws its images with replacement, so that all classes are equally likely.
-        select_best: keep the weights with the best validation metric (the first of equals) instead of the last ones.
+        select: the weights that the training ends with: the last ones, those with the best validation metric (the first
+            of equals), or the average that the training keeps.
         metric: the one that counts.
+        early_stop: end when the metric has not risen for so many epochs; None for never. It is that of the averaged
+            weights where these are selected, else that of the trained ones.
         test_each_epoch: evaluate on the test images after each epoch but the last, which the caller does.
         clip_norm: gradients are scaled down to this norm where theirs is larger; None for never.
+        accumulate: the gradients of so many batches make a step; of fewer at the end of an epoch.
     """
 
     epochs: int
@@ -44,10 +53,12 @@ class Recipe:
     views: Views | None = None
     mixing: Mixing | None = None
     balanced: bool = False
-    select_best: bool = False
+    select: Select = "last"
     metric: Metric = "accuracy"
+    early_stop: int | None = None
     test_each_epoch: bool = False
     clip_norm: float | None = None
+    accumulate: int = 1
 
 
 @dataclass(frozen=True)
@@ -70,9 +81,9 @@ def fit(training: Training, data: ImageDataset, recipe: Recipe, hooks: Hooks) ->
 
     Returns:
         `selected/epoch`, the epoch that the weights are from, and where there are validation images
-        `selected/accuracy` and the other `METRICS`, theirs on them, and what the other choice would have given:
-        `test/accuracy_best`, … with the best weights by validation where the last are selected, else
-        `test/accuracy_last`, ….
+        `selected/accuracy` and the other `METRICS`, theirs on them, and what the weights that are not selected give:
+        `test/accuracy_last`, … with the last ones, `test/accuracy_best`, … with the best by validation,
+        `test/accuracy_ema`, … with the averaged ones. With `early_stop` also the last epoch.
 
     Raises:
         ValueError: a loss or a weight became NaN or infinite.
@@ -84,92 +95,123 @@ def fit(training: Training, data: ImageDataset, recipe: Recipe, hooks: Hooks) ->
     if has_validation and recipe.epochs == 0:
         measured = evaluate(training.model, data, "validation", hardware)
         training.selected |= {f"selected/{name}": measured[name] for name in METRICS}
-    while training.epoch <= recipe.epochs:
+    while training.epoch <= recipe.epochs and not is_stalled(training.reached, recipe.early_stop):
         metrics = train_epoch(training, data, recipe, hooks)
         if has_validation:
-            metrics |= with_prefix("val", evaluate(training.model, data, "validation", hardware))
+            metrics |= measure(training, data, "validation", "val")
         if recipe.test_each_epoch and training.epoch < recipe.epochs:
-            metrics |= with_prefix("test", evaluate(training.model, data, "test", hardware))
+            metrics |= measure(training, data, "test", "test")
         training.check_finite(*(value for name, value in metrics.items() if name.endswith("/loss")))
         with postponed():
             hooks.on_epoch(training.epoch, metrics)
             select(training, metrics, recipe)
             training.begin_epoch(training.epoch + 1)
             hooks.on_checkpoint()
-    if training.best:
-        other = "last" if recipe.select_best else "best"
-        if f"test/accuracy_{other}" not in training.selected:  # by an earlier process, which was interrupted later
-            measured = evaluate_other_weights(training, data, recipe.select_best)
-            training.selected |= {f"test/{name}_{other}": measured[name] for name in METRICS}
-        if recipe.select_best:
-            training.learner.load_state_dict(training.best)
-    return training.selected
+    if training.epoch <= recipe.epochs:
+        reason = f"validation {METRICS[recipe.metric]} has not risen for train.early_stop={recipe.early_stop} epochs"
+        log.info("stopped after epoch %d of %d: %s", training.epoch - 1, recipe.epochs, reason)
+    measure_other_weights(training, data, recipe.select)
+    if recipe.select == "best" and training.best:
+        training.learner.load_state_dict(training.best)
+    elif recipe.select == "ema" and training.averaged_weights:
+        training.learner.load_state_dict(training.averaged_weights)
+    return training.selected | ({} if recipe.early_stop is None else {LAST_EPOCH: training.epoch - 1})
+
+
+def is_stalled(reached: Sequence[float], patience: int | None) -> bool:
+    """Whether none of the last `patience` values is above all before them; never for None."""
+    return patience is not None and len(reached) > patience and max(reached[-patience:]) <= max(reached[:-patience])
+
+
+def measure(training: Training, data: ImageDataset, split: str, prefix: str) -> dict[str, float]:
+    """`evaluate` as `val/accuracy`, …, and as `val/accuracy_ema`, … with the averaged weights, if any."""
+    measured = with_prefix(prefix, evaluate(training.model, data, split, training.hardware))
+    if weights := training.averaged_weights:
+        averaged = evaluate_with(weights, training, data, split)
+        measured |= {f"{name}_ema": value for name, value in with_prefix(prefix, averaged).items()}
+    return measured
 
 
 def select(training: Training, metrics: dict[str, float], recipe: Recipe) -> None:
     """Select the weights of the epoch: always, or only if they are the best so far, which are kept in any case."""
+    suffix = "_ema" if recipe.select == "ema" else ""
+    if (decides := metrics.get(f"val/{recipe.metric}{suffix}")) is not None:
+        training.reached.append(decides)
     reached = metrics.get(f"val/{recipe.metric}", -1.0)
     is_best = reached > training.highest
     if is_best:
         training.highest, training.best = reached, copy_state(training.learner)
-    if recipe.select_best and not is_best:
+    if recipe.select == "best" and not is_best:
         return
-    known = {f"selected/{name}": metrics[f"val/{name}"] for name in METRICS if f"val/{name}" in metrics}
-    training.selected = {"selected/epoch": training.epoch, **known}
+    known = {name: metrics[f"val/{name}{suffix}"] for name in METRICS if f"val/{name}{suffix}" in metrics}
+    training.selected = {"selected/epoch": training.epoch, **with_prefix("selected", known)}
 
 
-def evaluate_other_weights(training: Training, data: ImageDataset, best_are_selected: bool) -> dict[str, float]:
-    """`evaluate` on the test images with the weights that are not selected; the last ones are in place afterwards."""
-    last = copy_state(training.learner)
+def measure_other_weights(training: Training, data: ImageDataset, selected: Select) -> None:
+    """Test the weights that are not selected, except those that an earlier process has tested, which was interrupted
+    later; the last ones are in place afterwards."""
+    others: dict[Select, State] = {}
+    if training.best:
+        others["best"] = training.best
+    if weights := training.averaged_weights:
+        others["ema"] = weights
+    if others:
+        others["last"] = dict(training.learner.state_dict())
+    for name, weights in others.items():
+        if name != selected and f"test/accuracy_{name}" not in training.selected:
+            measured = evaluate_with(weights, training, data, "test")
+            training.selected |= {f"test/{metric}_{name}": measured[metric] for metric in METRICS}
+
+
+def evaluate_with(weights: State, training: Training, data: ImageDataset, split: str) -> dict[str, float]:
+    """`evaluate` with other weights than the trained ones, which are in place again afterwards."""
+    trained = copy_state(training.learner)
     try:
-        if not best_are_selected:
-            training.learner.load_state_dict(training.best)
-        return evaluate(training.model, data, "test", training.hardware)
+        training.learner.load_state_dict(weights)
+        return evaluate(training.model, data, split, training.hardware)
     finally:
-        training.learner.load_state_dict(last)
+        training.learner.load_state_dict(trained)
+
+
+def epoch_order(data: ImageDataset, seed: int, epoch: int, balanced: bool) -> Tensor:
+    """The positions of the training images in the order in which an epoch sees them, int64 [n], on the device where the
+    images are, if they fit; `balanced` as in `Recipe`."""
+    positions = data.splits["train"]
+    if balanced:
+        positions = balanced_draw(positions, data.labels[positions], generator(seed, f"sampler/{epoch}"))
+    shuffled = torch.randperm(len(positions), generator=generator(seed, f"order/{epoch}"))
+    return positions[shuffled.to(positions.device)]
 
 
 def train_epoch(training: Training, data: ImageDataset, recipe: Recipe, hooks: Hooks) -> dict[str, float]:
     """The rest of a pass over the training images; the parts of the loss and the accuracy, averaged over the images as
     they were seen."""
-    model, loss, hardware, epoch = training.model, training.loss, training.hardware, training.epoch
-    model.train()
-    loss.train()
+    hardware, epoch = training.hardware, training.epoch
+    training.model.train()
+    training.loss.train()
     started = time.perf_counter() - training.seconds
-    positions = data.splits["train"]  # on the device where the images are, if they fit
-    if recipe.balanced:
-        positions = balanced_draw(positions, data.labels[positions], generator(recipe.seed, f"sampler/{epoch}"))
-    shuffled = torch.randperm(len(positions), generator=generator(recipe.seed, f"order/{epoch}"))
-    order = positions[shuffled.to(positions.device)]
-    draws = recipe.views.draws(epoch).to(positions.device) if recipe.views else None
-    learned = [weight for part in (model, loss) for weight in part.parameters() if weight.requires_grad]
+    order = epoch_order(data, recipe.seed, epoch, recipe.balanced)
+    draws = recipe.views.draws(epoch).to(order.device) if recipe.views else None
     with progress(f"epoch {epoch}/{recipe.epochs}", len(order)) as bar:
         bar.advance(training.seen * hardware.processes)
-        whole_batches = batches(order, recipe.batch_size, hardware.processes)[training.steps :]
-        fed = feed(map(hardware.shard, whole_batches), data.images, data.labels, hardware.device)
-        for whole_batch, (batch, images, labels) in zip(whole_batches, fed, strict=True):
+        left = batches(order, recipe.batch_size, hardware.processes)[training.steps :]
+        fed = feed(map(hardware.shard, left), data.images, data.labels, hardware.device)
+        for first in range(0, len(left), recipe.accumulate):
+            group = left[first : first + recipe.accumulate]
+            images_of_step = sum(map(len, group))
             with postponed():
-                if recipe.views and draws is not None:
-                    images = recipe.views.augment(images, draws[batch].to(hardware.device, non_blocking=True))
-                if recipe.mixing:
-                    images, labels = recipe.mixing(images, labels, epoch, training.steps)
-                with hardware.autocast():
-                    targets = recipe.teacher(images, batch, epoch) if recipe.teacher else None
-                    outputs = training.student(images)
-                parts = loss(outputs, targets, labels, batch, epoch)
                 training.optimizer.zero_grad()
-                # Gradients are averaged over processes, whose shares of a batch may differ by an image.
-                (parts["loss"] * (len(batch) * hardware.processes / len(whole_batch))).backward()
-                if recipe.clip_norm is not None:
-                    nn.utils.clip_grad_norm_(learned, recipe.clip_norm)
-                training.optimizer.step()
-                training.scheduler.step()
-                sums = {name: value.detach() * len(batch) for name, value in parts.items()}
-                training.add(sums | {"accuracy": correct_answers(outputs.logits, labels)}, len(batch))
+                for batch, images, labels in islice(fed, len(group)):
+                    if recipe.views and draws is not None:
+                        images = recipe.views.augment(images, draws[batch].to(hardware.device, non_blocking=True))
+                    # Gradients are averaged over processes, whose shares of a batch may differ by an image.
+                    share = len(batch) * hardware.processes / images_of_step
+                    add_gradients(training, recipe, batch, images, labels, share)
+                training.take_step(recipe.clip_norm)
                 training.seconds = time.perf_counter() - started
                 hooks.on_step()
 
-            bar.advance(len(whole_batch))
+            bar.advance(images_of_step)
             if bar.wants_note():
                 mean = {name: total.item() / training.seen for name, total in training.totals.items()}
                 bar.note(f"loss {mean['loss']:.4f}  accuracy {mean['accuracy']:.1%}")
@@ -179,6 +221,29 @@ def train_epoch(training: Training, data: ImageDataset, recipe: Recipe, hooks: H
         "train/learning_rate": training.learning_rate,
         "train/images_per_second": len(order) / (time.perf_counter() - started),
     }
+
+
+def add_gradients(
+    training: Training, recipe: Recipe, batch: Tensor, images: Tensor, labels: Tensor, share: float
+) -> None:
+    """Add a batch's gradients to those of its step, and its parts of the loss to those of its epoch.
+
+    Args:
+        batch: positions of its images in the data set, int64 [N].
+        images: uint8 [N, C, H, W], augmented.
+        labels: int64 [N], −1 for unlabelled images.
+        share: of the batch in the step.
+    """
+    epoch = training.epoch
+    if recipe.mixing:
+        images, labels = recipe.mixing(images, labels, epoch, training.steps)
+    with training.hardware.autocast():
+        targets = recipe.teacher(images, batch, epoch) if recipe.teacher else None
+        outputs = training.student(images)
+    parts = training.loss(outputs, targets, labels, batch, epoch)
+    training.scaler.scale(parts["loss"] * share).backward()
+    sums = {name: value.detach() * len(batch) for name, value in parts.items()}
+    training.add(sums | {"accuracy": correct_answers(outputs.logits, labels)}, len(batch))
 
 
 def correct_answers(logits: Tensor, labels: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def test_dkd_has_the_beta_of_the_pair(pair: str, composed: Composed) -> None:
 def test_student_alone_has_the_same_settings(pair: str, composed: Composed) -> None:
     config, taught = composed(experiment(pair), "loss=cross_entropy"), composed(experiment(pair))
     assert config.run_stage == "student"
-    assert config.loss.plain == {"_target_": "kdpipe.losses.CrossEntropy", "class_weights": None}
+    assert config.loss.plain == {"_target_": "kdpipe.losses.CrossEntropy", "class_weights": None, "label_smoothing": 0}
     for key in ("model", "optimizer", "scheduler", "augmentation", "train", "dataset"):
         assert getattr(config, key) == getattr(taught, key)
 

@@ -60,6 +60,26 @@ def test_other_weights_are_those_of_runs_that_ended_so(kdpipe: Callable) -> None
         compare_runs("cosine", epoch=2)
 
 
+def test_averaged_weights_are_those_of_runs_that_selected_them(kdpipe: Callable) -> None:
+    def train(*overrides: str) -> None:
+        outcome = kdpipe(*STUDENT, "loss=cross_entropy", "train.epochs=2", "train.test_each_epoch=true", *overrides)
+        assert outcome.status == 0, outcome.errors
+
+    for choice in ("last", "best", "ema"):
+        train("train.ema=0.9", f"train.select={choice}", f"tracking.experiment={choice}")
+    for choice in ("last", "best", "ema"):
+        found = {experiment: accuracies(experiment, select=choice) for experiment in ("last", "best", "ema")}
+        assert found["last"] == found["best"] == found["ema"] == accuracies(choice)
+    assert accuracies("last", select="ema", epoch=1) == accuracies("ema", epoch=1) != accuracies("ema")
+
+    run_comparison(["--experiment", "last", "--format", "runs", "--out", "published"])
+    for more in ([], ["--epoch", "1"]):
+        options = ["--select", "ema", *more]
+        assert run_comparison(["--runs", "published/runs.csv", *options]) == run_comparison(
+            ["--experiment", "last", *options]
+        )
+
+
 def test_a_sweep_has_its_runs_as_they_ended_in_python_too() -> None:
     with pytest.raises(ConfigError, match=r"sweep=x: not with epoch and select"):
         compare_runs("long", "x", epoch=2)

@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
 from kdpipe import losses
-from kdpipe.losses import DKD, KD, CrossEntropy, LabelSmoothing, Loss, Mutual, cross_entropy
+from kdpipe.losses import BCE, DKD, KD, CrossEntropy, LabelSmoothing, Loss, Mutual, cross_entropy
 from kdpipe.losses.outputs import Outputs
 
 any_weights = settings(max_examples=40, deadline=None)
@@ -79,6 +79,7 @@ TRUTH = torch.tensor([0, 0, 0, 1])
     [
         (CrossEntropy(), 1),
         (LabelSmoothing(0.1), None),  # of which the cross-entropy is a measure alone
+        (BCE(), None),
         (KD(0, 4), 1),
         (KD(0.3, 4), 0.7),
         (DKD(alpha=1, beta=0, temperature=4, warmup=0, weight=1, ce_weight=0.5), 0.5),
@@ -112,5 +113,5 @@ def test_all_other_methods_inherit_it() -> None:
         for name, found in vars(losses).items()
         if inspect.isclass(found) and issubclass(found, Loss) and "forward" in vars(found)
     }
-    tested = {"CrossEntropy", "LabelSmoothing", "Mutual", "WeightedLoss", "AlphaLoss"}
+    tested = {"BCE", "CrossEntropy", "LabelSmoothing", "Mutual", "WeightedLoss", "AlphaLoss"}
     assert own == tested | {"Loss", "CombinedLoss"}  # which has that of its first loss

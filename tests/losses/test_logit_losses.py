@@ -26,6 +26,7 @@ from kdpipe.losses import (
     cross_entropy,
     dist,
     dkd,
+    hard,
     kd,
     label_smoothing,
     logit_mse,
@@ -65,6 +66,7 @@ METHODS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
     "dkd": lambda student, teacher, truth, temperature: dkd(student, teacher, truth, 1, 8, temperature),
     "dist": lambda student, teacher, truth, temperature: dist(student, teacher, 2, 2, temperature),
     "label_smoothing": lambda student, teacher, truth, temperature: label_smoothing(student, truth, 0.1),
+    "hard": lambda student, teacher, truth, temperature: hard(student, teacher),
 }
 all_methods = pytest.mark.parametrize("method", METHODS)
 
@@ -262,7 +264,7 @@ def test_the_order_of_images_and_classes_does_not_matter(method: str, seed: int)
         torch.testing.assert_close(torch.stack(one_by_one).mean(), whole)
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method != "label_smoothing"])
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in ("label_smoothing", "hard")])
 def test_a_student_that_answers_as_its_teacher_costs_nothing(method: str) -> None:
     assert METHODS[method](logits(1), logits(1), labels(), 4).item() == pytest.approx(0, abs=1e-4)
     assert METHODS[method](logits(1), logits(2), labels(), 4).item() > 0.1

@@ -15,16 +15,18 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor
 
-from kdpipe.assembly.finished_runs import blank_images
-from kdpipe.assembly.networks import build_network
+from kdpipe.assembly.finished_runs import blank_images, open_data, open_run
+from kdpipe.assembly.networks import build_network, images_for
 from kdpipe.data.decode import fitted, read_image
+from kdpipe.data.photos import Photos, PhotoWriter, kept
 from kdpipe.export.__main__ import export, export_arguments
 from kdpipe.export.predictor import open_predictor
-from kdpipe.models import Classifier
+from kdpipe.models import Classifier, Ensemble
 from kdpipe.models.torchvision import classifier as torchvision_classifier
 from kdpipe.models.weights import is_imagenet, load_imagenet
 from kdpipe.predict import load_image
 from kdpipe.settings.schema import Settings
+from kdpipe.system.padding import each_photo
 from kdpipe.tracking import RunStore
 
 Photo = Callable[..., Image.Image]
@@ -108,6 +110,57 @@ def test_logits_are_those_of_torchvision_s_own_transform(
             torch.testing.assert_close(model(image[None]), model.network(transform(image)[None]), rtol=1e-4, atol=1e-4)
 
 
+def padded_batch(photos: list[Image.Image]) -> Tensor:
+    """The photos as `dataset.resize=keep` stores and batches them, at their own size."""
+    file = io.BytesIO()
+    writer = PhotoWriter(file)
+    for number, photo in enumerate(photos):
+        writer.add(number, kept(photo, None))
+    stored = Photos(torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8), writer.table())
+    return stored[torch.arange(len(photos))]
+
+
+def of_usual_shape(photos: list[Image.Image]) -> list[Image.Image]:
+    """Photos that are stored whole: of longer ones the centre is kept."""
+    return [photo for photo in photos if max(photo.size) <= 4 * min(photo.size)]
+
+
+@torch.no_grad()
+def test_logits_of_photos_that_keep_their_shape_are_those_of_the_libraries_own_transforms(
+    photos: list[Image.Image], composed: Callable[..., Settings]
+) -> None:
+    transform = torchvision.models.get_model_weights("resnet18")["DEFAULT"].transforms()
+    by_torchvision, by_timm = (
+        library_network(composed, *names) for names in (("torchvision", "resnet18"), ("timm", "resnet18.a1_in1k"))
+    )
+    assert by_timm.interpolation == "bicubic" and by_timm.crop_pct < 1
+    whole = of_usual_shape(photos)
+    assert len(whole) == 17
+    batch, images = padded_batch(whole), [pil_to_tensor(photo) for photo in whole]
+    theirs = torch.stack([transform(image) for image in images])
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(by_torchvision(batch), by_torchvision.network(theirs), **close)
+    theirs = torch.stack([steps_of_timm(by_timm.network, image) for image in images])
+    torch.testing.assert_close(by_timm(batch), by_timm.network(theirs), **close)
+    mean = Ensemble([by_torchvision, by_timm], [1, 1], temperature=4)
+    torch.testing.assert_close(mean(batch[:2]), torch.cat([mean(image[None]) for image in images[:2]]), **close)
+
+
+@pytest.mark.parametrize("resize", ["squeeze", "crop"])
+@pytest.mark.parametrize("size", [32, 300])
+def test_each_photo_of_a_batch_is_seen_as_it_is_alone(
+    resize: str, size: int, photos: list[Image.Image], composed: Callable[..., Settings]
+) -> None:
+    more = (f"model.resize={resize}", f"model.image_size={size}", "model.crop_pct=0.9")
+    model = library_network(composed, "torchvision", "squeezenet1_1", *more)
+    batch = padded_batch(photos)
+    for images in (batch, batch.flip(3)):
+        seen = model.preprocess(images)
+        alone = torch.cat([model.preprocess(photo[None]) for photo in each_photo(images)])
+        assert torch.equal(seen, alone) and seen.is_contiguous(memory_format=torch.channels_last)
+    assert not torch.equal(model.preprocess(batch), seen)
+
+
 def test_a_network_at_another_size_than_its_library_s_keeps_the_border(composed: Callable[..., Settings]) -> None:
     assert library_network(composed, "torchvision", "resnet18").crop_pct == 0.875
     assert library_network(composed, "torchvision", "resnet18", "model.image_size=64").crop_pct == 1
@@ -124,13 +177,22 @@ def test_a_network_at_another_size_than_its_library_s_keeps_the_border(composed:
         ("model.interpolation=lanczos", "model.interpolation=lanczos: expected one of bilinear, bicubic"),
         ("model.crop_pct=0", "model.crop_pct=0: expected a number above 0"),
         ("model.crop_pct=1.1", "model.crop_pct=1.1: expected a number above 0"),
-        ("dataset.resize=pad", "dataset.resize=pad: expected one of squeeze, crop"),
+        ("dataset.resize=pad", "dataset.resize=pad: expected one of squeeze, crop, keep"),
+        ("augmentation=crop_flip dataset.resize=keep", "augmentation=crop_flip: it needs images of one size, and"),
+        (
+            "train.mixup=0.2 dataset.resize=keep",
+            "train.mixup=0.2: it needs images of one size, and dataset.resize=keep",
+        ),
+        (
+            "train.cutmix=1 dataset.resize=keep",
+            "train.cutmix=1: it needs images of one size, and dataset.resize=keep",
+        ),
     ],
 )
 def test_bad_values_are_one_line(
     override: str, message: str, kdpipe: Callable[..., Outcome], class_folders: Path
 ) -> None:
-    outcome = kdpipe("experiment=student", "dataset=image_folder", f"dataset.root={class_folders}", override)
+    outcome = kdpipe("experiment=student", "dataset=image_folder", f"dataset.root={class_folders}", *override.split())
     assert outcome.status == 1 and outcome.errors.startswith(f"kdpipe: {message}"), outcome.errors
 
 
@@ -175,6 +237,43 @@ def test_cropped_photos_are_stored_predicted_and_exported_as_such(
     np.testing.assert_array_equal(images[0].transpose(1, 2, 0), np.asarray(fitted(wide, (32, 32), "crop")))
     export(export_arguments([student, "--out", "exported", "--format", "safetensors", "--seconds", "0.01"]))
     assert open_predictor("exported", lambda: store).resize == "crop"
+
+
+def test_a_teacher_that_crops_and_a_student_that_squeezes_learn_from_photos_stored_once(
+    photo: Photo, tmp_path: Path, kdpipe: Callable[..., Outcome]
+) -> None:
+    for kind, name in enumerate(("temple", "flower")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(20):
+            odd = photo(kind, number, (96 - number % 3 * 16, 48 + number % 4 * 8))
+            odd.save(tmp_path / "photos" / name / f"{number:02}.png")
+    common = ["dataset=image_folder", "dataset.root=photos", "dataset.image_size=40", "dataset.resize=keep"]
+    common += ["dataset.test_fraction=0.3", "dataset.val_fraction=0", "train.epochs=1", "train.batch_size=10"]
+    teacher = ["name=resnet10t", "image_size=64", "crop_pct=0.9"]
+    of_model = ["model=timm", "model.weights=null", "model.freeze=backbone", *(f"model.{one}" for one in teacher)]
+    done = kdpipe(*common, "experiment=teacher", *of_model)
+    assert done.status == 0 and "features of resnet10t for 40 images" in done.output + done.errors, done.errors
+    of_teacher = ["model@teacher=timm", "teacher.weights=auto", *(f"teacher.{one}" for one in teacher)]
+    student = ["model=resnet20", "model.depth=8", "model.image_size=32"]
+    done = kdpipe(*common, *student, *of_teacher, "evaluation.pictures=true")
+    assert done.status == 0 and "logits of resnet10t for 28 images of photos" in done.output + done.errors, done.errors
+    assert len([*Path("outputs/cache/images").glob("*/pixels.bin")]) == 1
+    assert len([*Path("outputs/runs").glob("*/differing.png")]) == 1
+
+    # What is exported takes squares, as the student squeezes photos, and says the same of the test images.
+    store = RunStore(f"sqlite:///{tmp_path / 'outputs' / 'mlflow.db'}")
+    run = re.findall(r"kdpipe.export (\S+)", done.output)[-1]
+    export(export_arguments([run, "--out", "exported", "--format", "safetensors", "--seconds", "0.01"]))
+    for predictor in (open_predictor(run, lambda: store), open_predictor("exported", lambda: store)):
+        assert (predictor.image_shape, predictor.resize) == ((3, 40, 40), "squeeze")
+    assert "12 test, 28 train images in their own shape (" in Path("exported/README.md").read_text()
+    finished = open_run(run, store)
+    data = open_data(finished)
+    squares = images_for(finished.classifier, data, data.splits["test"])
+    assert squares.shape == (12, 3, 40, 40)
+    with torch.no_grad():
+        kept_logits, logits = (finished.classifier(images) for images in (data.images[data.splits["test"]], squares))
+    torch.testing.assert_close(logits, kept_logits, atol=0.1, rtol=0)  # resized twice, but to other sizes
 
 
 # ImageNet's own classes

@@ -20,7 +20,11 @@ SAME = [
     ["dataset.root=elsewhere"],
     ["train.device=cpu", "train.threads=1", "train.resume=never"],
     ["distillation.outputs=online", "distillation.cache_max_gb=1", "distillation.views=5", "sweep.confirm_seeds=5"],
+    ["train.show_views=true"],
     ["train.compile=true", "train.keep_epochs=[1,5]", "optimizer.fused=false"],
+    ["train.compile=reduce-overhead"],
+    ["train.ema=null", "train.early_stop=null", "train.accumulate=1", "scheduler.warmup_epochs=0"],
+    ["loss.label_smoothing=0.0", "optimizer.decay_norm_and_bias=true", "optimizer.layer_decay=null"],
     ["experiment=distill"],
     ["evaluation.pictures=false", "evaluation.timing_seconds=0"],
 ]
@@ -37,6 +41,7 @@ OTHER = [
     ["model@teacher=resnet56"],
     ["model@teacher=ensemble", "teacher.members=[runs:/a]"],
     ["augmentation=crop_flip"],
+    ["augmentation=pipeline"],
     ["loss=kd_tutorial"],
     ["loss=dkd"],
     ["loss=label_smoothing"],
@@ -48,6 +53,13 @@ OTHER = [
     ["loss.alpha=0"],
     ["distillation.outputs=views"],
     ["train.mixup=0.2"],
+    ["train.ema=0.999"],
+    ["train.early_stop=5"],
+    ["train.accumulate=2"],
+    ["scheduler.warmup_epochs=1"],
+    ["loss.label_smoothing=0.1"],
+    ["optimizer.decay_norm_and_bias=false"],
+    ["optimizer.layer_decay=0.75"],
     ["train.cutmix=1"],
     ["dataset.unlabelled_root=more"],
     ["loss@also=kd_tutorial"],
@@ -77,10 +89,21 @@ def test_at_alpha_0_teacher_and_temperature_do_not_matter(composed: Callable[...
     assert control == composed("loss=logit_mse", "loss.alpha=0").identity
 
 
-def test_at_alpha_0_class_weights_do_matter(composed: Callable[..., Settings]) -> None:
-    control = composed("loss.alpha=0", "loss.class_weights=balanced").identity
-    assert control == composed("experiment=student", "loss.class_weights=balanced").identity
+@pytest.mark.parametrize("of_labels", ["loss.class_weights=balanced", "loss.label_smoothing=0.1"])
+def test_at_alpha_0_what_is_made_of_the_labels_does_matter(composed: Callable[..., Settings], of_labels: str) -> None:
+    control = composed("loss.alpha=0", of_labels).identity
+    assert control == composed("experiment=student", of_labels).identity
     assert control != composed("loss.alpha=0").identity
+
+
+def test_identities_are_those_of_before_all_schedules_could_warm_up(composed: Callable[..., Settings]) -> None:
+    before = {"scheduler._target_": "kdpipe.schedulers.multistep", "scheduler.gamma": 0.1}
+    assert identity(before | {"scheduler.warmup_epochs": 0}) == identity(before)
+    assert identity(before | {"scheduler.warmup_epochs": 1}) != identity(before)
+    # The cosine had one from the start.
+    without, one = (composed("scheduler=cosine", f"scheduler.warmup_epochs={number}") for number in (0, 1))
+    assert "scheduler.warmup_epochs" in what_matters(without.effective)
+    assert without.identity != one.identity
 
 
 def test_identities_are_those_of_before_logits_could_be_standardised() -> None:

@@ -1,6 +1,7 @@
 """What is interrupted goes on where it was, to the last digit: after Ctrl-C, after SIGKILL, with a torn checkpoint."""
 
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -103,6 +104,31 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(
     assert f"{newest.name} is torn or damaged" in again.output
     assert ("continues at epoch" in again.output) == (damage != "both")
     assert result(Path(), the_run()) == whole  # no step twice in MLflow, either
+
+
+def test_a_recipe_of_everything_goes_on_within_an_epoch(start: Callable[..., Started], tmp_path: Path) -> None:
+    recipe = [
+        *("train.epochs=12", "train.early_stop=1", "train.accumulate=3", "train.ema=0.9", "train.select=ema"),
+        *("train.clip_norm=1", "train.mixup=0.2", "loss.label_smoothing=0.1"),
+        *("optimizer=adamw", "optimizer.decay_norm_and_bias=false"),
+    ]
+    folder = tmp_path / "whole"
+    folder.mkdir()
+    whole = start(*STUDENT, *recipe, folder=folder)
+    assert whole.end() == 0, whole.output
+    run = start(*STUDENT, *recipe, OFTEN)
+    run.wait_for("epoch 1/12")
+    while not any(
+        int(file.name[:6]) > 9 for file in checkpoints()
+    ):  # 6 steps of up to 3 batches in an epoch, and its end
+        time.sleep(0.01)
+    run.kill()
+    again = start(*STUDENT, *recipe)
+    assert again.end() == 0, again.output
+    assert re.search("continues at epoch 2 of 12, step (4|7|10|13|16)\n", again.output), again.output
+    assert result(Path(), the_run()) == result(folder, the_run(folder))
+    stopped = the_run().data.metrics["train/last_epoch"]
+    assert stopped < 12 and f"stopped after epoch {stopped:.0f} of 12" in again.output
 
 
 def test_a_second_ctrl_c_stops_at_once(start: Callable[..., Started]) -> None:

@@ -14,7 +14,7 @@ from kdpipe.assembly.building import build as build_component
 from kdpipe.settings.composition import CONF
 from kdpipe.settings.errors import as_typed
 from kdpipe.settings.schema import Settings
-from kdpipe.training.schedules import constant, cosine, multistep
+from kdpipe.training.schedules import constant, cosine, multistep, onecycle
 
 Build = Callable[..., torch.optim.lr_scheduler.LRScheduler]
 
@@ -87,9 +87,42 @@ def test_no_milestones_are_a_constant_rate() -> None:
     assert rates(multistep, 2, 3, milestones=[], gamma=0.1) == [1] * 7
 
 
+def test_a_constant_rate_may_rise_first() -> None:
+    assert rates(constant, 3, 4, lr=0.5, warmup_epochs=1) == pytest.approx([0.1, 0.2, 0.3, 0.4, *[0.5] * 9])
+
+
+def test_milestones_are_counted_from_the_start_of_a_warm_up() -> None:
+    seen = rates(multistep, 5, 3, milestones=[2, 4], gamma=0.1, warmup_epochs=1)
+    assert seen[:3] == pytest.approx([0.25, 0.5, 0.75])
+    assert seen[3:] == pytest.approx([1, 1, 1, *[0.1] * 6, *[0.01] * 4])
+    assert seen[3:] == pytest.approx(rates(multistep, 5, 3, milestones=[2, 4], gamma=0.1)[3:])
+
+
+ONE_CYCLE = {"pct_start": 0.3, "div_factor": 25, "final_div_factor": 100, "cycle_momentum": True}
+
+
+def test_onecycle_is_pytorch_s_over_all_steps() -> None:
+    seen = rates(onecycle, 4, 5, lr=0.5, **ONE_CYCLE)
+    assert seen[0] == pytest.approx(0.5 / 25)
+    assert seen[5] == max(seen) == pytest.approx(0.5)  # after 0.3 of 20 steps
+    assert seen[19] == pytest.approx(0.5 / 25 / 100)  # that of the last step
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5, momentum=0.9)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.5, total_steps=20, pct_start=0.3, final_div_factor=100)
+    for rate in seen[:20]:
+        assert rate == optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        theirs.step()
+
+
 @pytest.mark.parametrize(
     ("build", "values"),
-    [(constant, {}), (cosine, {"warmup_epochs": 1}), (multistep, {"milestones": [1], "gamma": 0.1})],
+    [
+        (constant, {"warmup_epochs": 1}),
+        (cosine, {"warmup_epochs": 1}),
+        (multistep, {"milestones": [1], "gamma": 0.1}),
+        (multistep, {"milestones": [2], "gamma": 0.1, "warmup_epochs": 1}),
+        (onecycle, ONE_CYCLE),
+    ],
 )
 def test_groups_of_parameters_keep_their_own_rates(build: Build, values: dict[str, object]) -> None:
     first, second = (torch.zeros(1, requires_grad=True) for _ in range(2))

@@ -6,7 +6,7 @@ from helpers import classifier, some_digits
 from torch import nn
 
 from kdpipe.losses import CrossEntropy
-from kdpipe.settings.metric_names import METRICS, Metric
+from kdpipe.settings.metric_names import METRICS, Metric, Select
 from kdpipe.system.hardware import Hardware
 from kdpipe.system.interruption import Interrupted
 from kdpipe.training import loop
@@ -24,7 +24,7 @@ def test_the_best_weights_are_those_of_the_metric_that_was_asked_for(metric: Met
     training = Training(
         Observed(model), CrossEntropy(), optimizer, constant(optimizer, 3, 1), Hardware(torch.device("cpu"))
     )
-    recipe = Recipe(3, batch_size=50, seed=0, select_best=True, metric=metric)
+    recipe = Recipe(3, batch_size=50, seed=0, select="best", metric=metric)
     # By accuracy the first epoch is best, by balanced accuracy the second, by macro F1 the third.
     measured = [(0.9, 0.5, 0.4), (0.8, 0.7, 0.5), (0.7, 0.6, 0.6)]
     for epoch, values in enumerate(measured, start=1):
@@ -39,9 +39,9 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("select_best", [False, True])
+@pytest.mark.parametrize("choice", ["last", "best"])
 def test_an_interruption_while_the_other_weights_are_tested_loses_nothing(
-    select_best: bool, monkeypatch: pytest.MonkeyPatch
+    choice: Select, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     model, data = classifier(), some_digits()
@@ -49,7 +49,7 @@ def test_an_interruption_while_the_other_weights_are_tested_loses_nothing(
     training = Training(
         Observed(model), CrossEntropy(), optimizer, constant(optimizer, 3, 1), Hardware(torch.device("cpu"))
     )
-    recipe, last = Recipe(3, batch_size=50, seed=0, select_best=select_best), {}
+    recipe, last = Recipe(3, batch_size=50, seed=0, select=choice), {}
 
     def evaluate_once(network: nn.Module, *arguments: object) -> dict[str, float]:
         if "test" in arguments:
@@ -67,6 +67,6 @@ def test_an_interruption_while_the_other_weights_are_tested_loses_nothing(
         fit(training, data, recipe, Hooks(on_checkpoint=keep))
     assert equal(training.state()["learner"], last)  # what is kept to continue from
 
-    other = "test/accuracy_last" if select_best else "test/accuracy_best"
+    other = "test/accuracy_last" if choice == "best" else "test/accuracy_best"
     assert other in fit(training, data, recipe, Hooks())
-    assert equal(copy_state(model), training.best if select_best else last)
+    assert equal(copy_state(model), training.best if choice == "best" else last)

@@ -1,15 +1,19 @@
 """What each epoch sees of the images: augmented views, mixed images."""
 
 import torch
+from torch import Tensor
 
 from kdpipe.assembly.building import build
 from kdpipe.data import ImageDataset
-from kdpipe.data.augmentation import DRAWS, Augmentation, Views
+from kdpipe.data.augmentation import Augmentation, CropFlip, Views, number_of_draws
 from kdpipe.data.mixing import Mixing
 from kdpipe.settings.errors import ConfigError, first_line
 from kdpipe.settings.identity import canonical
 from kdpipe.settings.schema import AnswersSettings, Settings
 from kdpipe.system.once import warn_once
+from kdpipe.training.loop import epoch_order
+
+SHOWN = 16  # images in the picture of views
 
 
 def build_augmentation(settings: Settings) -> Augmentation | None:
@@ -24,9 +28,12 @@ def check_augmentation(settings: Settings, data: ImageDataset) -> None:
     if augment is None:
         return
     images, target = data.images[torch.arange(2)], settings.augmentation.target
-    expected = f"a function of uint8 images [N, C, H, W] and random numbers [N, {DRAWS}]"
+    number = number_of_draws(augment)
+    expected = f"a function of uint8 images [N, C, H, W] and random numbers [N, {number}]"
     try:
-        views = augment(images, torch.zeros(len(images), DRAWS))
+        views = augment(images, torch.zeros(len(images), number))
+    except ConfigError as error:  # of images that its settings do not go with
+        raise error.under("augmentation") from error
     except Exception as error:  # made for other arguments, or with a mistake
         problem = f"it cannot augment images ({first_line(error)})"
         raise ConfigError("augmentation._target_", target, expected, problem) from error
@@ -45,6 +52,20 @@ def build_views(settings: Settings, data: ImageDataset) -> Views | None:
     return Views(augment, described, len(data.labels), settings.seed, number)
 
 
+def first_views(settings: Settings, data: ImageDataset) -> tuple[Tensor, Tensor]:
+    """The first images of the first batch, as they are stored and as the first epoch sees them: uint8 [n, C, H, W],
+    up to SHOWN of each."""
+    order = epoch_order(data, settings.seed, 1, settings.dataset.sampler == "balanced")
+    batch = order[: settings.train.batch_size]
+    stored = images = data.images[batch]
+    if views := build_views(settings, data):
+        images = views.augment(images, views.draws(1)[batch])
+    if mixing := build_mixing(settings, data):
+        mixed, _ = mixing(images, data.labels[batch], 1, 0)
+        images = mixed.round().to(torch.uint8)
+    return stored[:SHOWN], images[:SHOWN]
+
+
 def build_mixing(settings: Settings, data: ImageDataset) -> Mixing | None:
     """Mixes the images of each batch; None where images are not mixed."""
     train = settings.train
@@ -53,6 +74,7 @@ def build_mixing(settings: Settings, data: ImageDataset) -> Mixing | None:
 
 def check_outputs(settings: Settings) -> None:
     """Raise ConfigError for a way to get the teacher's answers that the views of the images rule out."""
+    _check_sizes(settings)
     outputs, key = settings.distillation.outputs, "distillation.outputs"
     has_views = build_augmentation(settings) is not None
     if settings.needs_teacher and isinstance(settings.teacher, AnswersSettings):
@@ -64,6 +86,18 @@ def check_outputs(settings: Settings) -> None:
         raise ConfigError(key, outputs, "auto or online", problem)
     if outputs == "views" and not has_views:
         raise ConfigError(key, outputs, "auto, cached or online", "without augmentation there is only one view")
+
+
+def _check_sizes(settings: Settings) -> None:
+    """Raise ConfigError for what shifts or mixes images of one size, where photos keep their shape."""
+    if settings.dataset.resize != "keep":
+        return
+    problem = "it needs images of one size, and dataset.resize=keep keeps the shapes of photos"
+    if isinstance(build_augmentation(settings), CropFlip):
+        raise ConfigError("augmentation", "crop_flip", "none, or dataset.resize=crop", problem)
+    for name in ("mixup", "cutmix"):
+        if (value := getattr(settings.train, name)) is not None:
+            raise ConfigError(f"train.{name}", value, "null, or dataset.resize=crop", problem)
 
 
 def _check_views_of_answers(settings: Settings, has_views: bool) -> None:
