@@ -37,7 +37,7 @@ endif
 DEMO := dataset=digits tracking.experiment=demo train.epochs=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults teacher student distill sweep compare cost views export predict reproduce sync ui server \
+.PHONY: help setup demo test test-faults teacher student distill sweep compare cost views export predict reproduce sync ui server dashboard \
 	bench bench-methods bench-photos results cache-info cache-clean lint format clean
 
 help:  ## list the targets

@@ -23,7 +23,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 from scipy import stats
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 
 from kdpipe.runs.claim import is_alive, this_process
 from kdpipe.settings.credentials import without_password
@@ -37,6 +37,7 @@ SILENCE = 600  # seconds without one, after which a trial on another machine is 
 LIKELY_WORSE = 0.05  # one-sided p-value
 SAME_FAILURES = 3  # in a row, which stop a search
 CONNECT_SECONDS = 10
+CREATION_TRIES = 5
 
 
 def storage_address(settings: SearchSettings, output_dir: str) -> str:
@@ -53,15 +54,24 @@ def open_storage(address: str) -> RDBStorage:
     key, shown = "search.storage", without_password(address)
     if shown != address:
         raise ConfigError(key, shown, problem="a password would be kept with each run; PGPASSWORD or ~/.pgpass has it")
-    try:
-        is_sqlite = make_url(address).get_backend_name() == "sqlite"
-        options = {"timeout": 120} if is_sqlite else {"connect_timeout": CONNECT_SECONDS}
-        if is_sqlite and (file := make_url(address).database):
-            Path(file).parent.mkdir(parents=True, exist_ok=True)
-        return RDBStorage(address, engine_kwargs={"connect_args": options, "pool_pre_ping": not is_sqlite})
-    except (SQLAlchemyError, ImportError, ValueError, OSError, RuntimeError) as error:
-        problem = first_line(error.__cause__ or error)
-        raise ConfigError(key, shown, "sqlite:///FILE or postgresql://USER@HOST:PORT/DATABASE", problem) from error
+    for is_last in (*[False] * CREATION_TRIES, True):
+        try:
+            is_sqlite = make_url(address).get_backend_name() == "sqlite"
+            options = {"timeout": 120} if is_sqlite else {"connect_timeout": CONNECT_SECONDS}
+            if is_sqlite and (file := make_url(address).database):
+                Path(file).parent.mkdir(parents=True, exist_ok=True)
+            return RDBStorage(address, engine_kwargs={"connect_args": options, "pool_pre_ping": not is_sqlite})
+        except (SQLAlchemyError, ImportError, ValueError, OSError, RuntimeError) as error:
+            # Another process may be making the same tables.
+            if not is_last and isinstance(error, IntegrityError | ProgrammingError | RuntimeError):
+                time.sleep(1)
+                continue
+            problem = first_line(error.__cause__ or error)
+            if "table schema" in problem:
+                problem = "this database has other tables, such as MLflow's, or is of another version of Optuna"
+            expected = "a database of its own, sqlite:///FILE or postgresql://USER@HOST:PORT/DATABASE"
+            raise ConfigError(key, shown, expected, problem) from error
+    raise AssertionError  # the last try returns or raises
 
 
 def open_study(settings: SearchSettings, storage: RDBStorage, name: str, epochs: int, words: Sequence[str]) -> Study:

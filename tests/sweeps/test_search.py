@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy import create_engine, text
 
 from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.schema import SearchSettings
@@ -228,12 +229,17 @@ def test_a_search_that_is_killed_five_times_ends_as_one_that_is_not(
 def test_two_processes_share_a_study_in_one_database(start: Callable, tmp_path: Path, database: str) -> None:
     if not database.startswith("postgresql"):
         pytest.skip("needs PostgreSQL")
-    store = f"tracking.uri={database}"
+    with create_engine(database, isolation_level="AUTOCOMMIT").connect() as connection:
+        connection.execute(text("CREATE DATABASE searches"))  # MLflow's tables and Optuna's go by the same names
+    store, storage = f"tracking.uri={database}", database.replace("/postgres", "/searches")
     assert start(*TEACHER, store).end() == 0
-    shared = [*SEARCH, store, f"search.storage={database}", "search.study=shared", "search.trials=6"]
+    refused = start(*SEARCH, store, f"search.storage={database}")
+    assert refused.end() == 1
+    assert "this database has other tables, such as MLflow's" in refused.output
+    shared = [*SEARCH, store, f"search.storage={storage}", "search.study=shared", "search.trials=6"]
     both = [start(*shared, f"output_dir={name}") for name in ("one", "other")]  # as on two machines
     assert [one.end() for one in both] == [0, 0], "".join(one.output for one in both)
-    study = optuna.load_study(study_name="shared", storage=database)
+    study = optuna.load_study(study_name="shared", storage=storage)
     assert [trial.number for trial in study.trials] == list(range(6))
     assert all(trial.state.is_finished() for trial in study.trials)
     workers = {trial.user_attrs["process"] for trial in study.trials}
@@ -278,7 +284,7 @@ def test_two_goals_end_in_their_pareto_front(kdpipe: Callable, teacher: None) ->
             ["search.storage=postgresql://nobody@127.0.0.1:9/none"],
         ),
         (["search.storage=postgresql://a:secret@127.0.0.1:9/none"], ["search.storage=", "PGPASSWORD"]),
-        (["search.storage=nonsense"], ["search.storage=nonsense", "expected sqlite:///FILE"]),
+        (["search.storage=nonsense"], ["search.storage=nonsense", "sqlite:///FILE"]),
         (["search.goals=[latency]"], ["search.goals=[latency]", "[accuracy,latency]"]),
         (["dataset.val_fraction=0"], ["dataset.val_fraction=0"]),
         (["sweep.rerun=true"], ["sweep.rerun=true", "search.study=NAME"]),
