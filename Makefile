@@ -37,7 +37,7 @@ endif
 DEMO := dataset=digits tracking.experiment=demo train.epochs=15
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults teacher student distill sweep compare cost views export predict reproduce sync ui server \
+.PHONY: help setup demo test test-faults teacher student distill sweep compare cost views export predict reproduce sync ui server dashboard \
 	bench bench-methods bench-photos results cache-info cache-clean lint format clean
 
 help:  ## list the targets
@@ -111,6 +111,9 @@ ui: setup  ## show the runs in MLflow: http://127.0.0.1:5000 (make ui PORT=5001)
 	@# Of a folder that was moved; it fails where there are no runs yet.
 	@$(BIN)/python -m kdpipe.sync --output-dir "$(OUTPUTS)" 2>/dev/null || true
 	$(BIN)/mlflow ui --backend-store-uri "$(STORE)" $(LISTEN)
+
+dashboard: setup  ## Optuna's pages on the trials of searches, on this machine alone: http://127.0.0.1:8080
+	$(BIN)/optuna-dashboard "$(or $(call given,search.storage),sqlite:///$(abspath $(OUTPUTS))/search.db)" --host 127.0.0.1
 
 server: setup  ## an MLflow server over PostgreSQL, for many machines (HOST=0.0.0.0 ALLOWED_HOSTS=… DATABASE=…)
 	@mkdir -p $(OUTPUTS)

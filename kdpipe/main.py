@@ -57,7 +57,7 @@ from kdpipe.settings.yaml_files import check_foreign, to_yaml
 from kdpipe.system import interruption
 from kdpipe.system.files import write_atomically
 from kdpipe.system.hardware import Hardware
-from kdpipe.system.interruption import Interrupted, InterruptedJobError
+from kdpipe.system.interruption import Interrupted, InterruptedJobError, StoppedEarlyError
 from kdpipe.system.once import log_once
 from kdpipe.system.optional import optional
 from kdpipe.system.progress import IS_OVER, duration, report, report_file
@@ -76,21 +76,38 @@ warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated
 
 
 class Objective(NamedTuple):
-    """What a search looks at: a metric on the validation images, or on the test images where there are none."""
+    """What a search looks at: a metric on the validation images, or on the test images where there are none.
+
+    Attributes:
+        images: "validation" or "test".
+        run_id: in MLflow; "" in a process that only helps to train.
+    """
 
     value: float
     metric: Metric
-    images: str  # "validation" or "test"
+    images: str
+    run_id: str = ""
 
     def __str__(self) -> str:
         return f"{self.images} {METRICS[self.metric]} {100 * self.value:.2f} %"
 
 
-def run(settings: Settings, folder: Path, invocation: Invocation) -> Objective:
+StopAfter = Callable[[int, dict[str, float]], bool]
+
+
+def _never(epoch: int, metrics: dict[str, float]) -> bool:
+    return False
+
+
+def run(settings: Settings, folder: Path, invocation: Invocation, stop_after: StopAfter = _never) -> Objective:
     """One run: settings → loss → data → teacher → model → optimizer → fit → exam → cost → return.
 
     Args:
         folder: of the run.
+        stop_after: whether to stop after an epoch with these metrics.
+
+    Raises:
+        StoppedEarlyError: it was stopped so, and can be continued.
     """
     check_components(settings)
     hardware = use_hardware(settings)
@@ -114,8 +131,8 @@ def run(settings: Settings, folder: Path, invocation: Invocation) -> Objective:
                 last = settings.train.last_epoch(finished.metrics)
                 settings.train.warn_of_missing_epochs(last, tracker.artifacts(finished.id))
             _show_result(finished.metrics, settings, folder, tracker, finished.id)
-            return _objective(finished.metrics, settings.train.metric)
-        return _lead(settings, parts, tracker, folder, hardware)
+            return _objective(finished.metrics, settings.train.metric, finished.id)
+        return _lead(settings, parts, tracker, folder, hardware, stop_after)
 
 
 def _find_finished(
@@ -128,12 +145,15 @@ def _find_finished(
     return found
 
 
-def _lead(settings: Settings, parts: Parts, tracker: "Tracker", folder: Path, hardware: Hardware) -> Objective:
+def _lead(
+    settings: Settings, parts: Parts, tracker: "Tracker", folder: Path, hardware: Hardware, stop_after: StopAfter
+) -> Objective:
     """Learn, in a run of MLflow."""
     unfinished, start = _find_unfinished(settings, parts, folder)
     tags = run_tags(settings, parts, hardware)
     history = rows_since(folder, start["history"] if start else []) if unfinished else []
     seconds = start["seconds"] if start else 0.0
+    stops: list[int] = []  # the epoch after which the run is to stop
     with tracker.run(settings.run_name, folder, settings.params, tags, unfinished, history, seconds) as current:
         _describe_inputs(settings, current, tracker, parts)
         _show_views(settings, current, parts)
@@ -143,6 +163,8 @@ def _lead(settings: Settings, parts: Parts, tracker: "Tracker", folder: Path, ha
             about = {"tags": parts.tags, "run": current.id, "history": current.rows, "seconds": current.seconds}
             save_checkpoint(folder / CHECKPOINTS, {**about, "training": state})
             current.commit()
+            if stops:
+                raise StoppedEarlyError(stops.pop(), current.id)
 
         def on_epoch(epoch: int, metrics: dict[str, float]) -> None:
             current.log(metrics, step=epoch)
@@ -151,6 +173,8 @@ def _lead(settings: Settings, parts: Parts, tracker: "Tracker", folder: Path, ha
             if epoch in (settings.train.keep_epochs or ()):
                 save_weights(parts.model.network, folder / epoch_file(epoch), parts.data.class_names)
                 current.save(folder / epoch_file(epoch))
+            if stop_after(epoch, metrics):
+                stops.append(epoch)
 
         metrics, exam = _learn(settings, parts, hardware, start["training"] if start else None, on_epoch, keep)
         metrics |= _cost_of(settings, parts, hardware)
@@ -158,7 +182,7 @@ def _lead(settings: Settings, parts: Parts, tracker: "Tracker", folder: Path, ha
             current.save(file)
         current.log(metrics, step=settings.train.last_epoch(metrics))
     _show_result(metrics, settings, folder, tracker, current.id)
-    return _objective(metrics, settings.train.metric)
+    return _objective(metrics, settings.train.metric, current.id)
 
 
 def _follow(
@@ -319,11 +343,11 @@ def _write_results(settings: Settings, parts: Parts, exam: Exam, folder: Path) -
     return files
 
 
-def _objective(metrics: Mapping[str, float], metric: Metric) -> Objective:
+def _objective(metrics: Mapping[str, float], metric: Metric, run_id: str = "") -> Objective:
     validation = metrics.get(f"selected/{metric}")
     if validation is None:
-        return Objective(metrics[f"test/{metric}"], metric, "test")
-    return Objective(validation, metric, "validation")
+        return Objective(metrics[f"test/{metric}"], metric, "test", run_id)
+    return Objective(validation, metric, "validation", run_id)
 
 
 def _show_result(
@@ -357,6 +381,10 @@ def job(config: DictConfig) -> float:
             return _run_composed(config)
         except Exception as error:  # before Hydra logs it in its own way
             _fail(error)
+    if search_job := config.search.job:
+        folder = Path(str(config.output_dir)) / "runs" / search_job.reports
+        with report(report_file(folder, search_job.number), sweep_log.name):
+            return _trial_of_search(config)
     if not (details := config.sweep.job):  # of another sweeper than ours
         return _run_of_sweep(config)
     folder = Path(str(config.output_dir)) / "runs" / details.reports
@@ -371,10 +399,7 @@ def _run_of_sweep(config: DictConfig) -> float:
         interruption.raise_if_interrupted()
         objective = _run_objective(config)
     except Interrupted as stopped:
-        if queue_again := interruption.previous_handler(stopped.number):
-            queue_again(stopped.number, None)  # submitit's, in a job of Slurm
-        if interruption.in_worker() and "SLURM_JOB_ID" not in os.environ:
-            raise InterruptedJobError(f"interrupted by {stopped}") from None
+        _pass_on(stopped)
         raise
     except ClaimedError as error:
         sweep_log.info("left alone, %s", error, extra=IS_OVER)
@@ -384,6 +409,30 @@ def _run_of_sweep(config: DictConfig) -> float:
         raise
     sweep_log.info("%s in %s", objective, duration(time.monotonic() - started), extra=IS_OVER)
     return objective.value
+
+
+def _trial_of_search(config: DictConfig) -> float:
+    """One trial of a search, which trains several runs."""
+    from kdpipe.sweeps.trials import Result, work_on_trial  # imports Optuna
+
+    def train(settings: Settings, invocation: Invocation, stop_after: StopAfter) -> Result:
+        interruption.raise_if_interrupted()
+        objective = run(settings, settings.folder, invocation, stop_after)
+        return Result(objective.value, objective.run_id)
+
+    try:
+        return work_on_trial(read_settings(config, Invocation.of(HydraConfig.get())), train)
+    except Interrupted as stopped:
+        _pass_on(stopped)
+        raise
+
+
+def _pass_on(stopped: Interrupted) -> None:
+    """Let the cluster queue an interrupted job again, and tell the process that started this one."""
+    if queue_again := interruption.previous_handler(stopped.number):
+        queue_again(stopped.number, None)  # submitit's, in a job of Slurm
+    if interruption.in_worker() and "SLURM_JOB_ID" not in os.environ:
+        raise InterruptedJobError(f"interrupted by {stopped}") from None
 
 
 def _run_composed(config: DictConfig) -> float:

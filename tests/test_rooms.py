@@ -25,13 +25,13 @@ ROOMS = {
     "assembly": {"data", "models", "losses", "training", "runs", "tracking", *BOTTOM},
     "compare": {"evaluation", "runs", "tracking", *BOTTOM},
     "export": {"assembly", "data", "evaluation", "models", "runs", "tracking", *BOTTOM},
-    "sweeps": {"assembly", "compare", "runs", "tracking", *BOTTOM},
+    "sweeps": {"assembly", "compare", "evaluation", "runs", "tracking", *BOTTOM},
     "clean": {"runs", "tracking", *BOTTOM},
     "sync": {"runs", "settings", "tracking"},
     "cost": {"assembly", "evaluation", "models", "runs", "tracking", *BOTTOM},
     "views": {"assembly", "evaluation", "runs", *BOTTOM},
     "predict": {"data", "export", "runs", "tracking", *BOTTOM},
-    "main": {"assembly", "evaluation", "models", "runs", "tracking", "training", *BOTTOM},
+    "main": {"assembly", "evaluation", "models", "runs", "sweeps", "tracking", "training", *BOTTOM},
 }
 COMMAND_LINE = {"settings/composition", "settings/overrides", "settings/hydra_errors"}
 LIBRARIES = {  # imported by these files alone

@@ -33,13 +33,13 @@ def claim(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / LOCK)
     try:
         # A lock without a living owner is held for a short recovery.
-        lock.acquire(timeout=0 if _is_alive(_owner(folder)) else RECOVERY_TIMEOUT)
+        lock.acquire(timeout=0 if is_alive(_owner(folder)) else RECOVERY_TIMEOUT)
     except Timeout:
         owner = _owner(folder)
         who = f"process {owner['pid']} on {owner['host']}" if "pid" in owner else "another process"
         raise ClaimedError(f"{who} has this run in progress ({folder})") from None
     try:
-        write_atomically(folder / OWNER, json.dumps(_this_process()).encode())
+        write_atomically(folder / OWNER, json.dumps(this_process()).encode())
         yield
     finally:
         (folder / OWNER).unlink(missing_ok=True)
@@ -66,7 +66,7 @@ def worker_pid(folder: Path) -> int | None:
     """The process id of the child of this process that trains the run; None without one."""
     owner = _owner(folder)
     mine = (owner.get("host"), owner.get("parent")) == (socket.gethostname(), os.getpid())
-    return int(owner["pid"]) if mine and _is_alive(owner) else None
+    return int(owner["pid"]) if mine and is_alive(owner) else None
 
 
 def wait_until_free(folder: Path) -> None:
@@ -76,11 +76,11 @@ def wait_until_free(folder: Path) -> None:
             pass
 
 
-def _this_process() -> dict[str, Any]:
+def this_process() -> dict[str, Any]:
     return {"pid": os.getpid(), "parent": os.getppid(), "host": socket.gethostname()}
 
 
-def _is_alive(owner: dict[str, Any]) -> bool:
+def is_alive(owner: dict[str, Any]) -> bool:
     """Whether a process may be alive; on another machine, always."""
     if not owner:
         return False

@@ -12,6 +12,8 @@ IMAGE_SHAPE = "kdpipe.image_shape"  # of its stored images, such as 3x32x32
 UNLABELLED_IMAGES = "kdpipe.unlabelled_images"  # how many it was trained on
 DUPLICATES = "kdpipe.duplicates"  # images of the test and validation splits that are also in another, in words
 TIMED_ON = "kdpipe.timed_on"  # the hardware of its latencies
+TRIAL = "kdpipe.trial"  # its number in a search
+STATE = "kdpipe.state"  # that of its trial: complete, pruned or failed
 # Of metrics.
 ONE_THREAD = "_1_thread"  # suffix of latencies on one CPU thread
 # MLflow's pages have a section of charts for each prefix, in the order of the alphabet, and one-off numbers would come

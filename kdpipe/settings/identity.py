@@ -28,6 +28,7 @@ PLACES = (
     "evaluation",
     "distillation.cache_max_gb",
     "sweep",
+    "search",
     "chain",  # each link is a run of its own
 )
 # Where some data sets are, which is no place for others that have such a key.

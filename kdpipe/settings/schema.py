@@ -295,6 +295,46 @@ class SweepSettings(Section):
     job: JobSettings | None = None
 
 
+class SearchJob(Section):
+    """What a search passes to each of its jobs, which asks for a trial when it starts.
+
+    Attributes:
+        study: name of its study.
+        sweep: id of the sweep that its runs belong to.
+        parent: id of the sweep's own run in MLflow.
+        teacher: the run or file whose weights teach all trials; "" where none does, or several do.
+        since: when the search was started, in seconds since 1970.
+        number: the job's place among the others, counted from 1.
+        reports: folder among the runs where it reports its progress.
+    """
+
+    study: str
+    sweep: str
+    parent: str
+    teacher: str
+    since: float
+    number: int
+    reports: str
+
+
+class SearchSettings(Section):
+    trials: PositiveInt | None = None
+    sampler: Literal["tpe", "cmaes", "random", "grid"] = "tpe"
+    pruner: Literal["hyperband", "halving", "none"] = "hyperband"
+    seed: NonNegativeInt = 0
+    storage: str | None = None
+    study: Annotated[str, Field(pattern=r"\S", description="a name")] | None = None
+    goals: list[Literal["accuracy", "latency"]] = ["accuracy"]
+    max_latency_ms: Positive | None = None
+    job: SearchJob | None = None
+
+    @model_validator(mode="after")
+    def _begin_with_accuracy(self) -> Self:
+        if self.goals not in (["accuracy"], ["accuracy", "latency"]):
+            raise ConfigError("search.goals", self.goals, "[accuracy] or [accuracy,latency]")
+        return self
+
+
 class TrackingSettings(Section):
     uri: str | None = None
     experiment: Annotated[str, Field(pattern=r"\S", description="a name")] = "kdpipe"
@@ -318,6 +358,7 @@ class Settings(Section):
     evaluation: EvaluationSettings = EvaluationSettings()
     distillation: DistillationSettings = DistillationSettings()
     sweep: SweepSettings = SweepSettings()
+    search: SearchSettings = SearchSettings()
     chain: list[dict[str, Any]] | None = None
     tracking: TrackingSettings = TrackingSettings()
     benchmark: dict[str, Any] | None = None  # what a pair of the benchmark sets for losses that are chosen with it
@@ -405,7 +446,7 @@ class Settings(Section):
     @property
     def params(self) -> dict[str, Any]:
         """The flat settings as MLflow's params, without where the run is logged and which sweep it belongs to."""
-        own = ("tracking.", "sweep.", "chain")
+        own = ("tracking.", "sweep.", "search.", "chain")
         return {key: value for key, value in self.effective.items() if not key.startswith(own)}
 
     @cached_property

@@ -105,7 +105,10 @@ def expand(sweeper: BasicSweeper, arguments: Sequence[str]) -> tuple[Axes, list[
             if twice := [text for n, text in enumerate(axes[key]) if values[n] in values[:n]]:
                 raise ConfigError(key, twice[0], "each value once", "it is in the grid twice")
         elif override.is_sweep_override():
-            raise ConfigError(str(override.input_line), expected=f"a list, {key}=1,2 or {key}=range(1,3)")
+            raise ConfigError(
+                str(override.input_line),
+                expected=f"a list, {key}=1,2 or {key}=range(1,3), or search.trials=40 to search in it",
+            )
     return axes, sweeper.split_arguments(overrides, None)[0]
 
 

@@ -4,7 +4,8 @@ parent run in MLflow that holds the comparison."""
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,7 +147,8 @@ def run_sweep(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
             tracker.set_tag(sweep.parent, "kdpipe.links", str(len(links)))
         failed, left_out = train_links(sweep, planned)
         if first.sweep.confirm_seeds and not failed:
-            confirming = plan_confirmation(sweep, planned)
+            last_seed = max(run.settings.seed for run in planned)
+            confirming = plan_confirmation(sweep, lambda ids: cell_of_runs(sweep, planned, ids), last_seed)
             failed = train_missing(sweep, confirming)
             total += len(confirming)
         summarise(sweep)
@@ -278,7 +280,7 @@ def check_confirmation(sweep: Sweep, planned: Sequence[PlannedRun]) -> None:
     distilled = [run for run in planned if run.tags["kdpipe.stage"] == "distill"]
     if not distilled:
         raise ConfigError(key, number, "0", "the grid has no distilled student to confirm")
-    for overrides in dict.fromkeys(tuple(alone(run)) for run in distilled):
+    for overrides in dict.fromkeys(tuple(alone(run.cell)) for run in distilled):
         try:
             check_components(compose_cell(sweep.sweeper, overrides).settings)
         except Exception as error:
@@ -287,23 +289,34 @@ def check_confirmation(sweep: Sweep, planned: Sequence[PlannedRun]) -> None:
             ) from error
 
 
-def alone(run: PlannedRun) -> list[str]:
+def alone(cell: GridCell) -> list[str]:
     """The overrides of the same student on the labels alone, but for its seed."""
-    kept = _without(run.overrides, "seed", "loss.alpha", "loss@also")
+    kept = _without(cell.overrides, "seed", "loss.alpha", "loss@also")
     kept = [override for override in kept if not override.lstrip("+").startswith("also.")]
-    no_other = ["~loss@also"] if run.settings.also else []
-    if run.settings.loss.blends:
+    no_other = ["~loss@also"] if cell.settings.also else []
+    if cell.settings.loss.blends:
         return [*kept, "loss.alpha=0", *no_other]
     kept = [override for override in _without(kept, "loss") if not is_of_method(override)]
     return [*kept, "loss=cross_entropy", *no_other]
 
 
-def plan_confirmation(sweep: Sweep, planned: Sequence[PlannedRun]) -> list[PlannedRun]:
-    """The best cell of each data set and budget, chosen on the runs so far, and its student alone, on new seeds."""
+def cell_of_runs(sweep: Sweep, planned: Sequence[PlannedRun], run_ids: AbstractSet[str]) -> GridCell:
+    """The cell that one of some runs in MLflow belongs to."""
+    return next(run.cell for run in planned if sweep.finished[run.identity].id in run_ids)
+
+
+def plan_confirmation(
+    sweep: Sweep, cell_of: Callable[[AbstractSet[str]], GridCell], last_seed: int
+) -> list[PlannedRun]:
+    """The best cell of each data set and budget, chosen on the runs so far, and its student alone, on new seeds.
+
+    Args:
+        cell_of: finds the cell of one of some runs, by their ids.
+        last_seed: of the runs so far.
+    """
     from kdpipe.compare.loading import compare_sweep
 
-    first = 1 + max(run.settings.seed for run in planned)
-    numbers = [str(seed) for seed in range(first, first + sweep.settings.sweep.confirm_seeds)]
+    numbers = [str(last_seed + 1 + seed) for seed in range(sweep.settings.sweep.confirm_seeds)]
     seeds = [f"seed={number}" for number in numbers]
     # Seeds that were confirmed before stay out of the choice, however few are asked for now.
     parent = sweep.tracker.get_run(sweep.parent)
@@ -312,8 +325,7 @@ def plan_confirmation(sweep: Sweep, planned: Sequence[PlannedRun]) -> list[Plann
     grid: list[list[str]] = []
     for comparison in compare_sweep(sweep.tracker, sweep.id):
         if comparison.best:
-            ids = {run.id for run in comparison.best.cell.runs.values()}
-            chosen = next(run for run in planned if sweep.finished[run.identity].id in ids)
+            chosen = cell_of({run.id for run in comparison.best.cell.runs.values()})
             log.info("best is %s: it and the student alone on seeds %s", comparison.best.cell.title, ", ".join(numbers))
             grid += [[*alone(chosen), seed] for seed in seeds]
             grid += [[*_without(chosen.overrides, "seed"), seed] for seed in seeds]

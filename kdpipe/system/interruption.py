@@ -32,6 +32,22 @@ class InterruptedJobError(Exception):
     """A worker of a sweep was interrupted: Interrupted as the process that started the worker sees it."""
 
 
+class StoppedEarlyError(Exception):
+    """A run was stopped by who started it; it can be continued.
+
+    Attributes:
+        epoch: the last one.
+        run_id: of the run in MLflow.
+    """
+
+    def __init__(self, epoch: int, run_id: str) -> None:
+        super().__init__(epoch, run_id)
+        self.epoch, self.run_id = epoch, run_id
+
+    def __str__(self) -> str:
+        return f"after epoch {self.epoch}"
+
+
 class _State:
     """Of this process."""
 

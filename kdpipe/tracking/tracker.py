@@ -38,7 +38,7 @@ from kdpipe.runs.store_address import describe_error, is_server
 from kdpipe.settings.addresses import WEIGHTS
 from kdpipe.settings.errors import ConfigError, flat
 from kdpipe.settings.identity import what_matters
-from kdpipe.system.interruption import postponed
+from kdpipe.system.interruption import StoppedEarlyError, postponed
 from kdpipe.tracking.delivery import (
     STOP_TIMEOUT,
     ActiveRun,
@@ -443,7 +443,7 @@ def _in_sweep(sweep_id: str) -> str:
 
 def status_after(error: BaseException) -> tuple[str, str]:
     """KILLED or FAILED, and the reason."""
-    status = KILLED if isinstance(error, KeyboardInterrupt | SystemExit) else FAILED
+    status = KILLED if isinstance(error, KeyboardInterrupt | SystemExit | StoppedEarlyError) else FAILED
     reason = flat(str(error)) or "interrupted"
     return status, f"{type(error).__name__}: {reason}"[:MAX_PARAM_LENGTH]
 
