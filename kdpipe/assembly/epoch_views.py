@@ -5,15 +5,17 @@ from torch import Tensor
 
 from kdpipe.assembly.building import build
 from kdpipe.data import ImageDataset
-from kdpipe.data.augmentation import Augmentation, CropFlip, Views, number_of_draws
+from kdpipe.data.augmentation import Augmentation, Flip, RandomResizedCrop, Views, number_of_draws, steps_of
 from kdpipe.data.mixing import Mixing
 from kdpipe.settings.errors import ConfigError, first_line
 from kdpipe.settings.identity import canonical
 from kdpipe.settings.schema import AnswersSettings, Settings
 from kdpipe.system.once import warn_once
+from kdpipe.system.padding import each_photo, is_padded
 from kdpipe.training.loop import epoch_order
 
 SHOWN = 16  # images in the picture of views
+AUGMENTATIONS = "kdpipe.data.augmentation"
 
 
 def build_augmentation(settings: Settings) -> Augmentation | None:
@@ -37,8 +39,21 @@ def check_augmentation(settings: Settings, data: ImageDataset) -> None:
     except Exception as error:  # made for other arguments, or with a mistake
         problem = f"it cannot augment images ({first_line(error)})"
         raise ConfigError("augmentation._target_", target, expected, problem) from error
-    if not isinstance(views, torch.Tensor) or (views.shape, views.dtype) != (images.shape, images.dtype):
+    if not isinstance(views, torch.Tensor) or (views.shape, views.dtype) != (
+        _shape_of_views(augment, images),
+        images.dtype,
+    ):
         raise ConfigError("augmentation._target_", target, f"{expected} that returns such images")
+
+
+def _shape_of_views(augment: Augmentation, images: Tensor) -> torch.Size:
+    """That of the images, but for what is cropped to another size."""
+    shape = images.shape
+    for step in steps_of(augment):
+        if isinstance(step, RandomResizedCrop) and step.size:
+            channels = 3 if is_padded(images) else shape[1]
+            shape = torch.Size([len(images), channels, step.size, step.size])
+    return shape
 
 
 def build_views(settings: Settings, data: ImageDataset) -> Views | None:
@@ -52,9 +67,9 @@ def build_views(settings: Settings, data: ImageDataset) -> Views | None:
     return Views(augment, described, len(data.labels), settings.seed, number)
 
 
-def first_views(settings: Settings, data: ImageDataset) -> tuple[Tensor, Tensor]:
-    """The first images of the first batch, as they are stored and as the first epoch sees them: uint8 [n, C, H, W],
-    up to SHOWN of each."""
+def first_views(settings: Settings, data: ImageDataset) -> tuple[list[Tensor], list[Tensor]]:
+    """The first images of the first batch, as they are stored and as the first epoch sees them: uint8 [C, H, W] each,
+    up to SHOWN of both."""
     order = epoch_order(data, settings.seed, 1, settings.dataset.sampler == "balanced")
     batch = order[: settings.train.batch_size]
     stored = images = data.images[batch]
@@ -63,7 +78,11 @@ def first_views(settings: Settings, data: ImageDataset) -> tuple[Tensor, Tensor]
     if mixing := build_mixing(settings, data):
         mixed, _ = mixing(images, data.labels[batch], 1, 0)
         images = mixed.round().to(torch.uint8)
-    return stored[:SHOWN], images[:SHOWN]
+    of_one, seen = (
+        each_photo(some[:SHOWN]) if data.keeps_shapes and is_padded(some) else list(some[:SHOWN])
+        for some in (stored, images)
+    )
+    return of_one, seen
 
 
 def build_mixing(settings: Settings, data: ImageDataset) -> Mixing | None:
@@ -93,11 +112,16 @@ def _check_sizes(settings: Settings) -> None:
     if settings.dataset.resize != "keep":
         return
     problem = "it needs images of one size, and dataset.resize=keep keeps the shapes of photos"
-    if isinstance(build_augmentation(settings), CropFlip):
-        raise ConfigError("augmentation", "crop_flip", "none, or dataset.resize=crop", problem)
+    remedy = "random_resized_crop first, which makes them so, or dataset.resize=crop"
+    for step in steps_of(build_augmentation(settings) or Flip()):
+        if isinstance(step, RandomResizedCrop):
+            return
+        is_ours = type(step).__module__.startswith(AUGMENTATIONS)
+        if is_ours and not isinstance(step, Flip):
+            raise ConfigError("augmentation", type(step).__name__, remedy, problem)
     for name in ("mixup", "cutmix"):
         if (value := getattr(settings.train, name)) is not None:
-            raise ConfigError(f"train.{name}", value, "null, or dataset.resize=crop", problem)
+            raise ConfigError(f"train.{name}", value, f"null, augmentation={remedy}", problem)
 
 
 def _check_views_of_answers(settings: Settings, has_views: bool) -> None:

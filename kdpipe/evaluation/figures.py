@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -107,13 +108,12 @@ def draw_differing(images: Sequence[Tensor], captions: Sequence[Sequence[str]]) 
     return figure
 
 
-def draw_views(stored: Tensor, seen: Tensor) -> Figure:
-    """Images as they are stored, uint8 [n, C, H, W], each beside what training sees of it, of the same shape."""
+def draw_views(stored: Sequence[Tensor], seen: Sequence[Tensor]) -> Figure:
+    """Images as they are stored, uint8 [C, H, W] each, beside what training sees of them."""
     columns = min(4, len(stored))
     rows = -(-len(stored) // columns)
-    gap = stored.new_full((*stored.shape[:3], max(stored.shape[3] // 16, 1)), 255)
-    pairs = torch.cat([stored, gap, seen], dim=3).permute(0, 2, 3, 1)
-    height = 2.6 * pairs.shape[1] / pairs.shape[2]
+    pairs = [_side_by_side(*pair) for pair in zip(stored, seen, strict=True)]
+    height = 2.6 * max(pair.shape[0] / pair.shape[1] for pair in pairs)
     figure = Figure(figsize=(2.8 * columns, (height + 0.2) * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes:
@@ -122,6 +122,14 @@ def draw_views(stored: Tensor, seen: Tensor) -> Figure:
         axis.imshow(pair if pair.shape[2] == 3 else pair[:, :, 0], cmap="gray", vmin=0, vmax=255)
     figure.suptitle("the first batch: each image as stored (left) and as epoch 1 sees it (right)", fontsize=11)
     return figure
+
+
+def _side_by_side(left: Tensor, right: Tensor) -> Tensor:
+    """Two images with white between them, uint8 [H, W, C]."""
+    height = max(left.shape[1], right.shape[1])
+    gap = left.new_full((left.shape[0], height, max(left.shape[2] // 16, 1)), 255)
+    whole = [F.pad(image, (0, 0, 0, height - image.shape[1]), value=255) for image in (left, right)]
+    return torch.cat([whole[0], gap, whole[1]], dim=2).permute(1, 2, 0)
 
 
 def _short(name: str) -> str:

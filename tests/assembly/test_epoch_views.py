@@ -146,7 +146,7 @@ def test_the_picture_shows_the_first_batch_as_the_network_sees_it(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(InterruptedError):
         fit_for_test(model, digits, CrossEntropy(), optimizer, epochs=1, views=replace(plan, augment=keep), seed=3)
-    assert torch.equal(kept[0][:16], stored) and torch.equal(kept[1][:16], seen)
+    assert torch.equal(kept[0][:16], torch.stack(stored)) and torch.equal(kept[1][:16], torch.stack(seen))
     assert not torch.equal(stored, seen)
 
 

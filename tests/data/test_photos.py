@@ -13,9 +13,10 @@ from PIL import Image
 
 from kdpipe.assembly.datasets import build_unlabelled
 from kdpipe.data import ImageDataset
+from kdpipe.data.augmentation import Flip, RandomResizedCrop
 from kdpipe.data.photos import Photos, PhotoWriter, kept
 from kdpipe.settings.composition import compose_settings
-from kdpipe.system.padding import each_photo
+from kdpipe.system.padding import each_photo, padded
 
 KEEP = ["dataset.resize=keep", "dataset.image_size=24", "dataset.test_fraction=0.2"]
 Read = Callable[..., ImageDataset]
@@ -158,3 +159,35 @@ def test_photos_are_written_in_any_order(photo: Callable) -> None:
     stored = Photos(torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8), writer.table())
     assert [tuple(pixels.shape) for pixels in stored] == [(3, 3, 5), (3, 3, 6), (3, 3, 7)]
     np.testing.assert_array_equal(next(iter(stored.at([2]))).transpose(1, 2, 0), np.asarray(photo(0, 2, (7, 3))))
+
+
+def test_a_resized_crop_sees_each_photo_as_if_it_were_alone() -> None:
+    torch.manual_seed(0)
+    photos = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in ((20, 30), (40, 12), (5, 5), (1, 9))]
+    crop, batch = RandomResizedCrop(size=16), padded(photos)
+    draws = torch.rand(len(photos), crop.draws)
+    views = crop(batch, draws)
+    assert views.shape == (len(photos), 3, 16, 16)
+    for number, photo in enumerate(photos):
+        assert torch.equal(views[number], crop(photo[None], draws[number : number + 1])[0])
+    # A flipped photo is at the right, and its crop a crop of it.
+    mirrored = Flip(horizontal=1)(batch, torch.zeros(len(photos), 2))
+    for number, photo in enumerate(photos):
+        assert torch.equal(crop(mirrored, draws)[number], crop(photo.flip(2)[None], draws[number : number + 1])[0])
+
+
+@pytest.mark.parametrize(
+    "steps", ["[{random_resized_crop:{size:16}},trivial_augment]", "[flip,{random_resized_crop:{size:16}}]"]
+)
+def test_photos_of_any_shape_are_cropped_mixed_and_shown(kdpipe: Callable, odd_folders: Path, steps: str) -> None:
+    photos = [
+        "experiment=student",
+        "dataset=image_folder",
+        f"dataset.root={odd_folders}",
+        *KEEP,
+        "train.show_views=true",
+    ]
+    network = ["model=resnet20", "model.depth=8", "train.epochs=1", "train.batch_size=10", "train.mixup=0.2"]
+    outcome = kdpipe(*photos, *network, "augmentation=pipeline", f"augmentation.steps={steps}")
+    assert outcome.status == 0, outcome.errors
+    assert list(Path("outputs/runs").glob("*/views.png"))

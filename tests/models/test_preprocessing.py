@@ -178,7 +178,12 @@ def test_a_network_at_another_size_than_its_library_s_keeps_the_border(composed:
         ("model.crop_pct=0", "model.crop_pct=0: expected a number above 0"),
         ("model.crop_pct=1.1", "model.crop_pct=1.1: expected a number above 0"),
         ("dataset.resize=pad", "dataset.resize=pad: expected one of squeeze, crop, keep"),
-        ("augmentation=crop_flip dataset.resize=keep", "augmentation=crop_flip: it needs images of one size, and"),
+        ("augmentation=crop_flip dataset.resize=keep", "augmentation=CropFlip: it needs images of one size, and"),
+        ("augmentation=trivial_augment dataset.resize=keep", "augmentation=TrivialAugment: it needs images of one"),
+        (
+            "augmentation=random_resized_crop dataset.resize=keep",
+            "augmentation.size=null: photos of several sizes become images of one; expected pixels",
+        ),
         (
             "train.mixup=0.2 dataset.resize=keep",
             "train.mixup=0.2: it needs images of one size, and dataset.resize=keep",

@@ -7,7 +7,7 @@ random numbers of each image, and returns such images. A view depends on the see
 
 from kdpipe.data.augmentation.colour import ColorJitter
 from kdpipe.data.augmentation.cropping import CropFlip, Flip, RandomResizedCrop
-from kdpipe.data.augmentation.drawn import DRAWS, Augmentation, Views, no_augmentation, number_of_draws
+from kdpipe.data.augmentation.drawn import DRAWS, Augmentation, Views, no_augmentation, number_of_draws, steps_of
 from kdpipe.data.augmentation.erasing import RandomErasing
 from kdpipe.data.augmentation.pipeline import Pipeline
 from kdpipe.data.augmentation.policies import RandAugment, TrivialAugment

@@ -9,7 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from kdpipe.settings.errors import ConfigError
-from kdpipe.settings.values import Interpolation, Positive, PositiveShare, Share, checked
+from kdpipe.settings.values import Interpolation, Positive, PositiveInt, PositiveShare, Share, checked
+from kdpipe.system.padding import boxes, is_padded
 
 TRIES = 10  # of torchvision, to find a box that fits
 BOX_DRAWS = 2 * TRIES + 2
@@ -66,10 +67,12 @@ class Flip:
 
 
 class RandomResizedCrop:
-    """Crop a box of a random area and shape and resize it to the image's own size (Szegedy et al. 2015,
+    """Crop a box of a random area and shape and resize it to one size (Szegedy et al. 2015,
     https://arxiv.org/abs/1409.4842), as torchvision does: antialiased, and the centre where none of 10 boxes fits.
+    Of photos of several sizes (`system.padding`) it makes images of one size.
 
     Args:
+        size: height and width of the views in pixels; None for those of the images, if they have one size.
         scale: the smallest and the largest area, as a share of the image's.
         ratio: the smallest and the largest width divided by height.
     """
@@ -82,15 +85,24 @@ class RandomResizedCrop:
         scale: AreaRange = [0.08, 1.0],  # noqa: B006
         ratio: RatioRange = [3 / 4, 4 / 3],  # noqa: B006
         interpolation: Interpolation = "bilinear",
+        size: PositiveInt | None = None,
     ) -> None:
         check_order(scale=scale, ratio=ratio)
+        self.size = size
         self.scale, self.ratio, self.interpolation = scale, ratio, interpolation
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         count, _, height, width = images.shape
-        heights, widths = (torch.full((count,), side, device=images.device) for side in (height, width))
-        box = boxes_to_resize(draws, heights, widths, self.scale, self.ratio)
-        return resized(images, box, (height, width), self.interpolation)
+        size = (self.size or height, self.size or width)
+        if not is_padded(images):
+            heights, widths = (torch.full((count,), side, device=images.device) for side in (height, width))
+            box = boxes_to_resize(draws, heights, widths, self.scale, self.ratio)
+            return resized(images, box, size, self.interpolation)
+        if self.size is None:
+            raise ConfigError("size", None, "pixels, such as 224", "photos of several sizes become images of one")
+        first_row, first_column, heights, widths = boxes(images).unbind(dim=1)
+        top, left, tall, wide = boxes_to_resize(draws, heights, widths, self.scale, self.ratio)
+        return resized(images[:, :3], (first_row + top, first_column + left, tall, wide), size, self.interpolation)
 
 
 def check_order(**ranges: list[float]) -> None:
