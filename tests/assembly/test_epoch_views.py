@@ -132,7 +132,7 @@ def test_the_picture_shows_the_first_batch_as_the_network_sees_it(
     composed: Callable[..., Settings], digits: ImageDataset
 ) -> None:
     settings = composed(PIPELINE, "train.batch_size=50", "seed=3")
-    stored, seen = first_views(settings, digits)
+    stored, seen = map(torch.stack, first_views(settings, digits))
     kept = []
     plan = build_views(settings, digits)
     assert plan and number_of_draws(plan.augment) == plan.draws(1).shape[1]
@@ -146,7 +146,7 @@ def test_the_picture_shows_the_first_batch_as_the_network_sees_it(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(InterruptedError):
         fit_for_test(model, digits, CrossEntropy(), optimizer, epochs=1, views=replace(plan, augment=keep), seed=3)
-    assert torch.equal(kept[0][:16], torch.stack(stored)) and torch.equal(kept[1][:16], torch.stack(seen))
+    assert torch.equal(kept[0][:16], stored) and torch.equal(kept[1][:16], seen)
     assert not torch.equal(stored, seen)
 
 
