@@ -413,12 +413,12 @@ def _run_of_sweep(config: DictConfig) -> float:
 
 def _trial_of_search(config: DictConfig) -> float:
     """One trial of a search, which trains several runs."""
-    from kdpipe.sweeps.trials import Result, work_on_trial  # imports Optuna
+    from kdpipe.sweeps.trials import SeedResult, work_on_trial  # imports Optuna
 
-    def train(settings: Settings, invocation: Invocation, stop_after: StopAfter) -> Result:
+    def train(settings: Settings, invocation: Invocation, stop_after: StopAfter) -> SeedResult:
         interruption.raise_if_interrupted()
         objective = run(settings, settings.folder, invocation, stop_after)
-        return Result(objective.value, objective.run_id)
+        return SeedResult(objective.value, objective.run_id)
 
     try:
         return work_on_trial(read_settings(config, Invocation.of(HydraConfig.get())), train)

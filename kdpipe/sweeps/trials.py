@@ -41,7 +41,7 @@ STATES = {COMPLETE: TrialState.COMPLETE, PRUNED: TrialState.PRUNED, FAILED: Tria
 StopAfter = Callable[[int, dict[str, float]], bool]  # whether to stop after an epoch with these metrics
 
 
-class Result(NamedTuple):
+class SeedResult(NamedTuple):
     """What a run came to: its metric, and its id in MLflow."""
 
     value: float
@@ -49,7 +49,7 @@ class Result(NamedTuple):
 
 
 # A run of these settings, which stops where it is told to, with StoppedEarlyError.
-Run = Callable[[Settings, Invocation, StopAfter], Result]
+Run = Callable[[Settings, Invocation, StopAfter], SeedResult]
 
 
 def compose_here(words: Sequence[str]) -> tuple[Settings, Invocation]:

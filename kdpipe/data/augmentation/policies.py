@@ -27,7 +27,7 @@ GridInterpolation = Literal["nearest", "bilinear"]
 
 
 @dataclass(frozen=True)
-class Space:
+class Strengths:
     """How strong each operation may become: shears as a slope, translations in pixels for an image of some height and
     width, rotations in degrees, factors of colour around 1, and the fewest bits that posterizing leaves."""
 
@@ -38,8 +38,8 @@ class Space:
     fewest_bits: int
 
 
-WIDE = Space(0.99, lambda height, width: (32, 32), 135, 0.99, 2)
-RAND = Space(0.3, lambda height, width: (150 / 331 * height, 150 / 331 * width), 30, 0.9, 4)
+WIDE = Strengths(0.99, lambda height, width: (32, 32), 135, 0.99, 2)
+RAND = Strengths(0.3, lambda height, width: (150 / 331 * height, 150 / 331 * width), 30, 0.9, 4)
 
 
 class TrivialAugment:
@@ -92,7 +92,7 @@ def operated(
     operation: Tensor,
     strength: Tensor,
     negative: Tensor,
-    space: Space,
+    space: Strengths,
     interpolation: GridInterpolation,
 ) -> Tensor:
     """Images, uint8 [N, C, H, W], each after its own operation.
@@ -127,7 +127,7 @@ def operated(
     return views
 
 
-def _strengths(space: Space, height: int, width: int) -> dict[str, Tensor]:
+def _strengths(space: Strengths, height: int, width: int) -> dict[str, Tensor]:
     """The strengths of each operation that has some, [BINS], in single precision as torchvision's."""
     rows, columns = space.translate(height, width)
     bits = 8 - (torch.arange(BINS) / ((BINS - 1) / (8 - space.fewest_bits))).round()
