@@ -199,7 +199,7 @@ def fit(
     training = Training(student_of_loss, loss, made, schedule, hardware, learner, ema)
     recipe = Recipe(epochs, batch_size, seed, teacher=frozen if loss.uses_teacher else None, clip_norm=clip_norm)
     metrics = _train(training, data, replace(recipe, select=select))  # type: ignore[arg-type]
-    return learner.network, metrics | examine(learner, data, hardware).metrics()
+    return learner.module, metrics | examine(learner, data, hardware).metrics()
 
 
 def _train(training: Training, data: ImageDataset, recipe: Recipe) -> dict[str, float]:
@@ -252,28 +252,33 @@ class _Named(nn.Module):
 
     def __init__(self, network: nn.Module, stages: Sequence[str], embedding: str | None) -> None:
         super().__init__()
-        self.network = network
+        self.module = network
         known = dict(network.named_modules())
         for key, names in (("stages", stages), ("embedding", [embedding] if embedding else [])):
             if missing := [name for name in names if name not in known]:
                 raise ConfigError(key, missing[0], "the name of a submodule of named_modules()")
         own: dict[str, Any] = dict(getattr(network, "roles", {}))
         self.roles = {
-            key: [f"network.{name}" for name in value] if isinstance(value, list | tuple) else f"network.{value}"
+            key: [f"module.{name}" for name in value] if isinstance(value, list | tuple) else f"module.{value}"
             for key, value in own.items()
             if key != "layout"
         }
         if stages:
-            self.roles |= {"stages": [f"network.{name}" for name in stages]}
+            self.roles |= {"stages": [f"module.{name}" for name in stages]}
             self.roles.pop("preactivations", None)
         if embedding:
-            self.roles["embedding"] = f"network.{embedding}"
+            self.roles["embedding"] = f"module.{embedding}"
         elif "embedding" not in self.roles and hasattr(network, "head_name"):
-            self.roles["embedding"] = f"network.{network.head_name}"
+            self.roles["embedding"] = f"module.{network.head_name}"
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.network(images)
+        logits: Tensor = self.module(images)
         return logits
+
+    @property
+    def network(self) -> nn.Module:
+        """Itself: where the submodules of its roles are."""
+        return self
 
 
 def _made(student: Student, seed: int) -> nn.Module:

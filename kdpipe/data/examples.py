@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from kdpipe.data.dataset import ImageDataset
 from kdpipe.settings.errors import ConfigError
@@ -109,6 +109,9 @@ def _part(split: str, given: Any) -> Any:
     """A map-style data set of a split."""
     if isinstance(given, DataLoader):
         given = given.dataset
+    if type(given) is TensorDataset and len(given.tensors) == 2:
+        images, labels = given.tensors
+        given = _Pairs(images, labels.long())
     if hasattr(given, "__getitem__") and hasattr(given, "__len__") and not isinstance(given, list | tuple):
         if len(given) == 0:
             raise ConfigError(split, expected="at least one image")
