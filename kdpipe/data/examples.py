@@ -59,7 +59,7 @@ class Examples:
     def _image(self, position: int) -> Tensor:
         part = int(np.searchsorted(self._starts, position, side="right")) - 1
         seed = derive_seed(self._seed, f"view/{self.epoch if part == 0 else 0}/{position}")
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed also prepares GPUs, which takes a millisecond
         random.seed(seed)
         np.random.seed(seed % 2**32)
         image = self._parts[part][position - int(self._starts[part])][0]
