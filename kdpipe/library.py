@@ -183,8 +183,7 @@ def fit(
     Raises:
         ConfigError: a value that cannot be used, before anything is trained.
     """
-    if epochs < 1:
-        raise ConfigError("epochs", epochs, "at least 1")
+    _check(epochs, batch_size, select, ema, has_validation=validation_data is not None)
     hardware = _hardware(device, precision)
     splits = {"train": train_data, "validation": validation_data, "test": test_data}
     data = examples({name: given for name, given in splits.items() if given is not None}, seed)
@@ -200,6 +199,21 @@ def fit(
     recipe = Recipe(epochs, batch_size, seed, teacher=frozen if loss.uses_teacher else None, clip_norm=clip_norm)
     metrics = _train(training, data, replace(recipe, select=select))  # type: ignore[arg-type]
     return learner.module, metrics | examine(learner, data, hardware).metrics()
+
+
+def _check(epochs: int, batch_size: int, select: str, ema: float | None, has_validation: bool) -> None:
+    """Raise ConfigError for values that cannot be used, or not together."""
+    for key, value in (("epochs", epochs), ("batch_size", batch_size)):
+        if value < 1:
+            raise ConfigError(key, value, "at least 1")
+    if ema is not None and not 0 < ema < 1:
+        raise ConfigError("ema", ema, "None or a number above 0 below 1")
+    if select not in ("last", "best", "ema"):
+        raise ConfigError("select", select, "last, best or ema")
+    if select == "best" and not has_validation:
+        raise ConfigError("select", select, "last", "the best weights are chosen on validation_data")
+    if select == "ema" and ema is None:
+        raise ConfigError("select", select, "last, or ema=0.999 as well")
 
 
 def _train(training: Training, data: ImageDataset, recipe: Recipe) -> dict[str, float]:

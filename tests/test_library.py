@@ -144,6 +144,11 @@ def test_a_loader_and_batches_are_the_same_data(data: tuple) -> None:
     ("words", "said"),
     [
         ({"epochs": 0}, "epochs=0: expected at least 1"),
+        ({"batch_size": 0}, "batch_size=0: expected at least 1"),
+        ({"select": "first"}, "select=first: expected last, best or ema"),
+        ({"select": "ema"}, "select=ema: expected last, or ema=0.999"),
+        ({"ema": 1.0}, "ema=1: expected None or a number above 0 below 1"),
+        ({"stages": ["third"]}, "stages=third: expected the name of a submodule"),
         ({"device": "tpu"}, "device=tpu: expected auto or one of cpu"),
         ({"precision": "half"}, "precision=half: expected float32, bfloat16 or float16"),
         ({"loss": KD(0.5, 4)}, "teacher=null: expected a network: KD learns from one"),
@@ -153,6 +158,20 @@ def test_bad_values_are_named_before_training(data: tuple, words: dict, said: st
     with pytest.raises(ConfigError) as raised:
         fit(Small, *data, **words)
     assert str(raised.value).startswith(said)
+
+
+def test_the_best_or_the_averaged_weights_are_returned_where_they_are_wanted(data: tuple) -> None:
+    chosen = {
+        name: fit(Small, *data, epochs=3, batch_size=32, ema=0.9, select=name) for name in ("last", "best", "ema")
+    }
+    for name, (network, metrics) in chosen.items():
+        assert (
+            evaluate(network, data[2])["accuracy"]
+            == metrics["test/accuracy"]
+            == (chosen["last"][1].get(f"test/accuracy_{name}", metrics["test/accuracy"]))
+        )
+    with pytest.raises(ConfigError, match="select=best: the best weights are chosen on validation_data"):
+        fit(Small, data[0], None, data[2], select="best")
 
 
 def test_a_network_of_a_run_is_loaded_with_its_preprocessing(taught: Taught) -> None:
