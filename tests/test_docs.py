@@ -131,7 +131,7 @@ def test_pages_have_every_loss_and_augmentation_in_a_table() -> None:
 def test_the_readme_counts_the_methods_and_quotes_a_verdict() -> None:
     methods = {file.stem for file in generated_pages.options("loss")} - {"cross_entropy", "label_smoothing", "bce"}
     assert set(re.findall(r"(\d+) (?:distillation )?methods, ", PAGES["README.md"])) == {str(len(methods))}
-    (verdict,) = re.findall(r"^verdict: .*$", PAGES["README.md"], re.MULTILINE)
+    (verdict,) = re.findall(r"^> (verdict: .*)$", PAGES["README.md"], re.MULTILINE)
     assert verdict in PAGES["docs/results/README.md"]
 
 
