@@ -38,7 +38,7 @@ DEMO := dataset=digits tracking.experiment=demo train.epochs=15
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-faults teacher student distill sweep compare cost views export predict reproduce sync ui server dashboard \
-	bench bench-methods bench-photos results cache-info cache-clean lint format clean
+	bench bench-methods bench-photos results docs docs-serve cache-info cache-clean lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -143,6 +143,12 @@ bench-photos: setup  ## speed from JPEG files compared with torchvision's loop (
 
 results: setup  ## make the tables and pictures of docs/results from the runs beside them
 	$(BIN)/python benchmarks/results.py
+
+docs: setup  ## build the documentation into site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-serve: setup  ## show it, and what changes in it, on http://127.0.0.1:8000
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --dev-addr 127.0.0.1:8000
 
 cache-info: setup  ## list cached images, teachers' outputs and features
 	@$(BIN)/python -m kdpipe.clean --caches --output-dir "$(OUTPUTS)"
