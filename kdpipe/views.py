@@ -28,7 +28,7 @@ def write_views(arguments: argparse.Namespace) -> str:
     """
     # These imports take seconds.
     from kdpipe.assembly.datasets import check_dataset
-    from kdpipe.assembly.epoch_views import first_views
+    from kdpipe.assembly.epoch_views import check_outputs, first_views
     from kdpipe.assembly.parts import build_checked_data
     from kdpipe.evaluation.figures import as_png, draw_views
     from kdpipe.settings.composition import compose_settings, register_resolvers
@@ -41,6 +41,7 @@ def write_views(arguments: argparse.Namespace) -> str:
     except Exception as error:
         raise ValueError(explain(error)) from error
     check_dataset(settings.dataset)
+    check_outputs(settings)
     stored, seen = first_views(settings, build_checked_data(settings))
     write_atomically(arguments.out, as_png(draw_views(stored, seen)))
     return f"{arguments.out}: {len(seen)} images of {settings.dataset.name}, seed {settings.seed}"

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from kdpipe.compare.records import RunSource
 from kdpipe.settings.errors import ConfigError
-from kdpipe.settings.metric_names import LAST_EPOCH, METRICS, Select
+from kdpipe.settings.metric_names import LAST_EPOCH, METRICS, Select, ending
 from kdpipe.tracking import RunRecord
 
 # With these, the first epochs are the same however many follow.
@@ -87,8 +87,7 @@ class OtherWeights:
         if last > epochs or (last < epochs and record.params.get("scheduler._target_") not in SAME_FROM_THE_START):
             return None
         chosen_by = record.params.get("train.metric", "accuracy")
-        averaged = "_ema" if select == "ema" else ""
-        validated = {name: dict(self.history(record.id, f"val/{name}{averaged}")) for name in METRICS}
+        validated = {name: dict(self.history(record.id, f"val/{name}{ending(select)}")) for name in METRICS}
         choice = validated[chosen_by]
         epoch = max(choice, key=choice.__getitem__, default=None) if select == "best" else last  # the first best
         if epoch is None:
@@ -98,7 +97,7 @@ class OtherWeights:
         tested = {
             f"test/{name}": record.metrics.get(f"test/{name}{suffix}")
             if last == epochs
-            else dict(self._source.history(record.id, f"test/{name}{averaged}")).get(epoch)
+            else dict(self._source.history(record.id, f"test/{name}{ending(select)}")).get(epoch)
             for name in METRICS
         }
         if tested["test/accuracy"] is None:

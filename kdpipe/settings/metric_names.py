@@ -13,4 +13,10 @@ METRICS: dict[str, str] = {
 }
 # Which weights: those after the last epoch, the best by validation, or their average over the steps (`train.ema`).
 Select = Literal["last", "best", "ema"]
+OF_AVERAGE = "_ema"  # ends the names of metrics that the averaged weights have after each epoch
 LAST_EPOCH = "train/last_epoch"  # where a training that may stop early has ended
+
+
+def ending(select: Select) -> str:
+    """What the names of an epoch's metrics end with, where they are those of the weights that decide."""
+    return OF_AVERAGE if select == "ema" else ""

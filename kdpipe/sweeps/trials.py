@@ -26,6 +26,7 @@ from kdpipe.runs.moved_store import ARTIFACTS
 from kdpipe.runs.names import STATE, TRIAL
 from kdpipe.settings.composition import Invocation, read_settings
 from kdpipe.settings.hydra_errors import HYDRA_ERRORS, explain
+from kdpipe.settings.metric_names import ending
 from kdpipe.settings.schema import JobSettings, SearchJob, Settings
 from kdpipe.sweeps.space import Space, read_space, suggest
 from kdpipe.sweeps.study import best_of, is_likely_worse, next_trial, open_storage, pruner, sampler, storage_address
@@ -99,7 +100,9 @@ class _Trial:
         self.base, self.job, self.study, self.trial, self._run = base, job, study, trial, run
         self.space: Space = read_space(study.user_attrs["words"], OverridesParser.create())
         self.has_one_goal = len(base.search.goals) == 1
-        self.epochs = 0  # of a run
+        self.epochs = 0  # of a run, unless it stops by itself
+        self.seen = 0  # epochs of the run in progress
+        self.trained = 0  # epochs of the runs before it
         self.runs: list[str] = []
         self.values: list[float] = []
         self.latency = 0.0  # milliseconds
@@ -132,7 +135,7 @@ class _Trial:
         best, seeds = best_of(self.study), self.space.seeds
         for place, seed in enumerate(seeds):
             settings, invocation = compose_here([*self.space.fixed, *words, f"seed={seed}", self._job_override(seed)])
-            self.epochs = settings.train.epochs
+            self.epochs, self.seen = settings.train.epochs, 0
             try:
                 if epoch := self.trial.user_attrs.get("stop_after"):  # the process was killed before it could tell
                     journal = Journal.read(settings.folder)
@@ -144,6 +147,7 @@ class _Trial:
             self.runs.append(result.run_id)
             self.values.append(result.value)
             self.trial.set_user_attr("values", self.values)
+            self.trained += self.seen or self.epochs  # a run that was finished before has no epoch in progress
             self._count(0, {})
             if place + 1 == len(seeds) or best is None or not self.has_one_goal:
                 continue
@@ -156,7 +160,7 @@ class _Trial:
         self._count(epoch, metrics)
         if not self.has_one_goal:
             return False
-        metric = self.base.train.metric
+        metric = self.base.train.metric + ending(self.base.train.select)
         value = metrics.get(f"val/{metric}", metrics.get(f"test/{metric}"))
         if value is None:
             return False
@@ -181,7 +185,8 @@ class _Trial:
         return f"sweep.job={{{','.join(f'{key}:{json.dumps(value)}' for key, value in job.plain.items())}}}"
 
     def _count(self, epoch: int, metrics: dict[str, float]) -> bool:
-        self.trial.set_user_attr("epochs", len(self.values) * self.epochs + epoch)
+        self.seen = epoch
+        self.trial.set_user_attr("epochs", self.trained + epoch)
         return False
 
     def _end(self, state: str, reason: str) -> float:

@@ -16,7 +16,7 @@ from kdpipe.data.feeding import feed
 from kdpipe.data.mixing import Mixing
 from kdpipe.evaluation.inference import evaluate
 from kdpipe.models.weights import State
-from kdpipe.settings.metric_names import LAST_EPOCH, METRICS, Metric, Select
+from kdpipe.settings.metric_names import LAST_EPOCH, METRICS, OF_AVERAGE, Metric, Select, ending
 from kdpipe.system.interruption import postponed
 from kdpipe.system.progress import progress
 from kdpipe.system.randomness import generator, seed_all
@@ -108,7 +108,9 @@ def fit(training: Training, data: ImageDataset, recipe: Recipe, hooks: Hooks) ->
             training.begin_epoch(training.epoch + 1)
             hooks.on_checkpoint()
     if training.epoch <= recipe.epochs:
-        reason = f"validation {METRICS[recipe.metric]} has not risen for train.early_stop={recipe.early_stop} epochs"
+        whose = " of the averaged weights" if recipe.select == "ema" else ""
+        what = f"validation {METRICS[recipe.metric]}{whose}"
+        reason = f"{what} has not risen for train.early_stop={recipe.early_stop} epochs"
         log.info("stopped after epoch %d of %d: %s", training.epoch - 1, recipe.epochs, reason)
     measure_other_weights(training, data, recipe.select)
     if recipe.select == "best" and training.best:
@@ -128,14 +130,14 @@ def measure(training: Training, data: ImageDataset, split: str, prefix: str) -> 
     measured = with_prefix(prefix, evaluate(training.model, data, split, training.hardware))
     if weights := training.averaged_weights:
         averaged = evaluate_with(weights, training, data, split)
-        measured |= {f"{name}_ema": value for name, value in with_prefix(prefix, averaged).items()}
+        measured |= {f"{name}{OF_AVERAGE}": value for name, value in with_prefix(prefix, averaged).items()}
     return measured
 
 
 def select(training: Training, metrics: dict[str, float], recipe: Recipe) -> None:
     """Select the weights of the epoch: always, or only if they are the best so far, which are kept in any case."""
-    suffix = "_ema" if recipe.select == "ema" else ""
-    if (decides := metrics.get(f"val/{recipe.metric}{suffix}")) is not None:
+    end = ending(recipe.select)
+    if (decides := metrics.get(f"val/{recipe.metric}{end}")) is not None:
         training.reached.append(decides)
     reached = metrics.get(f"val/{recipe.metric}", -1.0)
     is_best = reached > training.highest
@@ -143,7 +145,7 @@ def select(training: Training, metrics: dict[str, float], recipe: Recipe) -> Non
         training.highest, training.best = reached, copy_state(training.learner)
     if recipe.select == "best" and not is_best:
         return
-    known = {name: metrics[f"val/{name}{suffix}"] for name in METRICS if f"val/{name}{suffix}" in metrics}
+    known = {name: metrics[f"val/{name}{end}"] for name in METRICS if f"val/{name}{end}" in metrics}
     training.selected = {"selected/epoch": training.epoch, **with_prefix("selected", known)}
 
 

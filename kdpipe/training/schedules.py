@@ -83,10 +83,13 @@ def onecycle(
     momentum the other way round (Smith & Topin 2018, https://arxiv.org/abs/1708.07120)."""
     if epochs == 0:
         return _unchanged(optimizer)
+    steps = epochs * steps_per_epoch
+    if pct_start * steps == 1:  # PyTorch would divide by zero: the rise would begin and end at the first step
+        pct_start += 1e-9
     return OneCycleLR(
         optimizer,
         [group["lr"] for group in optimizer.param_groups],
-        total_steps=epochs * steps_per_epoch,
+        total_steps=steps,
         pct_start=pct_start,
         div_factor=div_factor,
         final_div_factor=final_div_factor,

@@ -87,6 +87,20 @@ def test_options_of_a_user_s_folder_are_steps_too(tmp_path: Path, monkeypatch: p
     assert write_views(monkeypatch, *command) == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["distillation.outputs=views", "train.mixup=0.2"], "distillation.outputs=views: train.mixup and train.cutmix"),
+        (["dataset=image_folder", "dataset.root=.", "dataset.resize=keep"], "augmentation=CropFlip: it needs images"),
+    ],
+)
+def test_no_picture_shows_views_that_a_run_refuses(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert write_views(monkeypatch, "dataset=digits", "augmentation=crop_flip", *words) == 1
+    assert said in capsys.readouterr().err
+
+
 def write_views(monkeypatch: pytest.MonkeyPatch, *words: str) -> int | str | None:
     """The exit status of `python -m kdpipe.views`."""
     monkeypatch.setattr(sys, "argv", ["kdpipe.views", *words])

@@ -8,6 +8,7 @@ from pathlib import Path
 import optuna
 import pytest
 from helpers import assert_refused
+from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,10 +18,12 @@ from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import create_engine, text
 
+from kdpipe.settings.composition import CONF, Invocation
 from kdpipe.settings.errors import ConfigError
-from kdpipe.settings.schema import SearchSettings
+from kdpipe.settings.schema import SearchJob, SearchSettings, Settings
 from kdpipe.sweeps.space import Axis, Space, read_space, suggest
 from kdpipe.sweeps.study import common_failure, is_likely_worse, next_trial, open_storage, open_study
+from kdpipe.sweeps.trials import Result, StopAfter, _Trial
 
 SMALL = ["dataset=digits", "dataset.train_fraction=0.2", "train.threads=1", "train.batch_size=20", "optimizer.lr=3e-3"]
 TEACHER = [*SMALL, "experiment=teacher", "model=resnet20", "model.depth=8", "train.epochs=2"]
@@ -203,6 +206,28 @@ def test_a_search_ends_in_a_comparison_with_its_trials_below_one_parent(kdpipe: 
     assert more.status == 0, more.errors
     assert outcome_of(trials())[:5] == outcome_of(found)
     assert len(trials()) == 6
+
+
+def test_a_trial_goes_by_the_averaged_weights_and_counts_the_epochs_that_it_has_trained(
+    composed: Callable, tmp_path: Path
+) -> None:
+    words = ["loss.alpha=interval(0,1)", "seed=0,1", "dataset=digits", "train.ema=0.9", "train.select=ema"]
+    search = SearchSettings(storage=f"sqlite:///{tmp_path / 'search.db'}")
+    study = open_study(search, open_storage(search.storage), "t", 10, words)
+    study.set_user_attr("words", words)
+
+    def run(settings: Settings, invocation: Invocation, stop_after: StopAfter) -> Result:
+        for epoch, averaged in enumerate((0.3, 0.4), start=1):  # of 10: train.early_stop
+            assert not stop_after(epoch, {"val/accuracy": 0.9, "val/accuracy_ema": averaged})
+        return Result(0.4, settings.run_name)
+
+    job = SearchJob(study="t", sweep="s", parent="p", teacher="", since=0, number=1, reports="r")
+    trial = _Trial(composed(*words[2:]), job, study, study.ask(), run)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        assert trial._train(["loss.alpha=0.5"]) == ""
+    (known,) = study.get_trials()
+    assert known.intermediate_values == {1: 0.3, 2: 0.4}
+    assert known.user_attrs["epochs"] == 4
 
 
 @pytest.mark.faults

@@ -114,6 +114,14 @@ def test_onecycle_is_pytorch_s_over_all_steps() -> None:
         theirs.step()
 
 
+@pytest.mark.parametrize(("epochs", "pct_start"), [(10, 0.1), (3, 1 / 3)])
+def test_onecycle_may_rise_within_its_first_step(epochs: int, pct_start: float) -> None:
+    seen = rates(onecycle, epochs, 1, lr=0.5, **ONE_CYCLE | {"pct_start": pct_start})
+    assert seen[0] == pytest.approx(0.5 / 25)
+    assert seen[1] == max(seen[:epochs])
+    assert seen[epochs - 1] == pytest.approx(0.5 / 25 / 100)
+
+
 @pytest.mark.parametrize(
     ("build", "values"),
     [
