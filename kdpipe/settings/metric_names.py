@@ -17,6 +17,6 @@ OF_AVERAGE = "_ema"  # ends the names of metrics that the averaged weights have 
 LAST_EPOCH = "train/last_epoch"  # where a training that may stop early has ended
 
 
-def ending(select: Select) -> str:
+def ending(select: str) -> str:
     """What the names of an epoch's metrics end with, where they are those of the weights that decide."""
     return OF_AVERAGE if select == "ema" else ""
