@@ -25,7 +25,7 @@ from kdpipe.compare.other_weights import OtherWeights
 from kdpipe.compare.records import RunSource
 from kdpipe.compare.statistics import CANNOT_TELL
 from kdpipe.runs.moved_store import ARTIFACTS
-from kdpipe.runs.names import CONFUSION, DIFFERING, PREDICTIONS, RELIABILITY, STATE
+from kdpipe.runs.names import CONFUSION, DIFFERING, LEFT_OUT, PREDICTIONS, RELIABILITY
 from kdpipe.settings.errors import ConfigError, one_of
 from kdpipe.settings.metric_names import METRICS, Metric
 from kdpipe.system.optional import no_windows
@@ -107,8 +107,8 @@ def compare_sweep(
         known = sorted({one for record in records for one in _sweeps_of(record)})
         problem = f"not found in {tracker.experiment}" + ("" if known else ", which has no finished sweep runs")
         raise ConfigError("--sweep", sweep_id, one_of(known) if known else "", problem)
-    # A trial of a search that was stopped early may have finished runs; on some of its seeds.
-    whole = [record for record in records if record.tags.get(STATE, "complete") == "complete"]
+    # A trial that its search stopped early may have finished runs, on some of its seeds; other sweeps may need them.
+    whole = [record for record in records if record.tags.get(LEFT_OUT) != sweep_id]
     mine = {record.id: record for record in whole if sweep_id in _sweeps_of(record)}
     if not mine:
         raise ConfigError("--sweep", sweep_id, problem="no finished run yet")

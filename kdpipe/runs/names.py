@@ -14,6 +14,7 @@ DUPLICATES = "kdpipe.duplicates"  # images of the test and validation splits tha
 TIMED_ON = "kdpipe.timed_on"  # the hardware of its latencies
 TRIAL = "kdpipe.trial"  # its number in a search
 STATE = "kdpipe.state"  # that of its trial: complete, pruned or failed
+LEFT_OUT = "kdpipe.left_out"  # the search whose comparison leaves the run out: its trial is not complete
 # Of metrics.
 ONE_THREAD = "_1_thread"  # suffix of latencies on one CPU thread
 # MLflow's pages have a section of charts for each prefix, in the order of the alphabet, and one-off numbers would come

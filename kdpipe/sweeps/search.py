@@ -22,6 +22,7 @@ from kdpipe.assembly.parts import check_components
 from kdpipe.assembly.stores import reach_store
 from kdpipe.assembly.teachers import KnownTeachers
 from kdpipe.runs.moved_store import ARTIFACTS
+from kdpipe.runs.names import LEFT_OUT
 from kdpipe.settings.errors import ConfigError, shortened
 from kdpipe.settings.hydra_errors import explain
 from kdpipe.settings.schema import SearchJob
@@ -80,7 +81,9 @@ def run_search(sweeper: BasicSweeper, arguments: Sequence[str]) -> None:
         check_confirmation(sweep, planned)
     students_alone = plan_students_alone(sweep, space, planned)
     sweep.id = search_identity(planned, space, first)
-    study = open_study(search, storage, search.study or sweep.id, first.settings.train.epochs, space.words)
+    study = open_study(
+        search, storage, search.study or sweep.id, first.settings.train.epochs, space.words, inputs_of(planned)
+    )
     study.set_user_attr("words", space.overrides)
     study.set_user_attr("seeds", list(space.seeds))
     described = " × ".join(axis.word for axis in space.axes)
@@ -176,9 +179,17 @@ def _is_of_method(axis: Axis) -> bool:
 def search_identity(planned: Sequence[PlannedRun], space: Space, first: GridCell) -> str:
     """The search's 12 hex digits: a hash of what it chooses from, of how, and of the images and teachers it found."""
     search = first.settings.search
-    found = sorted((run.identity, run.tags["kdpipe.inputs"]) for run in planned)
     how = [search.sampler, search.pruner, search.seed, search.goals, search.max_latency_ms]
-    return hashlib.sha256(json.dumps([found, space.words, how]).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps([_found(planned), space.words, how]).encode()).hexdigest()[:12]
+
+
+def inputs_of(planned: Sequence[PlannedRun]) -> str:
+    """12 hex digits of the settings, images and teachers that the trials of a study share."""
+    return hashlib.sha256(json.dumps(_found(planned)).encode()).hexdigest()[:12]
+
+
+def _found(planned: Sequence[PlannedRun]) -> list[tuple[str, str]]:
+    return sorted((run.identity, run.tags["kdpipe.inputs"]) for run in planned)
 
 
 def work_through(sweep: Sweep, study: Study, space: Space, teacher: str) -> str:
@@ -267,6 +278,8 @@ def adopt_trials(sweep: Sweep, study: Study) -> None:
             for run_id in trial.user_attrs["runs"]:
                 if run := sweep.tracker.get_run(run_id):
                     sweep.tracker.adopt(run, sweep.id, sweep.parent)
+                    if run.tags.get(LEFT_OUT) == sweep.id:  # by another trial of the same settings
+                        sweep.tracker.set_tag(run.id, LEFT_OUT, "")
                     sweep.finished[run.tags["kdpipe.identity"]] = run
 
 

@@ -74,12 +74,15 @@ def open_storage(address: str) -> RDBStorage:
     raise AssertionError  # the last try returns or raises
 
 
-def open_study(settings: SearchSettings, storage: RDBStorage, name: str, epochs: int, words: Sequence[str]) -> Study:
+def open_study(
+    settings: SearchSettings, storage: RDBStorage, name: str, epochs: int, words: Sequence[str], inputs: str
+) -> Study:
     """The study of a search, an existing or a new one.
 
     Args:
         epochs: of a run.
-        words: what says which search this is.
+        words: what is searched.
+        inputs: a hash of what its trials share, such as the epochs, the images and the teacher.
 
     Raises:
         ConfigError: a study of another search has this name.
@@ -95,10 +98,14 @@ def open_study(settings: SearchSettings, storage: RDBStorage, name: str, epochs:
     )
     known, mine = study.user_attrs.get("search"), [*words, *map(str, settings.goals)]
     if known is None and not study.get_trials(deepcopy=False):
+        study.set_user_attr("inputs", inputs)  # first: another process takes the study for whole once it has the other
         study.set_user_attr("search", mine)
     elif known != mine:
         theirs = " ".join(known[: len(words)]) if known else "nothing of kdpipe"
         raise ConfigError("search.study", name, "a name of its own", f"the study of this name searches {theirs}")
+    elif study.user_attrs.get("inputs") != inputs:
+        problem = "the study of this name has other settings, images or teachers"
+        raise ConfigError("search.study", name, "a name of its own", problem)
     return study
 
 

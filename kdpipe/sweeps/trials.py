@@ -23,7 +23,7 @@ from kdpipe.assembly.stores import reach_store
 from kdpipe.evaluation.costs import cost
 from kdpipe.runs.journal import Journal
 from kdpipe.runs.moved_store import ARTIFACTS
-from kdpipe.runs.names import STATE, TRIAL
+from kdpipe.runs.names import LEFT_OUT, STATE, TRIAL
 from kdpipe.settings.composition import Invocation, read_settings
 from kdpipe.settings.hydra_errors import HYDRA_ERRORS, explain
 from kdpipe.settings.metric_names import ending
@@ -204,6 +204,8 @@ class _Trial:
             for run_id in self.runs:
                 tracker.set_tag(run_id, STATE, state)
                 tracker.set_tag(run_id, TRIAL, str(self.trial.number))
+                if state != COMPLETE:
+                    tracker.set_tag(run_id, LEFT_OUT, self.job.sweep)
         finally:  # a store that is gone makes no trial worse
             goals = [value] if self.has_one_goal else [value, self.latency]
             self.study.tell(self.trial, goals if state == COMPLETE else None, STATES[state])

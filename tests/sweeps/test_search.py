@@ -23,7 +23,7 @@ from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.schema import SearchJob, SearchSettings, Settings
 from kdpipe.sweeps.space import Axis, Space, read_space, suggest
 from kdpipe.sweeps.study import common_failure, is_likely_worse, next_trial, open_storage, open_study
-from kdpipe.sweeps.trials import Result, StopAfter, _Trial
+from kdpipe.sweeps.trials import SeedResult, StopAfter, _Trial
 
 SMALL = ["dataset=digits", "dataset.train_fraction=0.2", "train.threads=1", "train.batch_size=20", "optimizer.lr=3e-3"]
 TEACHER = [*SMALL, "experiment=teacher", "model=resnet20", "model.depth=8", "train.epochs=2"]
@@ -151,7 +151,7 @@ def test_three_failures_for_one_reason_stop_a_search() -> None:
 
 def test_a_trial_is_left_to_who_works_on_it_and_taken_over_from_who_is_gone(tmp_path: Path) -> None:
     settings, storage = SearchSettings(trials=2), open_storage(f"sqlite:///{tmp_path / 'search.db'}")
-    study = open_study(settings, storage, "s", 3, ["loss.alpha=interval(0,1)"])
+    study = open_study(settings, storage, "s", 3, ["loss.alpha=interval(0,1)"], "")
     with next_trial(study, settings, tmp_path, 2, 0) as first:
         alpha = first.suggest_float("loss.alpha", 0, 1)
         with (
@@ -165,7 +165,7 @@ def test_a_trial_is_left_to_who_works_on_it_and_taken_over_from_who_is_gone(tmp_
         assert again.suggest_float("loss.alpha", 0, 1) == alpha
     first_time = [trial.params for trial in study.trials]
 
-    other = open_study(settings, storage, "t", 3, ["loss.alpha=interval(0,1)"])
+    other = open_study(settings, storage, "t", 3, ["loss.alpha=interval(0,1)"], "")
     with next_trial(other, settings, tmp_path, 2, 0) as same:
         assert same.suggest_float("loss.alpha", 0, 1) == first_time[0]["loss.alpha"]  # of the seed and the number alone
 
@@ -213,13 +213,13 @@ def test_a_trial_goes_by_the_averaged_weights_and_counts_the_epochs_that_it_has_
 ) -> None:
     words = ["loss.alpha=interval(0,1)", "seed=0,1", "dataset=digits", "train.ema=0.9", "train.select=ema"]
     search = SearchSettings(storage=f"sqlite:///{tmp_path / 'search.db'}")
-    study = open_study(search, open_storage(search.storage), "t", 10, words)
+    study = open_study(search, open_storage(search.storage), "t", 10, words, "")
     study.set_user_attr("words", words)
 
-    def run(settings: Settings, invocation: Invocation, stop_after: StopAfter) -> Result:
+    def run(settings: Settings, invocation: Invocation, stop_after: StopAfter) -> SeedResult:
         for epoch, averaged in enumerate((0.3, 0.4), start=1):  # of 10: train.early_stop
             assert not stop_after(epoch, {"val/accuracy": 0.9, "val/accuracy_ema": averaged})
-        return Result(0.4, settings.run_name)
+        return SeedResult(0.4, settings.run_name)
 
     job = SearchJob(study="t", sweep="s", parent="p", teacher="", since=0, number=1, reports="r")
     trial = _Trial(composed(*words[2:]), job, study, study.ask(), run)
@@ -327,7 +327,21 @@ def test_a_study_of_another_space_is_left_alone(kdpipe: Callable, teacher: None)
     assert kdpipe(*SEARCH, "search.study=mine", "search.trials=1", "seed=0", "train.epochs=1").status == 0
     other = kdpipe(*SEARCH, "search.study=mine", "seed=0", "train.epochs=1", "loss.alpha=interval(0,0.5)")
     assert_refused(other, "search.study=mine", "the study of this name searches loss.alpha=interval(0,1)")
+    longer = kdpipe(*SEARCH, "search.study=mine", "search.trials=2", "seed=0", "train.epochs=2")
+    assert_refused(longer, "search.study=mine", "other settings, images or teachers")
     assert len(trials()) == 1
+
+
+def test_a_grid_counts_the_runs_of_a_trial_that_was_stopped(kdpipe: Callable, teacher: None) -> None:
+    grid = ["-m", "experiment=distill", *SEARCH[1:-4], "train.epochs=1", "loss.alpha=0.5", "seed=0"]
+    assert kdpipe(*grid).status == 0
+    client = MlflowClient(f"sqlite:///{Path('outputs/mlflow.db').resolve()}")
+    for run in runs():
+        client.set_tag(run.info.run_id, "kdpipe.state", "pruned")
+        client.set_tag(run.info.run_id, "kdpipe.left_out", "0" * 12)  # another search's id
+    again = kdpipe(*grid)
+    assert again.status == 0, again.errors
+    assert "no finished run yet" not in again.errors
 
 
 def test_a_range_without_a_search_names_it(kdpipe: Callable) -> None:
