@@ -18,8 +18,8 @@ from pathlib import Path
 from kdpipe.compare.__main__ import run_comparison
 
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "README.md"
-TABLE = re.compile(r"(?P<mark><!-- table: (?P<words>.+) -->\n)```text\n(?P<text>.*?)```", re.DOTALL)
-PICTURE = re.compile(r"<!-- picture (?P<name>\S+): (?P<words>.+) -->\n!\[[^\]]*\]\((?P<file>[^)]+)\)")
+TABLE = re.compile(r"(?P<mark><!-- table: (?P<words>[^\n]+) -->\n)```text\n(?P<text>.*?)```", re.DOTALL)
+PICTURE = re.compile(r"<!-- picture (?P<name>\S+): (?P<words>[^\n]+) -->\n!\[[^\]]*\]\((?P<file>[^)]+)\)")
 WIDTH = 150  # of a table, in characters
 
 
