@@ -148,9 +148,11 @@ def check_search(first: GridCell, space: Space) -> None:
         raise ConfigError("search.sampler", "cmaes", "tpe, random or grid", f"{choices[0].word} is no range of numbers")
     if settings.chain is not None:
         raise ConfigError("chain", settings.chain, "null in a search")
-    if settings.sweep.rerun or settings.train.resume == "never":
-        problem = "a search goes on with its study; search.study=NAME begins another one"
-        raise ConfigError("sweep.rerun", settings.sweep.rerun, "false", problem)
+    problem = "a search goes on with its study; search.study=NAME begins another one"
+    if settings.sweep.rerun:
+        raise ConfigError("sweep.rerun", True, "false", problem)
+    if settings.train.resume == "never":
+        raise ConfigError("train.resume", "never", "auto", problem)
     if settings.dataset.val_fraction == 0:
         problem = "what a search chooses on test images, it cannot report on them"
         raise ConfigError("dataset.val_fraction", 0, "a validation split", problem)

@@ -34,7 +34,8 @@ def boxes(images: Tensor) -> Tensor:
     rows, columns = where.amax(dim=2) > 0, where.amax(dim=1) > 0
     top, left = (some.int().argmax(dim=1) for some in (rows, columns))
     height, width = rows.sum(dim=1), columns.sum(dim=1)
-    if not torch.equal(where.sum(dim=(1, 2)), 255 * height * width):
+    is_box = torch.equal(where.sum(dim=(1, 2)), 255 * height * width)
+    if not is_box or not bool((height * width > 0).all()):
         raise ValueError(f"images have {CHANNELS} channels, the last of which does not say where a photo is")
     return torch.stack([top, left, height, width], dim=1)
 

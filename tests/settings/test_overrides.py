@@ -85,7 +85,7 @@ def test_numbers_may_come_from_the_environment(
 @pytest.mark.parametrize(
     "override",
     [
-        *("++loss.warmup=0", "++optimizer.momentum=0.9", "++scheduler.warmup_epochs=3", "++augmentation.flip=false"),
+        *("++loss.warmup=0", "++optimizer.momentum=0.9", "++scheduler.gamma=0.5", "++augmentation.flip=false"),
         *("++model.shortcut=B", "++teacher.shortcut=B", "++dataset.image_size=32", "++also.weight=2"),
     ],
 )

@@ -314,6 +314,7 @@ def test_two_goals_end_in_their_pareto_front(kdpipe: Callable, teacher: None) ->
         (["search.goals=[latency]"], ["search.goals=[latency]", "[accuracy,latency]"]),
         (["dataset.val_fraction=0"], ["dataset.val_fraction=0"]),
         (["sweep.rerun=true"], ["sweep.rerun=true", "search.study=NAME"]),
+        (["train.resume=never"], ["train.resume=never", "search.study=NAME"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
