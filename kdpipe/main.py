@@ -57,7 +57,7 @@ from kdpipe.settings.yaml_files import check_foreign, to_yaml
 from kdpipe.system import interruption
 from kdpipe.system.files import write_atomically
 from kdpipe.system.hardware import Hardware
-from kdpipe.system.interruption import Interrupted, InterruptedJobError, StoppedEarlyError
+from kdpipe.system.interruption import Interrupted, InterruptedJobError, StopAfter, StoppedEarlyError
 from kdpipe.system.once import log_once
 from kdpipe.system.optional import optional
 from kdpipe.system.progress import IS_OVER, duration, report, report_file
@@ -90,9 +90,6 @@ class Objective(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.images} {METRICS[self.metric]} {100 * self.value:.2f} %"
-
-
-StopAfter = Callable[[int, dict[str, float]], bool]
 
 
 def _never(epoch: int, metrics: dict[str, float]) -> bool:

@@ -19,7 +19,7 @@ from kdpipe.settings.errors import ConfigError
 from kdpipe.settings.hydra_errors import HYDRA_ERRORS, explain
 from kdpipe.settings.identity import OF_LABELS, canonical, flatten
 from kdpipe.settings.overrides import names_as_typed
-from kdpipe.settings.schema import Settings
+from kdpipe.settings.schema import Section, Settings
 
 if TYPE_CHECKING:
     from kdpipe.tracking import Tracker
@@ -201,6 +201,12 @@ def sweep_identity(planned: Sequence[PlannedRun], later: Sequence[Sequence[GridC
     found = sorted((run.identity, run.tags["kdpipe.inputs"]) for run in planned)
     text = json.dumps([*found, *(sorted({cell.identity for cell in cells}) for cells in later)])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def as_override(key: str, section: Section) -> str:
+    """The override that passes a section of the settings to a job."""
+    values = (f"{name}:{json.dumps(value, ensure_ascii=False)}" for name, value in section.plain.items())
+    return f"{key}={{{','.join(values)}}}"
 
 
 def describe(axes: Axes) -> str:

@@ -26,7 +26,7 @@ from kdpipe.runs.names import LEFT_OUT
 from kdpipe.settings.errors import ConfigError, shortened
 from kdpipe.settings.hydra_errors import explain
 from kdpipe.settings.schema import SearchJob
-from kdpipe.sweeps.grid import GridCell, PlannedRun, check_shared, compose_cell, is_of_method, plan
+from kdpipe.sweeps.grid import GridCell, PlannedRun, as_override, check_shared, compose_cell, is_of_method, plan
 from kdpipe.sweeps.space import Axis, Space, has, read_space
 from kdpipe.sweeps.study import (
     best_of,
@@ -267,9 +267,8 @@ def _watched(sweep: Sweep, study: Study, number: int, teacher: str, since: float
                     number=one,
                     reports=Path(folder).name,
                 )
-                values = ",".join(f"{key}:{json.dumps(value)}" for key, value in job.plain.items())
                 own_folder = [f"hydra.sweep.subdir=sweep-{sweep.id}", "hydra.output_subdir=null"]
-                jobs.append([*base, f"search.job={{{values}}}", *own_folder])
+                jobs.append([*base, as_override("search.job", job), *own_folder])
             yield jobs
 
 

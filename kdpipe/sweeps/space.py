@@ -1,7 +1,7 @@
 """What a search chooses from, in Hydra's grammar: `interval(0,1)`, `choice(kd,dkd)`, `tag(log,interval(1,20))`."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -77,12 +77,16 @@ class Space:
     axes: tuple[Axis, ...]
     fixed: tuple[str, ...]
     seeds: tuple[int, ...] = (0,)
-    groups: tuple[Axis, ...] = field(init=False)
-    values: tuple[Axis, ...] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "groups", tuple(axis for axis in self.axes if axis.is_group))
-        object.__setattr__(self, "values", tuple(axis for axis in self.axes if not axis.is_group))
+    @property
+    def groups(self) -> list[Axis]:
+        """Those that choose an option of a config group."""
+        return [axis for axis in self.axes if axis.is_group]
+
+    @property
+    def values(self) -> list[Axis]:
+        """Those that choose a value."""
+        return [axis for axis in self.axes if not axis.is_group]
 
     @property
     def words(self) -> list[str]:

@@ -1,7 +1,6 @@
 """`python -m kdpipe -m …`: all cells of a grid are checked first, then those that are missing are trained, under one
 parent run in MLflow that holds the comparison."""
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +35,7 @@ from kdpipe.sweeps.grid import (
     Axes,
     GridCell,
     PlannedRun,
+    as_override,
     check_shared,
     compose_cell,
     describe,
@@ -395,8 +395,7 @@ def _job_overrides(sweep: Sweep, run: PlannedRun, number: int, reports: str) -> 
     job = JobSettings(
         id=sweep.id, parent=sweep.parent, name=run.name, teacher=run.teacher, number=number, reports=reports
     )
-    values = ",".join(f"{key}:{json.dumps(value, ensure_ascii=False)}" for key, value in job.plain.items())
-    return [f"sweep.job={{{values}}}", *(["train.resume=never"] if sweep.rerun else [])]
+    return [as_override("sweep.job", job), *(["train.resume=never"] if sweep.rerun else [])]
 
 
 def failures(failed: dict[str, str], total: int, left_out: int = 0) -> str:

@@ -17,7 +17,7 @@ from optuna.trial import Trial, TrialState
 
 from kdpipe.assembly.datasets import build_data
 from kdpipe.assembly.devices import use_hardware
-from kdpipe.assembly.networks import build_network
+from kdpipe.assembly.networks import build_network, images_for
 from kdpipe.assembly.run_networks import with_networks_of_runs
 from kdpipe.assembly.stores import reach_store
 from kdpipe.evaluation.costs import cost
@@ -28,9 +28,10 @@ from kdpipe.settings.composition import Invocation, read_settings
 from kdpipe.settings.hydra_errors import HYDRA_ERRORS, explain
 from kdpipe.settings.metric_names import ending
 from kdpipe.settings.schema import JobSettings, SearchJob, Settings
+from kdpipe.sweeps.grid import as_override
 from kdpipe.sweeps.space import Space, read_space, suggest
 from kdpipe.sweeps.study import best_of, is_likely_worse, next_trial, open_storage, pruner, sampler, storage_address
-from kdpipe.system.interruption import StoppedEarlyError
+from kdpipe.system.interruption import StopAfter, StoppedEarlyError
 from kdpipe.system.progress import IS_OVER
 
 log = logging.getLogger("kdpipe.sweep")
@@ -38,8 +39,6 @@ log = logging.getLogger("kdpipe.sweep")
 TIMING_SECONDS = 2.0
 COMPLETE, PRUNED, FAILED = "complete", "pruned", "failed"  # the state of a trial
 STATES = {COMPLETE: TrialState.COMPLETE, PRUNED: TrialState.PRUNED, FAILED: TrialState.FAIL}
-
-StopAfter = Callable[[int, dict[str, float]], bool]  # whether to stop after an epoch with these metrics
 
 
 class SeedResult(NamedTuple):
@@ -182,7 +181,7 @@ class _Trial:
             number=self.trial.number,
             reports=self.job.reports,
         )
-        return f"sweep.job={{{','.join(f'{key}:{json.dumps(value)}' for key, value in job.plain.items())}}}"
+        return as_override("sweep.job", job)
 
     def _count(self, epoch: int, metrics: dict[str, float]) -> bool:
         self.seen = epoch
@@ -223,6 +222,6 @@ def latency_of(study: Study, settings: Settings) -> float:
     if key not in study.user_attrs:
         data = build_data(settings.dataset)
         model = build_network("model", settings.model, data, freeze="none").to(hardware.device)
-        measured = cost({"model": model}, data.images[data.splits["test"][:1]], hardware, TIMING_SECONDS)
+        measured = cost({"model": model}, images_for(model, data, data.splits["test"][:1]), hardware, TIMING_SECONDS)
         study.set_user_attr(key, measured["model/latency_ms"])
     return float(study.user_attrs[key])

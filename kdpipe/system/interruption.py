@@ -32,6 +32,9 @@ class InterruptedJobError(Exception):
     """A worker of a sweep was interrupted: Interrupted as the process that started the worker sees it."""
 
 
+StopAfter = Callable[[int, dict[str, float]], bool]  # whether to stop a run after an epoch with these metrics
+
+
 class StoppedEarlyError(Exception):
     """A run was stopped by who started it; it can be continued.
 
